@@ -1,0 +1,283 @@
+"""What two or three of the scripts share: frames and videos, video metrics, SVD's parts and its conditioning.
+
+torch and diffusers are imported inside the functions that use them, so that preparing a dataset needs neither.
+"""
+
+import json
+import os
+import re
+import sys
+from pathlib import Path
+
+os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # read once, when cv2 is imported: no decoder chatter
+
+import cv2
+import numpy as np
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+
+
+class UserError(Exception):
+    """A mistake of the user or of a file: one line that says what is wrong, where, and the cure."""
+
+
+def run_script(main):
+    """Runs `main()`; a `UserError` or a full disk becomes one line and exit status 2 or 1, Ctrl-C 130."""
+    try:
+        sys.exit(main())
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        print(f"error: {error.filename or 'disk'}: {error.strerror or error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("\nstopped; run the same command again to go on", file=sys.stderr)
+        sys.exit(130)
+
+
+# ---------------------------------------------------------------------------------------------------------- frames
+
+
+def natural_key(name):
+    """Sorts `frame2` before `frame10`: digits compare as numbers."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", str(name))]
+
+
+def list_frames(folder):
+    """The image files of one clip folder, in frame order."""
+    names = [entry.name for entry in os.scandir(folder) if not entry.name.startswith(".")]
+    return [Path(folder) / n for n in sorted(names, key=natural_key) if n.lower().endswith(IMAGE_SUFFIXES)]
+
+
+def read_image(path):
+    """Reads any still image as people see it: EXIF rotation applied, alpha over white, grey and CMYK to RGB.
+
+    Returns (H, W, 3) uint8 RGB. Raises `UserError` for a file that is no readable image.
+    """
+    from PIL import Image, ImageOps
+
+    try:
+        with Image.open(path) as opened:
+            image = ImageOps.exif_transpose(opened)
+            if image.mode.startswith("I;16") or image.mode == "I":  # 16-bit grey: PIL would clip, not scale
+                image = Image.fromarray((np.asarray(image, np.float64) / 257).clip(0, 255).astype(np.uint8))
+            if "A" in image.getbands() or "transparency" in image.info:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            return np.array(image.convert("RGB"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such image file") from None
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise UserError(f"{path}: not a readable image ({error})") from None
+
+
+def read_frame(path):
+    """Reads one frame of a clip as (H, W, 3) uint8 RGB: fast for plain PNG and JPEG, `read_image` for the rest."""
+    data = np.fromfile(path, np.uint8)
+    frame = cv2.imdecode(data, cv2.IMREAD_UNCHANGED) if data.size else None
+    if frame is None or frame.dtype != np.uint8 or frame.ndim != 3 or frame.shape[2] != 3:
+        return read_image(path)
+    return cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)
+
+
+def fit_frame(frame, width, height):
+    """Resizes (H, W, 3) so that it covers `width` x `height`, keeping the aspect ratio, then crops the centre.
+
+    Area averaging when shrinking (no aliasing), bicubic when enlarging. A frame of the right size is returned as it is.
+    """
+    h, w = frame.shape[:2]
+    scale = max(width / w, height / h)
+    if scale != 1:
+        size = max(width, round(w * scale)), max(height, round(h * scale))
+        frame = cv2.resize(frame, size, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC)
+    top, left = (frame.shape[0] - height) // 2, (frame.shape[1] - width) // 2
+    return np.ascontiguousarray(frame[top : top + height, left : left + width])
+
+
+def write_file(path, data):
+    """Writes bytes or text beside `path`, flushes to disk and renames: the file is whole or not there."""
+    path = Path(path)
+    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with open(aside, "wb") as file:
+            file.write(data.encode() if isinstance(data, str) else data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def encode_png(frame):
+    """(H, W, 3) RGB -> PNG bytes: lossless, with the fastest settings measured (RLE strategy, UP filter)."""
+    options = [cv2.IMWRITE_PNG_COMPRESSION, 1, cv2.IMWRITE_PNG_STRATEGY, cv2.IMWRITE_PNG_STRATEGY_RLE]
+    options += [cv2.IMWRITE_PNG_FILTER, cv2.IMWRITE_PNG_FILTER_UP]
+    return cv2.imencode(".png", cv2.cvtColor(frame, cv2.COLOR_RGB2BGR), options)[1].tobytes()
+
+
+def write_video(path, frames, fps):
+    """Writes (T, H, W, 3) uint8 RGB as H.264 yuv420p mp4 that browsers and phones play; whole or not at all.
+
+    An odd width or height loses its last column or row: H.264 with 4:2:0 has even sizes only.
+    """
+    import imageio_ffmpeg
+
+    path = Path(path)
+    aside = path.with_name(f".{path.stem}.{os.getpid()}.part.mp4")
+    frames = np.asarray(frames)[:, : frames[0].shape[0] // 2 * 2, : frames[0].shape[1] // 2 * 2]
+    writer = imageio_ffmpeg.write_frames(
+        str(aside),
+        (frames.shape[2], frames.shape[1]),
+        fps=fps,
+        codec="libx264",
+        pix_fmt_out="yuv420p",
+        macro_block_size=2,
+        output_params=["-crf", "14", "-movflags", "+faststart"],
+    )
+    try:
+        writer.send(None)
+        for frame in frames:
+            writer.send(np.ascontiguousarray(frame))
+        writer.close()
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def read_video(path):
+    """Decodes a short, well-behaved video (one that `write_video` wrote) to (T, H, W, 3) uint8 RGB."""
+    capture, frames = cv2.VideoCapture(os.fspath(path)), []
+    while True:
+        ok, frame = capture.read()
+        if not ok:
+            break
+        frames.append(cv2.cvtColor(frame, cv2.COLOR_BGR2RGB))
+    if not frames:
+        raise UserError(f"{path}: no frame could be read")
+    return np.stack(frames)
+
+
+def label_frames(frames, text):
+    """Puts a white strip with `text` above every frame of (T, H, W, 3)."""
+    frames = np.asarray(frames)
+    strip = np.full((24, frames.shape[2], 3), 255, np.uint8)
+    scale = min(0.5, 0.5 * (frames.shape[2] - 8) / max(cv2.getTextSize(text, cv2.FONT_HERSHEY_SIMPLEX, 0.5, 1)[0][0], 1))
+    cv2.putText(strip, text, (4, 16), cv2.FONT_HERSHEY_SIMPLEX, scale, (0, 0, 0), 1, cv2.LINE_AA)
+    return np.stack([np.concatenate([strip, frame]) for frame in frames])
+
+
+def side_by_side(videos, min_width=256):
+    """`{label: (T, H, W, 3)}` -> one labelled video, the shortest's length; small ones enlarged to be seen."""
+    length = min(len(video) for video in videos.values())
+    scale = max(1, -(-min_width // next(iter(videos.values())).shape[2]))
+    columns = []
+    for text, video in videos.items():
+        big = [cv2.resize(f, None, fx=scale, fy=scale, interpolation=cv2.INTER_CUBIC) for f in video[:length]]
+        columns.append(label_frames(big, text))
+    return np.concatenate(columns, axis=2)
+
+
+# ------------------------------------------------------------------------------------------------- dataset folder
+
+
+def read_metadata(dataset_dir):
+    """`metadata.jsonl` of a prepared dataset as `{directory: record}`; empty where there is none (plain folders)."""
+    path, records = Path(dataset_dir) / "metadata.jsonl", {}
+    if not path.exists():
+        return records
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            record = json.loads(line) if line.strip() else None
+            if record and "directory" in record:
+                records[record["directory"]] = record
+        except (json.JSONDecodeError, TypeError):
+            raise UserError(f"{path} line {number}: not a JSON object; repair it or prepare the dataset again") from None
+    return records
+
+
+def list_clips(dataset_dir):
+    """Every clip of a dataset folder: records with `directory` and `frames` (paths), in name order.
+
+    A clip is any folder that holds images. `metadata.jsonl` gives fps and motion where it has a line for the folder.
+    Raises `UserError` where there is no such folder or no clip in it.
+    """
+    root = Path(dataset_dir)
+    if not root.is_dir():
+        raise UserError(f"--dataset_dir {root}: no such folder; make it with prepare_dataset.py")
+    metadata, clips = read_metadata(root), []
+    for folder, subfolders, _ in os.walk(root):
+        subfolders[:] = sorted((s for s in subfolders if not s.startswith(".")), key=natural_key)
+        directory = Path(folder).relative_to(root).as_posix()
+        frames = list_frames(folder)
+        if folder != str(root) and frames:
+            clips.append({**metadata.get(directory, {}), "directory": directory, "frames": frames})
+    if not clips:
+        raise UserError(f"{root}: holds no folder of frames; expected {root}/<video>/00000.png, from prepare_dataset.py")
+    return clips
+
+
+# ---------------------------------------------------------------------------------------------- motion and metrics
+
+
+def optical_flow(first, second):
+    """Dense flow (H, W, 2) in pixels between two uint8 images, RGB or grey: OpenCV's DIS, medium preset."""
+    first, second = (cv2.cvtColor(f, cv2.COLOR_RGB2GRAY) if f.ndim == 3 else f for f in (first, second))
+    return cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM).calc(first, second, None)
+
+
+def ssim(first, second):
+    """Structural similarity of two (H, W, 3) uint8 images: Gaussian window, sigma 1.5 (Wang et al. 2004)."""
+    x, y = first.astype(np.float64), second.astype(np.float64)
+
+    def mean(image):
+        return cv2.GaussianBlur(image, (11, 11), 1.5)
+
+    mean_x, mean_y = mean(x), mean(y)
+    var_x, var_y, cov = mean(x * x) - mean_x**2, mean(y * y) - mean_y**2, mean(x * y) - mean_x * mean_y
+    c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
+    score = (2 * mean_x * mean_y + c1) * (2 * cov + c2) / ((mean_x**2 + mean_y**2 + c1) * (var_x + var_y + c2))
+    return float(score[5:-5, 5:-5].mean())  # the border has no full window
+
+
+def psnr(squared_error):
+    """Decibels of a mean squared error on the 0..255 scale; infinite for equal pictures."""
+    return float(10 * np.log10(255**2 / squared_error)) if squared_error > 0 else float("inf")
+
+
+def video_metrics(generated, real):
+    """Scores a generated continuation against the real one of the same first frame, frames 1..T-1.
+
+    generated, real: (T, H, W, 3) uint8 RGB. Returns
+      psnr, ssim     over whole frames: a static background wins these, they prove little alone
+      psnr_moving    dB over moving pixels (|real - frame 0| > 20 of 255 in any channel, dilated 3x3)
+      motion_ratio   mean |frame difference|, generated over real: 0 is a frozen video, 1 moves as much
+      flow_error     end-point error of DIS flow on moving pixels, pixels a frame; flow_cosine its direction
+    Values are None where the real clip does not move.
+    """
+    length = min(len(generated), len(real))
+    generated, real = np.asarray(generated)[:length], np.asarray(real)[:length]
+    error = (generated[1:].astype(np.float64) - real[1:]) ** 2
+    moving = np.abs(real[1:].astype(np.int16) - real[0]).max(axis=3) > 20
+    moving = np.stack([cv2.dilate(m.astype(np.uint8), np.ones((3, 3), np.uint8)) > 0 for m in moving])
+    real_step = np.abs(np.diff(real.astype(np.float64), axis=0)).mean()
+    scores = {
+        "psnr": psnr(error.mean()),
+        "ssim": float(np.mean([ssim(g, r) for g, r in zip(generated[1:], real[1:])])),
+        "psnr_moving": psnr(error[moving].mean()) if moving.any() else None,
+        "motion_ratio": float(np.abs(np.diff(generated.astype(np.float64), axis=0)).mean() / real_step)
+        if real_step > 0
+        else None,
+        "flow_error": None,
+        "flow_cosine": None,
+    }
+    if moving.any():
+        flows = [
+            (optical_flow(generated[t], generated[t + 1])[moving[t]], optical_flow(real[t], real[t + 1])[moving[t]])
+            for t in range(length - 1)
+        ]
+        flow, truth = (np.concatenate(part) for part in zip(*flows))
+        dot, norms = (flow * truth).sum(1), np.linalg.norm(flow, axis=1) * np.linalg.norm(truth, axis=1)
+        scores["flow_error"] = float(np.linalg.norm(flow - truth, axis=1).mean())
+        scores["flow_cosine"] = float(dot.sum() / max(norms.sum(), 1e-9))
+    return scores
