@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # read once, when cv2 is imported: no decoder chatter
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # else: torchvision is missing, which SVD does not use
 
 import cv2
 import numpy as np
@@ -162,7 +163,9 @@ def label_frames(frames, text):
     """Puts a white strip with `text` above every frame of (T, H, W, 3)."""
     frames = np.asarray(frames)
     strip = np.full((24, frames.shape[2], 3), 255, np.uint8)
-    scale = min(0.5, 0.5 * (frames.shape[2] - 8) / max(cv2.getTextSize(text, cv2.FONT_HERSHEY_SIMPLEX, 0.5, 1)[0][0], 1))
+    scale = min(
+        0.5, 0.5 * (frames.shape[2] - 8) / max(cv2.getTextSize(text, cv2.FONT_HERSHEY_SIMPLEX, 0.5, 1)[0][0], 1)
+    )
     cv2.putText(strip, text, (4, 16), cv2.FONT_HERSHEY_SIMPLEX, scale, (0, 0, 0), 1, cv2.LINE_AA)
     return np.stack([np.concatenate([strip, frame]) for frame in frames])
 
@@ -192,7 +195,9 @@ def read_metadata(dataset_dir):
             if record and "directory" in record:
                 records[record["directory"]] = record
         except (json.JSONDecodeError, TypeError):
-            raise UserError(f"{path} line {number}: not a JSON object; repair it or prepare the dataset again") from None
+            raise UserError(
+                f"{path} line {number}: not a JSON object; repair it or prepare the dataset again"
+            ) from None
     return records
 
 
@@ -213,7 +218,9 @@ def list_clips(dataset_dir):
         if folder != str(root) and frames:
             clips.append({**metadata.get(directory, {}), "directory": directory, "frames": frames})
     if not clips:
-        raise UserError(f"{root}: holds no folder of frames; expected {root}/<video>/00000.png, from prepare_dataset.py")
+        raise UserError(
+            f"{root}: holds no folder of frames; expected {root}/<video>/00000.png, from prepare_dataset.py"
+        )
     return clips
 
 
@@ -281,3 +288,219 @@ def video_metrics(generated, real):
         scores["flow_error"] = float(np.linalg.norm(flow - truth, axis=1).mean())
         scores["flow_cosine"] = float(dot.sum() / max(norms.sum(), 1e-9))
     return scores
+
+
+# ---------------------------------------------------------------------------------------------------- SVD's parts
+
+PARTS = ("unet", "vae", "image_encoder", "scheduler", "feature_extractor")
+CHECKPOINT_STATE = "training_state.json"  # what makes a folder a checkpoint of train_svd.py
+SETTINGS = "training_settings.json"  # beside every result: what it was trained with
+
+HUB_HELP = """{name}: {what}. Three ways to get the weights:
+  1. accept the licence at https://huggingface.co/{name} , then: pip install -U huggingface_hub && hf auth login
+  2. in mainland China: export HF_ENDPOINT=https://hf-mirror.com HF_TOKEN=hf_... , then run the same command again
+  3. download the folder on another machine (hf download {name} --exclude "svd*.safetensors"), copy it here whole,
+     and give the folder's path in place of the name"""
+
+
+def resolve_model(name):
+    """A hub name or local folder -> the local folder of a complete diffusers pipeline in safetensors.
+
+    Raises `UserError` that says exactly what is missing and how to get it. Never reads pickled weights.
+    """
+    folder = Path(name).expanduser()
+    if not folder.is_dir():
+        looks_local = folder.is_absolute() or str(name).startswith((".", "~")) or len(folder.parts) != 2
+        if looks_local or folder.exists() or folder.parent.is_dir():
+            raise UserError(f"{name}: no such model folder (and not a hub name, which has the form owner/name)")
+        folder = download_model(str(name))
+    if not (folder / "model_index.json").is_file():
+        checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda c: natural_key(c.name))
+        hint = f"; its newest checkpoint is {checkpoints[-1]}: use that" if checkpoints else ""
+        raise UserError(f"{folder}: no finished diffusers pipeline here (model_index.json is missing){hint}")
+    for part in PARTS:
+        if part in ("unet", "vae", "image_encoder"):
+            read_config(folder, part)
+            weight_files(folder, part)
+        elif not list((folder / part).glob("*.json")):
+            raise UserError(f"{folder}: {part}/ has no configuration (.json); copy the folder again, whole")
+    return folder
+
+
+def download_model(name):
+    """Downloads (or finds in the cache) a pipeline of the hub: full-precision safetensors, or fp16 if it has no other.
+
+    Everything that can go wrong at the hub becomes one `UserError` with the three ways to get the weights.
+    """
+    from diffusers import DiffusionPipeline
+    from huggingface_hub import errors
+
+    for variant in (None, "fp16"):
+        try:
+            return Path(DiffusionPipeline.download(name, variant=variant, use_safetensors=True))
+        except errors.GatedRepoError:
+            what = "the weights are gated: no login, or its licence is not accepted yet"
+        except errors.RepositoryNotFoundError:
+            what = "no such model on the hub, or it is private and there is no login"
+        except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, OSError) as error:
+            what = f"the hub cannot be reached, and the model is not in the cache ({type(error).__name__})"
+            if variant is None and "safetensors" in str(error):
+                continue  # no full-precision safetensors: try the fp16 files
+        except ValueError as error:
+            what = f"not usable from the hub ({str(error).splitlines()[0]})"
+        raise UserError(HUB_HELP.format(name=name, what=what))
+
+
+def read_config(folder, part):
+    """`<folder>/<part>/config.json` as a dict, readable before any weight is loaded."""
+    path = Path(folder) / part / "config.json"
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{folder}: {part}/config.json is missing; copy the model folder again, whole") from None
+    except ValueError as error:
+        raise UserError(f"{path}: damaged ({error}); copy the model folder again") from None
+
+
+def weight_files(folder, part):
+    """The safetensors files of a part, full precision first, the fp16 files where the folder has only those.
+
+    Raises `UserError` for missing, pickled-only, git-lfs-pointer and cut-off files.
+    """
+    folder, stem = Path(folder) / part, "model" if part == "image_encoder" else "diffusion_pytorch_model"
+    for single, index in (
+        (f"{stem}.safetensors", f"{stem}.safetensors.index.json"),
+        (f"{stem}.fp16.safetensors", f"{stem}.safetensors.index.fp16.json"),
+    ):
+        files = [folder / single] if (folder / single).exists() else []
+        if (folder / index).exists():
+            shards = json.loads((folder / index).read_text())["weight_map"].values()
+            files = [folder / shard for shard in sorted(set(shards))]
+        if files:
+            break
+    else:
+        pickled = [p.name for p in folder.glob("*.bin")]
+        why = f"only pickled weights ({pickled[0]}), which are never loaded: unpickling runs code" if pickled else "no"
+        raise UserError(f"{folder}: {why} {stem}.safetensors or {stem}.fp16.safetensors; download it into this folder")
+    for file in files:
+        if not file.exists():
+            raise UserError(f"{file}: missing; download it into this folder")
+        safetensors_header(file)
+    return files
+
+
+def safetensors_header(file):
+    """The header of a safetensors file: `{tensor name: {dtype, shape, data_offsets}}`, offsets from the file's start.
+
+    Raises `UserError` where the file is a git-lfs pointer or shorter than its header says.
+    """
+    with open(file, "rb") as opened:
+        head = opened.read(8)
+        if head.startswith(b"version"):
+            raise UserError(
+                f"{file}: a git-lfs pointer, not the weights; run `git lfs pull`, or download the file itself"
+            )
+        size = int.from_bytes(head, "little")
+        try:
+            header = json.loads(opened.read(min(size, 100_000_000)))
+            header.pop("__metadata__", None)
+            for tensor in header.values():
+                tensor["data_offsets"] = [8 + size + offset for offset in tensor["data_offsets"]]
+            end = max((tensor["data_offsets"][1] for tensor in header.values()), default=8 + size)
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise UserError(f"{file}: not a safetensors file, or a damaged one; download it again") from None
+    if os.path.getsize(file) != end:
+        raise UserError(f"{file}: cut off ({os.path.getsize(file):,} of {end:,} bytes); download it again")
+    return header
+
+
+def weights_fingerprint(folder, part):
+    """A hash that tells two sets of weights apart, without reading gigabytes: the head of every tensor."""
+    import hashlib
+
+    digest = hashlib.sha256()
+    for file in weight_files(folder, part):
+        with open(file, "rb") as opened:
+            for name, tensor in sorted(safetensors_header(file).items()):
+                start, end = tensor["data_offsets"]
+                opened.seek(start)
+                digest.update(f"{name} {tensor['dtype']} {tensor['shape']}".encode())
+                digest.update(opened.read(min(end - start, 4096)))
+    return digest.hexdigest()[:16]
+
+
+def size_multiple(folder):
+    """What width and height must be multiples of: the VAE's factor times the UNet's downsampling; 64 for SVD."""
+    levels = [len(read_config(folder, part)["block_out_channels"]) - 1 for part in ("vae", "unet")]
+    return 2 ** sum(levels)
+
+
+def load_part(folder, part, dtype):
+    """One model part in `dtype`, on the CPU, in eval mode, from safetensors alone."""
+    from diffusers import AutoencoderKLTemporalDecoder, EulerDiscreteScheduler, UNetSpatioTemporalConditionModel
+    from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    try:
+        if part == "scheduler":
+            return EulerDiscreteScheduler.from_pretrained(folder, subfolder=part)
+        if part == "feature_extractor":
+            return CLIPImageProcessor.from_pretrained(folder, subfolder=part)
+        variant = "fp16" if ".fp16" in weight_files(folder, part)[0].name else None
+        options = {"subfolder": part, "variant": variant, "use_safetensors": True, "local_files_only": True}
+        if part == "image_encoder":
+            return CLIPVisionModelWithProjection.from_pretrained(folder, dtype=dtype, **options).eval()
+        cls = UNetSpatioTemporalConditionModel if part == "unet" else AutoencoderKLTemporalDecoder
+        return cls.from_pretrained(folder, torch_dtype=dtype, **options).eval()
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"{folder}/{part}: cannot be loaded ({str(error).strip().splitlines()[0]})") from error
+
+
+def load_pipeline(name, dtype):
+    """A stock `StableVideoDiffusionPipeline` on the CPU in `dtype`, and what it was trained with.
+
+    name: a hub name, a pipeline folder, or a checkpoint of train_svd.py, which is laid over the base that it names.
+    Returns (pipeline, settings); settings is {} for a model that was not trained here.
+    """
+    from diffusers import StableVideoDiffusionPipeline
+
+    folder, settings, trained = resolve_checkpoint(name)
+    parts = {part: load_part(folder, part, dtype) for part in PARTS}
+    if trained is not None:
+        lay_over(parts["unet"], trained)
+    return StableVideoDiffusionPipeline(**parts), settings
+
+
+def resolve_checkpoint(name):
+    """A model name -> (pipeline folder, training settings, trained-weights file or None): reads no weights."""
+    folder = Path(name).expanduser()
+    state_file = folder / CHECKPOINT_STATE
+    if not state_file.is_file():
+        folder = resolve_model(name)
+        settings_file = folder / SETTINGS
+        return folder, json.loads(settings_file.read_text()) if settings_file.is_file() else {}, None
+    try:
+        settings = json.loads(state_file.read_text())["settings"]
+        base_name, fingerprint = settings["pretrained_model_name"], settings["base_fingerprint"]
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{state_file}: damaged; use another checkpoint") from None
+    base = resolve_model(base_name)
+    if weights_fingerprint(base, "unet") != fingerprint:
+        raise UserError(f"{folder}: was trained on another base than what is now in {base}; restore that model there")
+    trained = folder / ("ema.safetensors" if settings["use_ema"] else "trained.safetensors")
+    if not trained.is_file():
+        raise UserError(f"{trained}: missing; use another checkpoint")
+    safetensors_header(trained)
+    return base, settings, trained
+
+
+def lay_over(unet, trained_file):
+    """Copies the trained weights of a checkpoint into a UNet, in place, whatever their dtype."""
+    import torch
+    from safetensors import safe_open
+
+    parameters = dict(unet.named_parameters())
+    with safe_open(trained_file, "pt") as tensors, torch.no_grad():
+        for key in tensors.keys():
+            parameters[key].copy_(tensors.get_tensor(key))
