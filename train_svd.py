@@ -13,6 +13,7 @@ Read it from top to bottom: the objective, the data, one step, memory, checkpoin
 import argparse
 import contextlib
 import hashlib
+import importlib.util
 import json
 import math
 import os
@@ -22,17 +23,21 @@ import signal
 import statistics
 import sys
 import time
+import weakref
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import cv2
+import diffusers
 import numpy as np
+import psutil
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import AutocastKwargs, DistributedDataParallelKwargs
-from diffusers import StableVideoDiffusionPipeline
+from diffusers import AutoencoderKLTemporalDecoder, StableVideoDiffusionPipeline, UNetSpatioTemporalConditionModel
 from diffusers.models.attention import BasicTransformerBlock, TemporalBasicTransformerBlock
 from diffusers.models.resnet import SpatioTemporalResBlock
 from diffusers.models.transformers.transformer_temporal import TransformerSpatioTemporalModel
@@ -41,8 +46,13 @@ from diffusers.training_utils import EMAModel
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
+from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 import svd_common as common
 from svd_common import UserError
@@ -105,9 +115,11 @@ class ClipDataset:
     conditions are dropped. Without a cache: pixel_values (T, 3, H, W) and posterior_noise instead of latents.
     """
 
-    def __init__(self, clips, args, scaling_factor, latent_shape, cached):
+    def __init__(self, clips, args, vae_config, cached):
         self.clips, self.args, self.cached = clips, args, cached
-        self.scaling_factor, self.latent_shape = scaling_factor, latent_shape
+        factor = 2 ** (len(vae_config.block_out_channels) - 1)
+        self.scaling_factor = vae_config.scaling_factor
+        self.latent_shape = (vae_config.latent_channels, args.height // factor, args.width // factor)
         self._order = (None, None)
 
     def clip_of(self, index):
@@ -121,9 +133,13 @@ class ClipDataset:
         return self.clips[order[1][place]]
 
     def __getitem__(self, index):
-        args, clip = self.args, self.clip_of(index)
-        generator = random_generator(args.seed, "sample", index)
-        start = int(torch.randint(len(clip["frames"]) - args.num_frames + 1, (), generator=generator))
+        clip, generator = self.clip_of(index), random_generator(self.args.seed, "sample", index)
+        last_start = len(clip["frames"]) - self.args.num_frames
+        return self.sample(clip, int(torch.randint(last_start + 1, (), generator=generator)), generator)
+
+    def sample(self, clip, start, generator):
+        """The window of `clip` from frame `start`, with everything random drawn from `generator`."""
+        args = self.args
         normal = torch.randn(3, generator=generator)
         noise_aug_strength = math.exp(NOISE_AUG_MEAN + NOISE_AUG_STD * normal[1].item())
         keep = torch.rand((), generator=generator) >= args.conditioning_dropout_prob
@@ -174,10 +190,10 @@ def batches(dataset, index_batches, device, num_workers):
             yield {key: value.to(device, non_blocking=True) for key, value in pending.popleft().result().items()}
 
 
-def load_clips(args):
+def load_clips(args, dataset_dir):
     """The clips that can be trained on, with `fps` and `motion_bucket_id` filled in; short ones are named."""
     clips, short, unknown = [], [], 0
-    for clip in common.list_clips(args.dataset_dir):
+    for clip in common.list_clips(dataset_dir):
         if len(clip["frames"]) < args.num_frames:
             short.append(clip)
             continue
@@ -229,11 +245,20 @@ def read_cached(path, start, num_frames):
         return mean, std, cached.get_slice("image_embeddings")[start : start + 1][0]
 
 
-def build_cache(clips, args, pipe_loader, fingerprint, accelerator):
+def load_encoders(base, device):
+    """A pipeline without its UNet: the fp32 VAE and CLIP on the device."""
+    parts = {part: common.load_part(base, part, torch.float32) for part in common.PARTS if part != "unet"}
+    for part in ("vae", "image_encoder"):
+        parts[part].requires_grad_(False).to(device)
+    return StableVideoDiffusionPipeline(unet=None, **parts)
+
+
+def build_cache(clips, args, pipe_loader, base, accelerator):
     """Fills `clip["cache"]` for every clip, encoding those that have no current file; ranks share the work.
 
     pipe_loader() gives the fp32 VAE and CLIP on the device, called only where something is missing.
     """
+    fingerprint = "-".join(common.weights_fingerprint(base, part)[:8] for part in ("vae", "image_encoder"))
     root = Path(args.cache_dir or Path(args.dataset_dir) / ".cache") / f"{args.width}x{args.height}-{fingerprint}"
     missing = []
     for clip in clips:
@@ -291,13 +316,13 @@ def training_loss(unet, vae, batch, weight_dtype, loss="v"):
     return losses[loss], {f"loss_{name}": value.detach() for name, value in losses.items()}
 
 
-def add_latents(batch, pipe, scaling_factor, device):
+def add_latents(batch, pipe, device):
     """Without a cache: encodes the frames of a batch here and now, as the cache would have."""
     pixels = batch.pop("pixel_values")
     frames = ((pixels + 1) * 127.5).round().byte().permute(0, 1, 3, 4, 2).cpu().numpy()
     encoded = [encode_frames(pipe, clip, device) for clip in frames]
     mean, std, embeddings = (torch.stack(part) for part in zip(*encoded))
-    batch["latents"] = (mean + std * batch.pop("posterior_noise")) * scaling_factor
+    batch["latents"] = (mean + std * batch.pop("posterior_noise")) * pipe.vae.config.scaling_factor
     batch["image_embeddings"] = embeddings[:, 0]
     return batch
 
@@ -318,6 +343,15 @@ def is_trained(name, trainable):
     """Whether the UNet parameter `name` is trained under --trainable."""
     dead = any(part in name for part in DEAD) and "transformer_blocks" in name
     return any(group in name for group in TRAINABLE[trainable]) and not dead
+
+
+# What is recomputed in the backward pass. 512x320x25, AdamW: 37.0 GiB and 41.5 TFLOP with none, 17.7 and 50.5 with
+# transformers, 14.1 and 57.3 with full; recomputing the resnets alone would save little memory.
+RECOMPUTED = {
+    "none": (),
+    "transformers": (TransformerSpatioTemporalModel,),
+    "full": (TransformerSpatioTemporalModel, SpatioTemporalResBlock),
+}
 
 
 class SingleTokenAttention:
@@ -360,10 +394,16 @@ def prepare_unet(unet, trainable, weight_dtype, checkpointing):
             module.forward = forward_in_input_dtype(module)
         if isinstance(module, (BasicTransformerBlock, TemporalBasicTransformerBlock)) and module.attn2 is not None:
             module.attn2.set_processor(SingleTokenAttention())
-        # diffusers' own checkpointing skips the temporal halves; these two hold everything that is large
-        if checkpointing == "full" and isinstance(module, (SpatioTemporalResBlock, TransformerSpatioTemporalModel)):
+        if isinstance(module, RECOMPUTED[checkpointing]):  # diffusers' own checkpointing skips the temporal halves
             module.forward = checkpointed(module.forward)
     return unet.train()
+
+
+def compile_blocks(unet):
+    """Compiles each large block by itself, in place: the names in the state dict stay as they are."""
+    for module in unet.modules():
+        if isinstance(module, (BasicTransformerBlock, TemporalBasicTransformerBlock, SpatioTemporalResBlock)):
+            module.compile()
 
 
 def checkpointed(forward):
@@ -382,14 +422,265 @@ def trained_parameters(unet):
     return {name: parameter for name, parameter in unet.named_parameters() if parameter.requires_grad}
 
 
-def build_optimizer(args, parameters, device):
+def gradients_freed_early(args, num_processes):
+    """Whether each gradient can be used and freed as soon as it is there: nothing needs all of them at once."""
+    alone = args.gradient_accumulation_steps == num_processes == 1
+    return alone and args.max_grad_norm == 0 and args.mixed_precision != "fp16"
+
+
+def build_optimizer(args, parameters, each_alone=False):
     """AdamW over the trained parameters: torch's fused one, or bitsandbytes' with 8-bit states."""
     options = {"lr": args.learning_rate, "weight_decay": args.adam_weight_decay}
+    groups = [{"params": [parameter]} for parameter in parameters] if each_alone else [{"params": list(parameters)}]
     if args.optimizer == "adamw8bit":
         import bitsandbytes
 
-        return bitsandbytes.optim.AdamW8bit(parameters, **options)
-    return torch.optim.AdamW(parameters, fused=True, **options)
+        return bitsandbytes.optim.AdamW8bit(groups, **options)
+    return torch.optim.AdamW(groups, fused=True, **options)
+
+
+def step_in_backward(optimizer, bad):
+    """Updates each parameter in the backward pass and frees its gradient at once, so that they are never all there.
+
+    bad: a device scalar, set where a gradient was not finite; such values are zeroed before they reach a weight.
+    """
+
+    def hook(parameter, group):
+        torch.logical_or(bad, ~torch.isfinite(parameter.grad).all(), out=bad)
+        parameter.grad.nan_to_num_(0.0, 0.0, 0.0)
+        groups, optimizer.param_groups = optimizer.param_groups, [group]
+        optimizer.step()
+        optimizer.param_groups = groups
+        parameter.grad = None
+
+    for group in optimizer.param_groups:
+        group["params"][0].register_post_accumulate_grad_hook(partial(hook, group=group))
+
+
+# ------------------------------------------------------------------------------------------------------- Forecast
+# What a run needs, from the model's configuration alone: the real step, run on tensors that have a shape but no data.
+
+
+class MemoryTracker(TorchDispatchMode):
+    """Counts the bytes of all storages alive, now and at the peak, of every tensor that passes through it."""
+
+    def __init__(self):
+        super().__init__()
+        self.now = self.peak = 0
+        self.alive = {}
+
+    def track(self, tensor):
+        storage = tensor.untyped_storage()
+        key, size = id(storage), storage.nbytes()
+        if key not in self.alive:
+
+            def freed(_):
+                self.now -= size
+                del self.alive[key]
+
+            self.alive[key] = weakref.ref(storage, freed)
+            self.now += size
+            self.peak = max(self.peak, self.now)
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, torch.Tensor):
+                self.track(leaf)
+        return out
+
+
+class EightBitStates(torch.optim.Optimizer):
+    """AdamW8bit's memory without bitsandbytes: two bytes a parameter and two scales for every 256."""
+
+    def __init__(self, parameters):
+        super().__init__(parameters, {})
+
+    def step(self):
+        for parameter in (p for group in self.param_groups for p in group["params"]):
+            if parameter not in self.state:
+                small = parameter.numel() < 4096
+                shapes = (2, parameter.numel()), (2, 1 if small else parameter.numel() // 256)
+                dtypes = (torch.float32 if small else torch.uint8), torch.float32
+                self.state[parameter] = {
+                    str(i): torch.empty(s, dtype=d) for i, (s, d) in enumerate(zip(shapes, dtypes))
+                }
+
+
+def forecast(args, folder, checkpointing, weight_dtype, count_flops=False):
+    """Runs the real training step on fake tensors; nothing is loaded or computed.
+
+    Returns GiB by part (`peak_memory_gib`, `weights_gib`, `gradients_gib`, `optimizer_gib`, `activations_gib`: what the
+    peak holds beside the others), `trainable_parameters` and, if asked, `flops_per_step`.
+    """
+    tracker = MemoryTracker()
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        unet = UNetSpatioTemporalConditionModel.from_config(common.read_config(folder, "unet"))
+        prepare_unet(unet, args.trainable, weight_dtype, checkpointing)
+        vae = AutoencoderKLTemporalDecoder.from_config(common.read_config(folder, "vae")).requires_grad_(False)
+        vae.decoder = None
+        trained = list(trained_parameters(unet).values())
+        freed_early = gradients_freed_early(args, num_processes=1)
+        optimizer = (
+            EightBitStates(trained) if args.optimizer == "adamw8bit" else build_optimizer(args, trained, freed_early)
+        )
+        if freed_early:
+            for parameter in trained:
+                parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+        factor = 2 ** (len(vae.config.block_out_channels) - 1)
+        shape = (args.train_batch_size, args.num_frames, vae.config.latent_channels)
+        shape += (args.height // factor, args.width // factor)
+        batch = {"latents": torch.empty(shape), "noise": torch.empty(shape), "added_time_ids": torch.empty(shape[0], 3)}
+        batch |= {"sigmas": torch.ones(shape[0]), "keep": torch.ones(shape[0])}
+        batch["conditioning_image"] = torch.empty(shape[0], 3, args.height, args.width)
+        batch["image_embeddings"] = torch.empty(shape[0], 1, unet.config.cross_attention_dim)
+        weights = [*unet.parameters(), *vae.parameters()]
+
+        def step():
+            loss, _ = training_loss(unet, vae, batch, weight_dtype)
+            loss.backward()
+            del loss
+            if not freed_early:
+                torch.nn.utils.clip_grad_norm_(trained, 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+        with tracker:
+            for tensor in [*weights, *batch.values()]:
+                tracker.track(tensor)
+            step()  # makes the optimizer's states
+            tracker.peak = tracker.now
+            step()
+        result = {
+            "peak_memory_gib": tracker.peak,
+            "weights_gib": sum(p.numel() * p.element_size() for p in weights),
+            "gradients_gib": (max if freed_early else sum)(p.numel() * 4 for p in trained),
+            "optimizer_gib": sum(s.numel() * s.element_size() for p in trained for s in optimizer.state[p].values()),
+        }
+        result["activations_gib"] = 2 * result["peak_memory_gib"] - sum(result.values())
+        result = {name: round(size / 2**30, 3) for name, size in result.items()}
+        if count_flops:  # a second pass: the counter keeps recomputed activations alive
+            with FlopCounterMode(display=False) as counter:
+                step()
+            result["flops_per_step"] = counter.get_total_flops() * args.gradient_accumulation_steps
+    result["trainable_parameters"] = sum(p.numel() for p in trained)
+    return result
+
+
+def free_memory(device):
+    """GiB that a run may use: what is free now, less what no forecast sees (CUDA's context, workspaces, fragments)."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] / 2**30 * 0.95 - 0.6
+    return psutil.virtual_memory().available / 2**30 * 0.95 - 0.6
+
+
+def cheapest_checkpointing(args, folder, weight_dtype, available):
+    """`auto`: the mode with the least recomputation whose forecast fits, and that forecast; `full` where none does."""
+    for mode in RECOMPUTED:
+        needed = forecast(args, folder, mode, weight_dtype)
+        if needed["peak_memory_gib"] <= available:
+            break
+    return mode, needed
+
+
+def changes_that_fit(args, folder, weight_dtype, available):
+    """The changes of the command line that would fit, cheapest first: [(flags, GiB)]. Each adds to the one before."""
+    multiple, fitting, flags = common.size_multiple(folder), [], []
+    smaller = {s: max(multiple, int(getattr(args, s) * 0.7) // multiple * multiple) for s in ("width", "height")}
+    for change in (
+        {"gradient_checkpointing": "full"},
+        {
+            "train_batch_size": 1,
+            "gradient_accumulation_steps": args.train_batch_size * args.gradient_accumulation_steps,
+        },
+        {"optimizer": "adamw8bit", "max_grad_norm": 0.0},
+        {"num_frames": min(14, args.num_frames)},
+        smaller,
+    ):
+        change = {name: value for name, value in change.items() if getattr(args, name) != value}
+        if not change:
+            continue
+        args = argparse.Namespace(**{**vars(args), **change})
+        flags += [
+            f"--{name} {value:g}" if isinstance(value, float) else f"--{name} {value}" for name, value in change.items()
+        ]
+        needed = forecast(args, folder, "full", weight_dtype)["peak_memory_gib"]
+        if needed <= available:
+            fitting.append((" ".join(flags), needed))
+    return fitting
+
+
+def dry_run(args, folder, weight_dtype, device):
+    """Prints the plan of a run; its last line is one JSON object."""
+    available = free_memory(device) if device.type == "cuda" else math.inf
+    mode = args.gradient_checkpointing
+    if mode == "auto":
+        mode, _ = (
+            cheapest_checkpointing(args, folder, weight_dtype, available) if device.type == "cuda" else ("full", 0)
+        )
+    plan = forecast(args, folder, mode, weight_dtype, count_flops=True)
+    unet, vae = common.read_config(folder, "unet"), common.read_config(folder, "vae")
+    factor = 2 ** (len(vae["block_out_channels"]) - 1)
+    frame = 2 * vae["latent_channels"] * (args.width // factor) * (args.height // factor) + unet["cross_attention_dim"]
+    frames = (
+        sum(len(clip["frames"]) for clip in common.list_clips(args.dataset_dir))
+        if Path(args.dataset_dir).is_dir()
+        else 0
+    )
+    copies = 1 + args.use_ema
+    states = plan["optimizer_gib"] + copies * plan["trainable_parameters"] * 4 / 2**30
+    plan |= {"cache_gib": round(frames * frame * 4 / 2**30, 3), "checkpoint_gib": round(states, 3)}
+    plan["output_gib"] = round(output_bytes(folder) / 2**30, 3)
+    print(
+        f"trains {plan['trainable_parameters'] / 1e6:.1f} M parameters ({args.trainable}) of"
+        f" {args.pretrained_model_name}, {args.width}x{args.height}, {args.num_frames} frames, batch {args.train_batch_size}, {args.mixed_precision},"
+        f" {args.optimizer}, gradient checkpointing {mode}"
+    )
+    for name in ("weights", "gradients", "optimizer", "activations"):
+        print(f"  {name:12s} {plan[f'{name}_gib']:8.2f} GiB" + (" at the peak" if name == "activations" else ""))
+    print(f"  peak         {plan['peak_memory_gib']:8.2f} GiB, and about 0.6 GiB for CUDA itself")
+    print(f"  a step       {plan['flops_per_step'] / 1e12:8.2f} TFLOP")
+    print(
+        f"  disk: cache {plan['cache_gib']:.2f} GiB for {frames} frames, {plan['checkpoint_gib']:.2f} GiB a checkpoint"
+        f" (up to {args.checkpoints_total_limit + 1} at once), result {plan['output_gib']:.2f} GiB"
+    )
+    if device.type != "cuda":
+        print("no CUDA GPU here to compare with: choose a card with more memory than the peak")
+    elif plan["peak_memory_gib"] <= available:
+        print(f"fits {torch.cuda.get_device_name()}: {available:.1f} GiB can be used")
+    else:
+        print(
+            f"does not fit {torch.cuda.get_device_name()}: {available:.1f} GiB can be used. "
+            + advice(args, folder, weight_dtype, available)
+        )
+    print(json.dumps(plan))
+
+
+def advice(args, folder, weight_dtype, available):
+    """One sentence that names the changes that would fit, in order."""
+    fitting = changes_that_fit(args, folder, weight_dtype, available)
+    listed = "; or ".join(f"{flags} ({needed:.1f} GiB)" for flags, needed in fitting)
+    return (
+        f"What would fit, cheapest first: {listed}"
+        if fitting
+        else "No change of the options would fit; use a larger card"
+    )
+
+
+def output_bytes(folder):
+    """Size of the result: that of the base's files, or of fp32 weights where only the configuration is there."""
+    try:
+        return sum(
+            f.stat().st_size for part in ("unet", "vae", "image_encoder") for f in common.weight_files(folder, part)
+        )
+    except UserError:
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            models = [
+                UNetSpatioTemporalConditionModel.from_config(common.read_config(folder, "unet")),
+                AutoencoderKLTemporalDecoder.from_config(common.read_config(folder, "vae")),
+                CLIPVisionModelWithProjection(CLIPVisionConfig(**common.read_config(folder, "image_encoder"))),
+            ]
+        return sum(4 * p.numel() for model in models for p in model.parameters())
 
 
 # -------------------------------------------------------------------------------------------- Checkpoints, result
@@ -444,7 +735,6 @@ def save_checkpoint(run, step):
             "step": step,
             "settings": run.settings,
             "optimizer": numbers,
-            "lr_scheduler": run.lr_scheduler.state_dict(),
             "scaler": run.scaler.state_dict() if run.scaler else None,
             "ema_step": run.ema.optimization_step if run.ema else None,
             "files": {file.name: file.stat().st_size for file in aside.glob("*.safetensors")},
@@ -457,6 +747,19 @@ def save_checkpoint(run, step):
     for old in checkpoints_of(args.output_dir)[: -args.checkpoints_total_limit or None]:
         shutil.rmtree(old)
     return final
+
+
+def save_weights(run, folder, step, extra):
+    """The trained weights alone, as infer_svd.py takes them, in place of what `folder` held before."""
+    aside = folder.with_name(f".{folder.name}.part")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    name, weights = ("ema", run.ema.shadow_params) if run.ema else ("trained", run.trained.values())
+    write_tensors(aside / f"{name}.safetensors", dict(zip(run.trained, weights)))
+    state = {"step": step, "settings": run.settings, **extra}
+    common.write_file(aside / common.CHECKPOINT_STATE, json.dumps(state, indent=1))
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(aside, folder)
 
 
 def checkpoints_of(output_dir):
@@ -495,11 +798,25 @@ def find_checkpoint(args):
     return None, None
 
 
+def load_checkpoint(run, unet, folder, state):
+    """Puts a checkpoint's weights, optimizer, schedule and average in place; returns the number of steps done."""
+    folder = Path(folder)
+    common.lay_over(unet, folder / "trained.safetensors")
+    unflatten_state(run.optimizer, run.trained, load_file(folder / "optimizer.safetensors"), state["optimizer"])
+    for _ in range(state["step"]):  # the schedule is a function of the step
+        run.lr_scheduler.step()
+    if run.ema:
+        shadow = load_file(folder / "ema.safetensors")
+        run.ema.shadow_params = [shadow[name] for name in run.trained]
+        run.ema.optimization_step = state["ema_step"]
+    return state["step"]
+
+
 # Settings that may differ between a checkpoint and its resumption: they do not change the result.
 FREE = """output_dir dataset_dir pretrained_model_name resume_from_checkpoint checkpointing_steps
 checkpoints_total_limit cache_latents cache_dir dataloader_num_workers logging_steps report_to compile dry_run
 gradient_checkpointing gradient_accumulation_steps train_batch_size max_train_steps versions step
-validation_dir validation_steps validation_metric num_validation_clips""".split()
+validation_dir validation_steps validation_metric""".split()
 
 
 def check_resume(settings, saved, folder):
@@ -550,6 +867,139 @@ def save_result(run, step):
     common.write_file(output / "model_index.json", (base / "model_index.json").read_text())
 
 
+# ----------------------------------------------------------------------------------------------------- Validation
+# Is it learning? Held-out clips: the loss at fixed noise, by noise level, and generated videos scored against the real.
+
+VALIDATION_SIGMAS = (0.1, 0.5, 2.0, 10.0, 100.0)  # 8 of the 25 inference steps lie over 80
+LOWER_IS_BETTER = ("loss_v", "flow_error")
+
+
+def split_clips(clips, args):
+    """(training clips, held-out clips): whole episodes are held out, so that no camera of one is on the other side."""
+    if args.validation_dir:
+        return clips, load_clips(args, args.validation_dir)[: args.num_validation_videos or None]
+    groups = {}
+    for clip in clips:
+        groups.setdefault(common.clip_group(clip), []).append(clip)
+    order = torch.randperm(len(groups), generator=random_generator(args.seed, "held out")).tolist()
+    names, held_out, videos = list(groups), set(), 0
+    for place in order:
+        if videos >= args.num_validation_videos:
+            break
+        held_out.add(names[place])
+        videos += len(groups[names[place]])
+    if held_out and len(held_out) == len(groups):
+        raise UserError(f"--num_validation_videos {args.num_validation_videos}: no episode would be left to train on")
+    validation = [clip for name in names if name in held_out for clip in groups[name]]
+    return [clip for clip in clips if common.clip_group(clip) not in held_out], validation[: args.num_validation_videos]
+
+
+class Validation:
+    """Scores the model as it stands on held-out clips, with generators of its own: it changes nothing of the run."""
+
+    def __init__(self, run, clips, vae, weight_dtype):
+        self.run, self.clips, self.vae, self.weight_dtype = run, clips, vae, weight_dtype
+        self.dataset = ClipDataset(clips, run.args, vae.config, cached=True)
+        self.folder = Path(run.args.output_dir) / "validation"
+        self.pipe, self.copied, self.best = None, None, None
+
+    def losses(self, unet, device):
+        """Mean v loss by noise level, on the first window of every clip, with the same noise every time."""
+        sums = dict.fromkeys(VALIDATION_SIGMAS, 0.0)
+        for place in range(len(self.clips)):
+            sample = self.dataset.sample(self.clips[place], 0, random_generator("validation", place))
+            batch = {name: value[None].to(device) for name, value in sample.items()}
+            batch["keep"] = torch.ones_like(batch["keep"])
+            for sigma in VALIDATION_SIGMAS:
+                batch["sigmas"] = torch.full_like(batch["sigmas"], sigma)
+                loss, _ = training_loss(unet, self.vae, batch, self.weight_dtype)
+                sums[sigma] += loss.item() / len(self.clips)
+        return {f"loss_v_sigma_{sigma:g}": value for sigma, value in sums.items()} | {
+            "loss_v": sum(sums.values()) / len(sums)
+        }
+
+    def generate(self, unet, clip, device):
+        """The continuation of the clip's first frame by the stock pipeline: (T, H, W, 3) uint8."""
+        args, pipe = self.run.args, self.pipe
+        first = common.fit_frame(common.read_frame(clip["frames"][0]), args.width, args.height)
+        latents = pipe(
+            Image.fromarray(first), width=args.width, height=args.height, num_frames=args.num_frames,
+            fps=round(clip["fps"]), motion_bucket_id=clip["motion_bucket_id"], output_type="latent",
+            generator=torch.Generator().manual_seed(0),
+        ).frames  # fmt: skip
+        frames = pipe.decode_latents(latents.float(), args.num_frames, decode_chunk_size=2)  # the VAE stays in fp32
+        return (pipe.video_processor.postprocess_video(frames, "np")[0] * 255).round().astype(np.uint8)
+
+    @torch.no_grad()
+    def __call__(self, unet, step, device):
+        """{metric: mean over clips} of this step; writes `validation/step-N/<clip>.mp4`, real beside generated."""
+        args, run = self.run.args, self.run
+        if run.ema:
+            run.ema.store(run.trained.values())
+            run.ema.copy_to(run.trained.values())
+        try:
+            metrics, scores, copied = self.losses(unet, device), [], []
+            if self.pipe is None:
+                parts = {
+                    part: common.load_part(run.base, part, torch.float32) for part in common.PARTS if part != "unet"
+                }
+                self.pipe = StableVideoDiffusionPipeline(unet=unet, **parts)
+                self.pipe.set_progress_bar_config(disable=True)
+            self.pipe.vae.to(device)
+            self.pipe.image_encoder.to(device, self.weight_dtype)
+            target = self.folder / f"step-{step:06d}"
+            target.mkdir(parents=True, exist_ok=True)
+            for clip in self.clips:
+                real = [
+                    common.fit_frame(common.read_frame(p), args.width, args.height)
+                    for p in clip["frames"][: args.num_frames]
+                ]
+                real, generated = np.stack(real), self.generate(unet, clip, device)
+                scores.append(common.video_metrics(generated, real))
+                copied.append(common.video_metrics(np.repeat(real[:1], len(real), axis=0), real))
+                name = clip["directory"].replace("/", "_")
+                sheet = common.side_by_side({"real": real, f"generated, step {step}": generated})
+                common.write_video(target / f"{name}.mp4", sheet, clip["fps"])
+            self.copied = mean_scores(copied)
+            return metrics | mean_scores(scores)
+        except torch.cuda.OutOfMemoryError:
+            tqdm.write(
+                "validation ran out of memory and was left out; training goes on (fewer --num_validation_videos?)"
+            )
+            return {}
+        finally:
+            if self.pipe:
+                self.pipe.vae.to("cpu")
+                self.pipe.image_encoder.to("cpu")
+            torch.cuda.empty_cache()
+            if run.ema:
+                run.ema.restore(run.trained.values())
+
+    def report(self, metrics, step):
+        """Prints one line, warns of frozen video, and keeps the weights of the best step in `best/`."""
+        shown = [n for n in ("loss_v", "psnr_moving", "motion_ratio", "flow_error") if metrics.get(n) is not None]
+        copied = ", ".join(f"{n} {self.copied[n]:.3f}" for n in shown if self.copied.get(n) is not None)
+        tqdm.write(
+            f"step {step}: " + ", ".join(f"{n} {metrics[n]:.3f}" for n in shown) + f" (first frame copied: {copied})"
+        )
+        if (metrics.get("motion_ratio") or 1) < 0.5:
+            tqdm.write(
+                f"warning: generated video moves {metrics['motion_ratio']:.2f} times as much as the real one. Try"
+                " --P_mean 1.0, fewer steps or a lower --learning_rate; check fps and motion in metadata.jsonl"
+            )
+        value = metrics.get(self.run.args.validation_metric)
+        sign = -1 if self.run.args.validation_metric in LOWER_IS_BETTER else 1
+        if value is not None and (self.best is None or sign * value > sign * self.best):
+            self.best = value
+            save_weights(self.run, Path(self.run.args.output_dir) / "best", step, {"metrics": metrics})
+
+
+def mean_scores(scores):
+    """The mean of each metric over the clips that have it."""
+    values = {name: [score[name] for score in scores if score[name] is not None] for name in scores[0]}
+    return {name: float(np.mean(given)) for name, given in values.items() if given}
+
+
 # --------------------------------------------------------------------------------------------------- Command line
 
 
@@ -593,9 +1043,11 @@ def build_parser():
     add("--gradient_accumulation_steps", type=positive, default=1, help="batches summed into one step (default 1)")
     add("--max_train_steps", type=positive, default=5000, help="optimizer steps (default 5000)")
     add("--learning_rate", type=at_least_zero, default=1e-5, help="peak of the schedule (default 1e-5)")
-    add("--lr_scheduler", choices=[s.value for s in SchedulerType if "piecewise" not in s.value], default="constant")
+    schedules = [s.value for s in SchedulerType if s.value != "piecewise_constant"]  # that one needs a rule
+    add("--lr_scheduler", choices=schedules, default="constant", help="of the learning rate (default constant)")
     add("--lr_warmup_steps", type=int, default=0, help="optimizer steps of linear warm-up (default 0)")
-    add("--max_grad_norm", type=at_least_zero, default=1.0, help="clip the gradient's norm; 0: do not (default 1)")
+    add("--max_grad_norm", type=at_least_zero, help="clip the gradient's norm; 0: do not, and free each gradient as soon as"
+        " it is used (default 1; 0 with adamw8bit)")  # fmt: skip
     add("--optimizer", choices=["adamw", "adamw8bit"], default="adamw", help="adamw8bit needs bitsandbytes")
     add("--adam_weight_decay", type=at_least_zero, default=1e-2, help="AdamW's decoupled decay (default 0.01)")
     add("--trainable", choices=list(TRAINABLE), default="temporal", help="which UNet layers (default temporal)")
@@ -618,11 +1070,26 @@ def build_parser():
         help="recompute activations: none, full, or the cheapest that fits (default auto)",
     )
 
+    add("--compile", action="store_true", help="torch.compile the blocks: slow to start, faster to run on a GPU")
+    add(
+        "--dry_run",
+        action="store_true",
+        help="print what the run needs and whether it fits, from the configuration alone",
+    )
+
+    add = parser.add_argument_group("validation").add_argument
+    add("--validation_dir", help="prepared folder of held-out clips")
+    add("--num_validation_videos", type=int, default=0, help="else: hold out so many clips, whole episodes (default 0)")
+    add("--validation_steps", type=positive, default=500, help="validate every so many steps, and before the first")
+    add("--validation_metric", default="psnr_moving", choices=["psnr_moving", "loss_v", "flow_error", "ssim", "psnr"],
+        help="the best step by this is kept in OUTPUT_DIR/best (default psnr_moving)")  # fmt: skip
+
     add = parser.add_argument_group("checkpoints and logs").add_argument
     add("--checkpointing_steps", type=positive, default=500, help="save every so many steps (default 500)")
     add("--checkpoints_total_limit", type=positive, default=2, help="keep the newest so many (default 2)")
     add("--resume_from_checkpoint", metavar="latest|FOLDER", help="go on from a checkpoint of this run")
     add("--logging_steps", type=positive, default=10, help="a line in metrics.jsonl every so many steps (default 10)")
+    add("--report_to", choices=["tensorboard", "wandb"], help="also log there, where it is installed")
     return parser
 
 
@@ -642,10 +1109,21 @@ def parse_args(argv=None):
         parser.error(f"--ema_decay must be under 1, got {args.ema_decay:g}")
     if args.num_frames < 2:
         parser.error("--num_frames must be at least 2: one frame has no motion to learn")
-    if not torch.cuda.is_available() and args.mixed_precision == "fp16":
+    if args.max_grad_norm is None:
+        args.max_grad_norm = 0.0 if args.optimizer == "adamw8bit" else 1.0
+    for module, flag in (("bitsandbytes", args.optimizer == "adamw8bit"), (args.report_to, args.report_to)):
+        if flag and not args.dry_run and importlib.util.find_spec(module) is None:
+            parser.error(f"{'--report_to' if module == args.report_to else '--optimizer'} needs: pip install {module}")
+    if (args.validation_dir or args.num_validation_videos) and not args.cache_latents:
+        parser.error("validation reads the latent cache: leave out --no-cache_latents")
+    if not torch.cuda.is_available() and args.mixed_precision == "fp16" and not args.dry_run:
         parser.error("--mixed_precision fp16 needs a CUDA GPU; on the CPU use no or bf16")
     output = Path(args.output_dir)
-    if not args.resume_from_checkpoint and ((output / "model_index.json").exists() or checkpoints_of(output)):
+    if (
+        not args.resume_from_checkpoint
+        and not args.dry_run
+        and ((output / "model_index.json").exists() or checkpoints_of(output))
+    ):
         parser.error(
             f"--output_dir {output} already holds a run; give another one, or --resume_from_checkpoint latest to go on"
         )
@@ -667,7 +1145,7 @@ def check_sizes(args, folder):
 
 
 class Run:
-    """What saving, validating and logging need of a run in progress; only `main` changes it."""
+    """What saving, validating and logging need of a run in progress; `main` fills it in."""
 
     args: argparse.Namespace
     settings: dict  # what goes into every checkpoint and the result
@@ -680,167 +1158,165 @@ class Run:
 
 
 def choose_precision(args, device):
+    """Fills in --mixed_precision and returns its dtype: bf16; fp16 on GPUs without it; fp32 on a CPU."""
     if args.mixed_precision is None:
-        gpu = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-        args.mixed_precision = gpu if device.type == "cuda" else "no"
+        older = device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0)
+        args.mixed_precision = "fp16" if older else "bf16" if device.type == "cuda" or args.dry_run else "no"
     return {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[args.mixed_precision]
+
+
+def describe_run(args, base, clips, accelerator):
+    """The settings that every checkpoint and the result carry."""
+    args.global_batch_size = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
+    local = Path(args.pretrained_model_name).is_dir()
+    fps, buckets = ([clip[name] for clip in clips] for name in ("fps", "motion_bucket_id"))
+    seen = [(clip["directory"], len(clip["frames"]), clip["fps"], clip["motion_bucket_id"]) for clip in clips]
+    return {
+        **vars(args),
+        "pretrained_model_name": str(base.resolve()) if local else args.pretrained_model_name,
+        "base_fingerprint": common.weights_fingerprint(base, "unet"),
+        "dataset": hashlib.sha256(repr(seen).encode()).hexdigest()[:16],
+        "num_clips": len(clips),
+        "median_fps": statistics.median(fps),
+        "median_motion_bucket_id": statistics.median(buckets),
+        "motion_bucket_id_range": [min(buckets), max(buckets)],
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "diffusers": diffusers.__version__,
+        },
+    }
 
 
 def main(argv=None):
     args = parse_args(argv)
     cv2.setNumThreads(0)  # the loader has threads of its own
-    run = Run()
-    run.args = args
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if args.dry_run:
+        weight_dtype, folder = choose_precision(args, device), common.resolve_config(args.pretrained_model_name)
+        check_sizes(args, folder)
+        return dry_run(args, folder, weight_dtype, device)
 
     # set up: everything that can be refused is refused before a weight is loaded
-    run.base = common.resolve_model(args.pretrained_model_name)
+    run = Run()
+    run.args, run.base = args, common.resolve_model(args.pretrained_model_name)
     check_sizes(args, run.base)
-    clips = load_clips(args)
+    clips, held_out = split_clips(load_clips(args, args.dataset_dir), args)
     folder, state = find_checkpoint(args) if args.resume_from_checkpoint else (None, None)
-    # fp16 needs accelerate's gradient scaler, but not its autocast: the weights are cast once, by prepare_unet
+    weight_dtype = choose_precision(args, device)
     accelerator = Accelerator(
+        # fp16 needs accelerate's gradient scaler, but never its autocast: prepare_unet has cast what is to be cast
         mixed_precision="fp16" if args.mixed_precision == "fp16" else "no",
-        cpu=not torch.cuda.is_available(),
+        cpu=device.type == "cpu",
         kwargs_handlers=[AutocastKwargs(enabled=False), DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
+        log_with=args.report_to,
+        project_dir=args.output_dir,
     )
-    device, weight_dtype = accelerator.device, choose_precision(args, accelerator.device)
-    args.global_batch_size = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
-    fingerprint = "-".join(common.weights_fingerprint(run.base, part)[:8] for part in ("vae", "image_encoder"))
-    run.settings = {
-        **vars(args),
-        "base_fingerprint": common.weights_fingerprint(run.base, "unet"),
-        "dataset": hashlib.sha256(
-            repr([(c["directory"], len(c["frames"]), c["fps"], c["motion_bucket_id"]) for c in clips]).encode()
-        ).hexdigest()[:16],
-        "num_clips": len(clips),
-        "median_fps": statistics.median(clip["fps"] for clip in clips),
-        "median_motion_bucket_id": statistics.median(clip["motion_bucket_id"] for clip in clips),
-        "motion_bucket_id_range": [f(clip["motion_bucket_id"] for clip in clips) for f in (min, max)],
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
-    }
-    if Path(args.pretrained_model_name).is_dir():
-        run.settings["pretrained_model_name"] = str(Path(args.pretrained_model_name).resolve())
+    device = accelerator.device
+    run.settings = describe_run(args, run.base, clips, accelerator)
     if state:
         check_resume(run.settings, state["settings"], folder)
+    Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+    checkpointing = args.gradient_checkpointing
+    if checkpointing == "auto":
+        checkpointing, _ = cheapest_checkpointing(args, run.base, weight_dtype, free_memory(device))
 
-    # data
-    def load_encoders():
-        parts = {part: common.load_part(run.base, part, torch.float32) for part in common.PARTS if part != "unet"}
-        for part in ("vae", "image_encoder"):
-            parts[part].requires_grad_(False).to(device)
-        return StableVideoDiffusionPipeline(unet=None, **parts)
-
-    pipe = None if args.cache_latents else load_encoders()
+    # data: with the cache, training needs the VAE's encoder alone, and CLIP not at all
+    pipe = None if args.cache_latents else load_encoders(run.base, device)
     if args.cache_latents:
-        build_cache(clips, args, load_encoders, fingerprint, accelerator)
+        build_cache(clips + held_out, args, partial(load_encoders, run.base, device), run.base, accelerator)
     vae = pipe.vae if pipe else common.load_part(run.base, "vae", torch.float32).requires_grad_(False)
     if not pipe:
-        vae.decoder = None  # training encodes the first frame only
+        vae.decoder = None
         vae.to(device)
-    factor = 2 ** (len(vae.config.block_out_channels) - 1)
-    latent_shape = (vae.config.latent_channels, args.height // factor, args.width // factor)
-    dataset = ClipDataset(clips, args, vae.config.scaling_factor, latent_shape, cached=not pipe)
+    dataset = ClipDataset(clips, args, vae.config, cached=not pipe)
 
     # model
-    checkpointing = "full" if args.gradient_checkpointing == "auto" else args.gradient_checkpointing
     unet = common.load_part(run.base, "unet", torch.float32)
     prepare_unet(unet, args.trainable, weight_dtype, checkpointing)
+    if args.compile:
+        compile_blocks(unet)
     unet.to(device)
     run.trained = trained_parameters(unet)
-    run.optimizer = build_optimizer(args, run.trained.values(), device)
+    freed_early = gradients_freed_early(args, accelerator.num_processes)
+    run.optimizer = build_optimizer(args, run.trained.values(), freed_early)
     run.lr_scheduler = get_scheduler(
         args.lr_scheduler, run.optimizer, num_warmup_steps=args.lr_warmup_steps, num_training_steps=args.max_train_steps
     )
-    if args.use_ema:
-        run.ema = EMAModel(run.trained.values(), decay=args.ema_decay, foreach=True)
-    first_step = 0
-    if state:
-        first_step = state["step"]
-        common.lay_over(unet, Path(folder) / "trained.safetensors")
-        unflatten_state(
-            run.optimizer, run.trained, load_file(Path(folder) / "optimizer.safetensors"), state["optimizer"]
-        )
-        run.lr_scheduler.load_state_dict(state["lr_scheduler"])
-        if run.ema:
-            shadow = load_file(Path(folder) / "ema.safetensors")
-            run.ema.shadow_params = [shadow[name] for name in run.trained]
-            run.ema.optimization_step = state["ema_step"]
-    unet, optimizer = accelerator.prepare(unet, run.optimizer)
+    run.ema = EMAModel(run.trained.values(), decay=args.ema_decay, foreach=True) if args.use_ema else None
+    first_step = load_checkpoint(run, unet, folder, state) if state else 0
+    bare_unet, (unet, optimizer) = unet, accelerator.prepare(unet, run.optimizer)
     run.scaler = accelerator.scaler
     if state and run.scaler:
         run.scaler.load_state_dict(state["scaler"])
     if run.ema:
         run.ema.to(device)
-
-    millions = sum(p.numel() for p in run.trained.values()) / 1e6
+    bad = torch.zeros((), dtype=torch.bool, device=device)  # whether a gradient was not finite
+    bad_step = torch.full((), -1, dtype=torch.int64, device=device)  # and in which step first
+    if freed_early:
+        step_in_backward(run.optimizer, bad)
+    validation = Validation(run, held_out, vae, weight_dtype) if held_out and accelerator.is_main_process else None
     accelerator.print(
-        f"{len(clips)} clips, {args.max_train_steps} steps of {args.global_batch_size}; {millions:.1f} M parameters"
-        f" trained ({args.trainable}), {args.mixed_precision} on {device.type}, gradient checkpointing {checkpointing}"
+        f"{len(clips)} clips{f' and {len(held_out)} held out' if held_out else ''}, {args.max_train_steps} steps of"
+        f" {args.global_batch_size}; {sum(p.numel() for p in run.trained.values()) / 1e6:.1f} M parameters trained"
+        f" ({args.trainable}), {args.mixed_precision} on {device.type}, gradient checkpointing {checkpointing}"
     )
 
     # loop: one pass is one optimizer step
-    size, accumulation = args.train_batch_size, args.gradient_accumulation_steps
-    places = [
-        [(m * accelerator.num_processes + accelerator.process_index) * size + i for i in range(size)]
-        for m in range(accumulation)
-    ]
+    size, ranks, accumulation = args.train_batch_size, accelerator.num_processes, args.gradient_accumulation_steps
     index_batches = (
-        [step * args.global_batch_size + place for place in group]
+        [step * args.global_batch_size + (micro * ranks + accelerator.process_index) * size + i for i in range(size)]
         for step in range(first_step, args.max_train_steps)
-        for group in places
+        for micro in range(accumulation)
     )
     loader = batches(dataset, index_batches, device, args.dataloader_num_workers)
-    stop = StopSignal()
-    log = Log(run, accelerator)
-    bad_step = torch.full((), -1, dtype=torch.int64, device=device)  # the first step with a non-finite gradient
-    progress = tqdm(
-        total=args.max_train_steps, initial=first_step, desc="training", disable=not accelerator.is_main_process
-    )
+    stop, log = StopSignal(), Log(run, accelerator, first_step)
+    if first_step == 0:
+        log.validate(validation, bare_unet, 0)
     for step in range(first_step, args.max_train_steps):
         for micro in range(accumulation):
-            with log.waiting():
-                batch = next(loader)
+            batch = log.timed(next, loader)
             if pipe:
-                batch = add_latents(batch, pipe, vae.config.scaling_factor, device)
-            last = micro == accumulation - 1
-            with contextlib.nullcontext() if last else accelerator.no_sync(unet):
+                batch = add_latents(batch, pipe, device)
+            with contextlib.nullcontext() if micro == accumulation - 1 else accelerator.no_sync(unet):
                 loss, losses = training_loss(unet, vae, batch, weight_dtype, args.loss)
                 accelerator.backward(loss / accumulation)
             log.add(losses)
-        grad_norm = accelerator.clip_grad_norm_(run.trained.values(), args.max_grad_norm or math.inf)
-        # A non-finite gradient must not reach the weights, nor cost a CPU-GPU sync: fused AdamW skips its update on
-        # the device while found_inf is set, and the step is named when the next line is logged. fp16 overflows are
-        # the scaler's business (it sets found_inf itself); there only the loss counts.
-        bad = ~torch.isfinite(grad_norm if run.scaler is None else loss.detach())
+        # A non-finite gradient must not reach the weights, nor cost a CPU-GPU sync each step: fused AdamW skips its
+        # update on the device while found_inf is set, and the step is named when the next line is logged. With fp16 an
+        # overflow is the scaler's business (it sets found_inf itself), so there only the loss counts.
+        if not freed_early:
+            grad_norm = accelerator.clip_grad_norm_(run.trained.values(), args.max_grad_norm or math.inf)
+            bad = ~torch.isfinite(loss.detach() if run.scaler else grad_norm)
+            log.add({"grad_norm": grad_norm})
         bad_step = torch.where(bad & (bad_step < 0), step, bad_step)
-        if run.scaler is None:
+        if not run.scaler:
             run.optimizer.found_inf = (bad_step >= 0).float()
-        optimizer.step()
+        if args.optimizer == "adamw8bit" and not freed_early:  # bitsandbytes does not know found_inf: look now
+            log.stop_if_bad(bad_step, dataset)
+        if not freed_early:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         run.lr_scheduler.step()
-        optimizer.zero_grad(set_to_none=True)
         if run.ema:
             run.ema.step(run.trained.values())
         done = step + 1
-        progress.update()
 
         stopping = stop.requested(accelerator)
         saving = done % args.checkpointing_steps == 0 or stopping
-        if done % args.logging_steps == 0 or done == args.max_train_steps or saving:
-            if (bad := bad_step.item()) >= 0:
-                batch_of = range(bad * args.global_batch_size, (bad + 1) * args.global_batch_size)
-                names = sorted({dataset.clip_of(index)["directory"] for index in batch_of})
-                raise UserError(
-                    f"step {bad + 1}: the loss or gradient is not finite; the weights were not touched. Its clips:"
-                    f" {', '.join(names)}. Look at them, or try a lower --learning_rate, or --mixed_precision bf16"
-                )
-            log.write(done, grad_norm, progress)
+        validating = validation and (done % args.validation_steps == 0 or done == args.max_train_steps)
+        if done % args.logging_steps == 0 or done == args.max_train_steps or saving or validating:
+            log.stop_if_bad(bad_step, dataset)
+            log.write(done)
+        log.progress.update()
         if saving and accelerator.is_main_process:
             save_checkpoint(run, done)
         if stopping:
-            progress.close()
-            accelerator.print(f"stopped after step {done}, saved; go on with --resume_from_checkpoint latest")
+            accelerator.print(f"\nstopped after step {done}, saved; go on with --resume_from_checkpoint latest")
             return 128 + stopping
-    progress.close()
+        if validating:
+            log.validate(validation, bare_unet, done)
+    log.progress.close()
 
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
@@ -871,48 +1347,70 @@ class StopSignal:
 
 
 class Log:
-    """One line of metrics.jsonl every --logging_steps; device values are read only there."""
+    """The progress bar, metrics.jsonl and --report_to; device values are read only when a line is written."""
 
-    def __init__(self, run, accelerator):
-        self.run, self.accelerator = run, accelerator
-        self.path = Path(run.args.output_dir) / "metrics.jsonl"
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.reset(0)
+    def __init__(self, run, accelerator, first_step):
+        self.run, self.accelerator, self.path = run, accelerator, Path(run.args.output_dir) / "metrics.jsonl"
+        if run.args.report_to:
+            accelerator.init_trackers(
+                "svd", {k: v for k, v in vars(run.args).items() if isinstance(v, int | float | str)}
+            )
+        total, quiet = run.args.max_train_steps, not accelerator.is_main_process
+        self.progress = tqdm(total=total, initial=first_step, desc="training", unit="step", disable=quiet)
+        self.start(first_step)
 
-    def reset(self, step):
-        self.sums, self.count, self.waited, self.since, self.step = {}, 0, 0.0, time.perf_counter(), step
+    def start(self, step):
+        self.sums, self.counts, self.waited, self.since, self.step = {}, {}, 0.0, time.perf_counter(), step
 
-    @contextlib.contextmanager
-    def waiting(self):
+    def timed(self, function, *args):
+        """Calls it, and counts the time as waiting for data."""
         start = time.perf_counter()
-        yield
+        result = function(*args)
         self.waited += time.perf_counter() - start
+        return result
 
-    def add(self, losses):
-        self.count += 1
-        for name, value in losses.items():
+    def add(self, values):
+        for name, value in values.items():
             self.sums[name] = self.sums.get(name, 0) + value
+            self.counts[name] = self.counts.get(name, 0) + 1
 
-    def write(self, step, grad_norm, progress):
-        means = {name: self.accelerator.reduce(value / self.count, "mean").item() for name, value in self.sums.items()}
-        elapsed = time.perf_counter() - self.since
-        steps = max(1, step - self.step) if self.step else None
-        line = {
-            "step": step,
-            **means,
-            "grad_norm": grad_norm.item(),
-            "learning_rate": self.run.lr_scheduler.get_last_lr()[0],
-        }
-        if steps:
-            line["seconds_per_step"] = round(elapsed / steps, 4)
-            line["data_wait_share"] = round(self.waited / elapsed, 4)
+    def stop_if_bad(self, bad_step, dataset):
+        """Ends the run with the names of the clips if a gradient was not finite; the weights are those before it."""
+        if (step := bad_step.item()) >= 0:
+            batch = self.run.args.global_batch_size
+            names = sorted({dataset.clip_of(index)["directory"] for index in range(step * batch, (step + 1) * batch)})
+            raise UserError(
+                f"step {step + 1}: the loss or a gradient is not finite; it did not reach the weights. Its clips:"
+                f" {', '.join(names)}. Look at them, or try a lower --learning_rate, or --mixed_precision bf16"
+            )
+
+    def write(self, step):
+        reduce, elapsed = self.accelerator.reduce, time.perf_counter() - self.since
+        means = {name: reduce(total / self.counts[name], "mean").item() for name, total in self.sums.items()}
+        line = {"step": step, **means, "learning_rate": self.run.lr_scheduler.get_last_lr()[0]}
+        line["seconds_per_step"] = round(elapsed / (step - self.step), 4)
+        line["data_wait_share"] = round(self.waited / elapsed, 4)
         if self.accelerator.device.type == "cuda":
             line["peak_memory_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
+        self.append(line)
+        shown = {"loss": f"{means['loss_v']:.4f}", "lr": f"{line['learning_rate']:.1e}"}
+        shown |= {"mem": f"{line['peak_memory_gib']:.1f}G"} if "peak_memory_gib" in line else {}
+        self.progress.set_postfix(shown, refresh=False)
+        self.start(step)
+
+    def append(self, line):
         if self.accelerator.is_main_process:
             with open(self.path, "a") as file:
                 file.write(json.dumps(line) + "\n")
-            progress.set_postfix(loss=f"{means['loss_v']:.4f}", lr=f"{line['learning_rate']:.1e}")
-        self.reset(step)
+        self.accelerator.log({k: v for k, v in line.items() if k != "step"}, step=line["step"])
+
+    def validate(self, validation, unet, step):
+        if validation:
+            metrics = validation(unet, step, self.accelerator.device)
+            if metrics:
+                self.append({"step": step, **{f"validation_{name}": value for name, value in metrics.items()}})
+                validation.report(metrics, step)
+            self.start(step)
 
 
 if __name__ == "__main__":
