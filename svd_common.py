@@ -16,6 +16,8 @@ import cv2
 import numpy as np
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+PNG_OPTIONS = [cv2.IMWRITE_PNG_COMPRESSION, 1, cv2.IMWRITE_PNG_STRATEGY, cv2.IMWRITE_PNG_STRATEGY_RLE]
+PNG_OPTIONS += [cv2.IMWRITE_PNG_FILTER, cv2.IMWRITE_PNG_FILTER_UP]  # the fastest lossless settings measured
 
 
 class UserError(Exception):
@@ -42,7 +44,7 @@ def run_script(main):
 
 def natural_key(name):
     """Sorts `frame2` before `frame10`: digits compare as numbers."""
-    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", str(name))]
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", str(name))]
 
 
 def list_frames(folder):
@@ -111,10 +113,8 @@ def write_file(path, data):
 
 
 def encode_png(frame):
-    """(H, W, 3) RGB -> PNG bytes: lossless, with the fastest settings measured (RLE strategy, UP filter)."""
-    options = [cv2.IMWRITE_PNG_COMPRESSION, 1, cv2.IMWRITE_PNG_STRATEGY, cv2.IMWRITE_PNG_STRATEGY_RLE]
-    options += [cv2.IMWRITE_PNG_FILTER, cv2.IMWRITE_PNG_FILTER_UP]
-    return cv2.imencode(".png", cv2.cvtColor(frame, cv2.COLOR_RGB2BGR), options)[1].tobytes()
+    """(H, W, 3) RGB -> PNG bytes."""
+    return cv2.imencode(".png", cv2.cvtColor(frame, cv2.COLOR_RGB2BGR), PNG_OPTIONS)[1].tobytes()
 
 
 def write_video(path, frames, fps):
@@ -224,6 +224,13 @@ def list_clips(dataset_dir):
     return clips
 
 
+def clip_group(clip):
+    """What must stay together when clips are held out: all cameras of one LeRobot episode, else the video itself."""
+    source = str(clip.get("group") or clip.get("source") or clip["directory"])
+    episode = re.match(r"(.*?)videos/(chunk-\d+)/[^/]+/(episode_\d+)", source)
+    return "/".join(episode.groups()) if episode else source
+
+
 # ---------------------------------------------------------------------------------------------- motion and metrics
 
 
@@ -231,6 +238,44 @@ def optical_flow(first, second):
     """Dense flow (H, W, 2) in pixels between two uint8 images, RGB or grey: OpenCV's DIS, medium preset."""
     first, second = (cv2.cvtColor(f, cv2.COLOR_RGB2GRAY) if f.ndim == 3 else f for f in (first, second))
     return cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM).calc(first, second, None)
+
+
+MOTION_SIZE = 256  # pixels of the longer side at which motion is measured, so that it does not depend on the resolution
+MOTION_MIDDLE, MOTION_EXPONENT = 1.5, 0.5  # the motion that is given bucket 127, and how the buckets spread around it
+
+
+def motion_stride(fps):
+    """Frames between the two pictures of a motion measurement: about a tenth of a second, whatever the fps."""
+    return max(1, round(fps / 10))
+
+
+def motion_thumbnail(frame, to_grey=cv2.COLOR_RGB2GRAY):
+    """(H, W, 3) -> grey, the longer side at most `MOTION_SIZE`: what `flow_magnitude` compares."""
+    scale = MOTION_SIZE / max(frame.shape[:2])
+    if scale < 1:
+        size = (max(8, round(frame.shape[1] * scale)), max(8, round(frame.shape[0] * scale)))
+        frame = cv2.resize(frame, size, interpolation=cv2.INTER_AREA)
+    return cv2.cvtColor(frame, to_grey)
+
+
+def flow_magnitude(first, second):
+    """Mean length of the optical flow between two thumbnails, in percent of the longer side: DIS, fast preset."""
+    flow = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_FAST).calc(first, second, None)
+    return 100 * float(np.hypot(flow[..., 0], flow[..., 1]).mean()) / max(first.shape)
+
+
+def clip_motion(frames, fps):
+    """How much a clip (T, H, W, 3) RGB moves: mean optical flow in percent of the longer side per second."""
+    stride = min(motion_stride(fps), max(1, len(frames) - 1))
+    thumbnails = [motion_thumbnail(frame) for frame in frames[::stride]]
+    flows = [flow_magnitude(first, second) for first, second in zip(thumbnails, thumbnails[1:])]
+    return float(np.mean(flows)) * fps / stride if flows else 0.0
+
+
+def motion_bucket(motion):
+    """`clip_motion` -> motion_bucket_id: 255 * m^p / (m^p + middle^p). The scale is ours: Stability's is not public."""
+    powered = max(motion, 0.0) ** MOTION_EXPONENT
+    return round(255 * powered / (powered + MOTION_MIDDLE**MOTION_EXPONENT))
 
 
 def ssim(first, second):
@@ -325,6 +370,21 @@ def resolve_model(name):
         elif not list((folder / part).glob("*.json")):
             raise UserError(f"{folder}: {part}/ has no configuration (.json); copy the folder again, whole")
     return folder
+
+
+def resolve_config(name):
+    """A model name -> a folder with at least the configuration of its UNet and VAE; needs no weights."""
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return folder
+    from huggingface_hub import hf_hub_download
+
+    try:
+        for part in ("vae", "image_encoder", "unet"):
+            config = hf_hub_download(str(name), f"{part}/config.json")
+        return Path(config).parent.parent
+    except Exception as error:  # the hub's many errors, and names that it refuses
+        raise UserError(HUB_HELP.format(name=name, what=f"no configuration ({type(error).__name__})")) from None
 
 
 def download_model(name):
