@@ -6,15 +6,20 @@ Run the same command again after a stop: what is done stays, the rest is done. E
 the dataset; 1: some are not, each named with its reason; 2: nothing to do, or a wrong option.
 
 The way of one video: `find_videos` -> `probe_video` (ffmpeg lists its packets) -> `read_opencv`, or `read_ffmpeg` where
-OpenCV is known to be wrong or gives fewer frames than there are -> `write_clips` (threads encode images) -> `publish`.
+OpenCV is known to be wrong or gives fewer frames than there are -> `cut_clips` -> `write_clips` (threads encode the
+images) -> `publish` (rename, then record).
 """
 
 import argparse
+import bisect
 import contextlib
 import dataclasses
+import fnmatch
+import functools
 import hashlib
 import itertools
 import json
+import math
 import os
 import queue
 import re
@@ -22,7 +27,6 @@ import shutil
 import stat
 import statistics
 import subprocess
-import sys
 import threading
 import unicodedata
 from concurrent.futures import ThreadPoolExecutor, as_completed, wait
@@ -39,7 +43,7 @@ from tqdm import tqdm
 VIDEO_SUFFIXES = frozenset(
     ".264 .265 .3g2 .3gp .amv .apng .asf .av1 .avc .avi .dav .dif .divx .dv .evo .f4v .flv .gif .h264 .h265 .hevc .insv"
     " .ivf .lrv .m1v .m2t .m2ts .m2v .m4v .mj2 .mjpeg .mjpg .mk3d .mkv .mod .mov .mp4 .mp4v .mpe .mpeg .mpg .mpv .mts"
-    " .mxf .nut .obu .ogm .ogv .qt .rm .rmvb .tod .trp .ts .vob .vvc .webm .wmv .wtv .xvid .y4m".split()
+    " .mxf .nut .obu .ogm .ogv .qt .rm .rmvb .tod .trp .ts .vob .vvc .webm .webp .wmv .wtv .xvid .y4m".split()
 )
 PARTIAL_SUFFIXES = (".part", ".crdownload", ".download", ".aria2", ".ytdl")  # x.mp4.part: x.mp4 is not whole yet
 JPG_OPTIONS = [cv2.IMWRITE_JPEG_QUALITY, 95, cv2.IMWRITE_JPEG_SAMPLING_FACTOR, cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444]
@@ -60,19 +64,22 @@ class Stopped(Exception):
 
 # ------------------------------------------------------------------------------------------------- find the videos
 
+LEROBOT_V2 = re.compile(r"(?P<root>.*/)videos/chunk-\d+/(?P<camera>[^/]+)/(?P<episode>episode_\d+)\.\w+")
+LEROBOT_V3 = re.compile(r"(?P<root>.*/)videos/(?P<camera>[^/]+)/chunk-(?P<chunk>\d+)/file-(?P<file>\d+)\.\w+")
+
 
 @dataclasses.dataclass
 class Video:
-    """One file. `group`: clips of one group (the cameras of an episode) belong on one side of a held-out split."""
-
     path: str
     source: str  # relative to --video_dir, with slashes
     directory: str  # its folder in the dataset, and the stem of its record
-    group: str
+    group: str  # clips of one group (the cameras of an episode) belong on one side of a held-out split
     camera: str = ""
+    episodes: list = None  # LeRobot v3: (first second, end, episode) of the episodes in this file
 
-
-LEROBOT_V2 = re.compile(r"(?P<root>.*/)videos/chunk-\d+/(?P<camera>[^/]+)/(?P<episode>episode_\d+)\.\w+")
+    @property
+    def number(self):
+        return int(hashlib.sha256(os.fsencode(self.source)).hexdigest()[:8], 16)
 
 
 def directory_name(source):
@@ -96,9 +103,9 @@ def directory_name(source):
     return f"{name.encode()[:100].decode(errors='ignore')}+{digest}"
 
 
-def find_videos(video_dir):
-    """Every video file under `video_dir`, in name order. Links are followed, hidden and partial files left out."""
-    root = os.path.abspath(video_dir)
+def find_videos(args):
+    """Every video file of --video_dir, in name order. Links are followed; hidden and partial files are left out."""
+    root = os.path.abspath(args.video_dir)
     folders, links, seen, videos = [root], [], set(), []
     while folders or links:
         folder = folders.pop() if folders else links.pop()  # real folders first, so that files keep their real names
@@ -110,46 +117,108 @@ def find_videos(video_dir):
         for name, entry in entries.items():
             if entry.is_dir():
                 (links if entry.is_symlink() else folders).append(entry.path)
-            elif os.path.splitext(name)[1].lower() in VIDEO_SUFFIXES:
+            elif os.path.splitext(name)[1].lower() in VIDEO_SUFFIXES and not is_still_webp(entry):
                 if not any(name + partial in entries for partial in PARTIAL_SUFFIXES):
                     videos.append(describe_video(entry.path, root))
-    return sorted(videos, key=lambda video: common.natural_key(video.source))
+    if not videos:
+        raise common.UserError(f"--video_dir {args.video_dir}: no video in it")
+    chosen = [video for video in videos if is_wanted(video, args)]
+    if not chosen:
+        cameras = sorted({video.camera for video in videos if video.camera})
+        hint = f"; the cameras are {', '.join(cameras)}" if args.camera and cameras else ""
+        raise common.UserError(f"--camera, --include and --exclude leave none of {len(videos)} videos{hint}")
+    for video in chosen:
+        if match := LEROBOT_V3.fullmatch(video.path.replace(os.sep, "/")):
+            episodes = read_episodes(match["root"]).get((match["camera"], int(match["chunk"]), int(match["file"])))
+            if not episodes:
+                raise common.UserError(f"{match['root']}meta/episodes names no episode of {video.source}")
+            video.episodes = sorted(episodes)
+    return sorted(chosen, key=lambda video: common.natural_key(video.source))
+
+
+def is_still_webp(entry):
+    if not entry.name.lower().endswith(".webp") or not entry.is_file():
+        return False
+    with open(entry.path, "rb") as file:
+        head = file.read(21)
+    return len(head) < 21 or not (head[12:16] == b"VP8X" and head[20] & 2)
 
 
 def describe_video(path, root):
     source = os.path.relpath(path, root).replace(os.sep, "/")
     video = Video(path, source, directory_name(source), group=source)
-    if match := LEROBOT_V2.fullmatch(path.replace(os.sep, "/")):
+    posix = path.replace(os.sep, "/")
+    if match := LEROBOT_V2.fullmatch(posix) or LEROBOT_V3.fullmatch(posix):
         dataset = os.path.relpath(match["root"], root).replace(os.sep, "/")
-        video.group = match["episode"] if dataset.startswith(".") else f"{dataset}/{match['episode']}"
         video.camera = match["camera"]
+        video.group = "" if dataset.startswith(".") else dataset + "/"  # the episode follows
+        video.group += match.groupdict().get("episode", "")
     return video
+
+
+def is_wanted(video, args):
+    def named(patterns):
+        return any(
+            fnmatch.fnmatch(video.source, p) or fnmatch.fnmatch(os.path.basename(video.source), p) for p in patterns
+        )
+
+    camera = not args.camera or any(video.camera == c or video.camera.endswith("." + c) for c in args.camera)
+    return camera and (not args.include or named(args.include)) and not named(args.exclude)
+
+
+@functools.cache
+def read_episodes(root):
+    """LeRobot v3: where each file's episodes lie, `{(camera, chunk, file): [(first second, end, episode)]}`."""
+    why = f"{root} is a LeRobot v3 dataset: a file holds several episodes, and windows would cross from one to the next. "
+    try:
+        from pyarrow import parquet
+    except ImportError:
+        raise common.UserError(why + "pip install pyarrow, which reads their boundaries") from None
+    tables = sorted(Path(root, "meta", "episodes").rglob("*.parquet"))
+    if not tables:
+        raise common.UserError(why + "Their boundaries, meta/episodes/*/*.parquet, are missing") from None
+    episodes = {}
+    for row in itertools.chain.from_iterable(parquet.read_table(table).to_pylist() for table in tables):
+        for camera in (key.split("/")[1] for key in row if re.fullmatch(r"videos/[^/]+/from_timestamp", key)):
+            chunk, file, start, end = (
+                row[f"videos/{camera}/{name}"]
+                for name in ("chunk_index", "file_index", "from_timestamp", "to_timestamp")
+            )
+            episodes.setdefault((camera, int(chunk), int(file)), []).append((start, end, int(row["episode_index"])))
+    return episodes
 
 
 # ----------------------------------------------------------------------------------------------------------- probe
 
-PLAIN_CODECS = {"h264", "hevc", "mpeg4", "mpeg1video", "mpeg2video", "vp8", "vp9", "mjpeg"}  # of 8-bit 4:2:0 video
-PLAIN_MATRICES = {"", "bt709", "bt470bg", "smpte170m"}  # colour matrices that OpenCV turns into RGB as ffmpeg does
+PLAIN_CODECS = {"h264", "hevc", "mpeg4", "mpeg1video", "mpeg2video", "vp8", "vp9", "mjpeg"}
+PLAIN_MATRICES = {"", "unknown", "bt709", "bt470bg", "smpte170m"}  # OpenCV turns these into RGB as ffmpeg does
+HDR = {"smpte2084", "arib-std-b67"}  # PQ and HLG
+CUT_LEAST, CUT_RATIO = (
+    10,
+    3.5,
+)  # of 255: how much a cut changes the picture, and more than the frames before by how much
 
 
 @dataclasses.dataclass
 class Probe:
-    """What ffmpeg says of a file before decoding. The header may lie; the packets are there."""
+    """What ffmpeg says of a file without decoding it. The header may lie; the packets are there."""
 
-    demuxer: str
     codec: str
     pixel_format: str
-    colour: list  # of the stream line: range, matrix/primaries/transfer, field order, where known
-    width: int
-    height: int
-    square: bool
-    oriented: bool  # a display matrix: rotation or mirror
-    video_tracks: int
+    matrix: str  # of the colours, where it is tagged
+    transfer: str
+    size: tuple  # width, height as shown: turned, and with square pixels
+    stored: tuple  # as coded
+    turned: bool  # by the display matrix: a rotation, a mirror
+    tracks: int
     fps: float
-    duration: float
-    times: list  # seconds, of every packet in display order; None where the file has no timestamps
+    duration: float  # as claimed; 0 where it is not, or where it may be that of the sound
+    times: list  # seconds of every packet in display order; None where the file has no timestamps
     packets: int
     errors: list
+    notes: list
+    decoded: int = 0
+    last: float = None  # seconds of the last frame, where the decoder came to the end
 
 
 def start_ffmpeg(video, decoder_options, output_options):
@@ -162,9 +231,9 @@ def start_ffmpeg(video, decoder_options, output_options):
 
 
 def error_messages(lines):
-    """The decoder's complaints in a stream of `-v level+info` lines."""
-    found = (re.match(r"(?:\[[^\]]* @ [^\]]*\] )?\[(?:error|fatal|panic)\] (.*)", line) for line in lines)
-    return [match[1] for match in found if match]
+    """The complaints in the lines of `-v level+info`."""
+    found = (re.match(r"(?:\[[^\]]* @ [^\]]*\] )?\[(error|fatal|panic|warning)\] (.*)", line) for line in lines)
+    return [match[2] for match in found if match and (match[1] != "warning" or "corrupt" in match[2])]
 
 
 def check_file(video):
@@ -192,11 +261,8 @@ def check_file(video):
         raise Failure("a playlist, not a video: put the files that it names into --video_dir")
     if not head.strip(b"\0"):
         raise Failure("holds zeros instead of a video: an interrupted download?")
-    if all(byte in b"\t\n\r\f\x1b" or byte >= 32 for byte in head):
-        with contextlib.suppress(UnicodeDecodeError):
-            head[:1000].decode()
-            if not text.startswith(b"yuv4mpeg"):
-                raise Failure("text, not a video")
+    if not text.startswith(b"yuv4mpeg") and all(byte in b"\t\n\r\f\x1b" or 32 <= byte < 127 for byte in head):
+        raise Failure("text, not a video")
     return status
 
 
@@ -205,76 +271,76 @@ def probe_video(video, max_packets=None):
     limit = ["-frames:v", str(max_packets)] if max_packets else []
     process = start_ffmpeg(video, [], ["-c", "copy", *limit, "-f", "framecrc", "pipe:1"])
     listing, log = (part.decode("utf-8", "replace").splitlines() for part in process.communicate())
-    errors = error_messages(log)
     header = list(itertools.takewhile(lambda line: not re.match(r"\[info\] (Output #0|Stream mapping)", line), log))
-    demuxer = next((m[1] for line in header if (m := re.match(r"\[info\] Input #0, (.+), from ", line))), "")
-    streams = [m[1] for line in header if (m := re.match(r"\[info\]   Stream #0:\d+.*?: (\w+): ", line))]
+    output, header, errors = "\n".join(log[len(header) :]), "\n".join(header), error_messages(log)
+    tracks = re.findall(r"^\[info\]   Stream #0:\d+.*?: (\w+): ", header, re.MULTILINE)
     packets = [line.split(",") for line in listing if line[:2] == "0,"]
     if not packets:
-        if any("Protocol not found" in error for error in errors):
-            raise common.UserError(f"{imageio_ffmpeg.get_ffmpeg_exe()} is too old: pip install -U imageio-ffmpeg")
-        raise Failure(why_unreadable(demuxer, streams, errors))
-    if "_pipe" in demuxer or demuxer in ("image2", "tty"):
+        raise Failure(why_unreadable(tracks, errors))
+    if re.search(r"^\[info\] Input #0, (\w+_pipe|image2|tty), from ", header, re.MULTILINE):
         raise Failure("a still image or text, not a video")
-    output = log[len(header) :]
-    line = next((line for line in output if re.match(r"\[info\]   Stream #0:0.*: Video: ", line)), "")
-    pixel = re.search(r", (\w+)(?:\(([^)]*)\))?, \d+x\d+", line)
-    fps = re.search(r", ([\d.]+)(k?) fps", line)
-    clock = re.search(r"Duration: (\d+):(\d+):([\d.]+)", "\n".join(header))
-    fields = dict(m.groups() for row in listing if (m := re.match(r"#(\w+) 0: (.*)", row)))
-    width, height = (int(n) for n in fields["dimensions"].split("x"))
-    tick = eval_ratio(fields["tb"])
+    fields = dict(match.groups() for row in listing if (match := re.match(r"#(\w+) 0: (.*)", row)))
+    track = re.search(r"^\[info\]   Stream #0:0.*: Video: .*?, (\w+)(?:\((.*?)\))?, \d+x\d+.*", output, re.MULTILINE)
+    pixel_format, tags = track.groups(default="") if track else ("", "")
+    colour = [tag for tag in tags.split(", ") if tag not in ("tv", "pc", "progressive") and " first" not in tag]
+    matrix, transfer = colour[0].split("/")[0] if colour else "", colour[0].split("/")[-1] if colour else ""
+    turn = re.search(r"Display Matrix: rotation of (-?[\d.]+)?", output)
+    fps = re.search(r", ([\d.]+)(k?) fps", track[0] if track else "")
+    clock = re.search(r"^\[info\]   Duration: (\d+):(\d+):([\d.]+)", header, re.MULTILINE)
+    tick, sar = (n / d if d else 1 for n, d in (map(int, fields[name].split("/")) for name in ("tb", "sar")))
+    stored = width, height = tuple(int(n) for n in fields["dimensions"].split("x"))
+    width = round(width * sar) if 0.1 < sar < 10 else width
+    if turn and 45 < abs(float(turn[1] or 0)) < 135:
+        width, height = height, width
     stamps = [int(packet[2]) for packet in packets]
     if min(stamps) < -(1 << 62):  # AVI and bare streams: no presentation times, but steady decoding times
         stamps = [int(packet[1]) for packet in packets]
+    notes = ["interlaced"] * (" first" in tags) + [f"HDR ({transfer}) made SDR"] * (transfer in HDR)
+    notes += ["alpha dropped"] * bool(re.match(r"yuva|gbra|rgba|bgra|argb|abgr|ya\d", pixel_format))
     return Probe(
-        demuxer=demuxer,
         codec=fields["codec_id"],
-        pixel_format=pixel[1] if pixel else "",
-        colour=[part.strip() for part in (pixel[2] or "").split(",")] if pixel else [],
-        width=width,
-        height=height,
-        square=eval_ratio(fields["sar"]) in (0, 1),
-        oriented=any("Display Matrix" in row for row in output),
-        video_tracks=streams.count("Video"),
+        pixel_format=pixel_format,
+        matrix=matrix,
+        transfer=transfer,
+        size=(width, height),
+        stored=stored,
+        turned=bool(turn),
+        tracks=tracks.count("Video"),
         fps=float(fps[1]) * (1000 if fps[2] else 1) if fps else 0.0,
-        duration=int(clock[1]) * 3600 + int(clock[2]) * 60 + float(clock[3]) if clock else 0.0,
-        times=None if min(stamps) < -(1 << 62) else [stamp * tick for stamp in sorted(stamps)],
+        duration=float(clock[1]) * 3600 + float(clock[2]) * 60 + float(clock[3])
+        if clock and "Audio" not in tracks
+        else 0,
+        times=None if min(stamps) < -(1 << 62) else [(stamp - min(stamps)) * tick for stamp in sorted(stamps)],
         packets=len(packets),
         errors=errors,
+        notes=notes,
     )
 
 
-def eval_ratio(text):
-    over, under = (int(n) for n in text.split("/"))
-    return over / under if under else 0
-
-
-def why_unreadable(demuxer, streams, errors):
-    if "Video" in streams and not any("matches no streams" in error for error in errors):
+def why_unreadable(tracks, errors):
+    if any("Protocol not found" in error for error in errors):
+        raise common.UserError(f"{imageio_ffmpeg.get_ffmpeg_exe()} is too old: pip install -U imageio-ffmpeg")
+    if "Video" in tracks and not any("matches no streams" in error for error in errors):
         return "its video track holds no frame"
-    if streams:
-        return "no video track" + (" (audio only)" if "Audio" in streams else "")
+    if tracks:
+        return "no video track" + (" (audio only)" if "Audio" in tracks else "")
     if any("moov atom not found" in error for error in errors):
         return "no index in it (moov atom not found): the recording or the download was cut short"
     return "not a video that ffmpeg can read" + (f" ({errors[0]})" if errors else "")
 
 
-def opencv_is_right(probe, video):
-    """Whether OpenCV is known to give this file's frames as a player shows them."""
-    matrix = next((part for part in probe.colour if "/" in part or part in PLAIN_MATRICES), "").split("/")[0]
-    interlaced = any("first" in part or "coded" in part for part in probe.colour)  # reads as black frames
-    plain_name = "%" not in video.path and not any("\udc80" <= letter <= "\udcff" for letter in video.path)
+def opencv_is_right(video, probe):
+    """Whether OpenCV is known to give a file's frames as a player shows them (interlaced: black; mirrored: turned)."""
     return (
         probe.codec in PLAIN_CODECS
         and probe.pixel_format in ("yuv420p", "yuvj420p")
-        and matrix.replace("unknown", "") in PLAIN_MATRICES
-        and probe.square
-        and not probe.oriented
-        and not interlaced
-        and probe.video_tracks == 1
+        and probe.matrix in PLAIN_MATRICES
+        and probe.size == probe.stored
+        and probe.tracks == 1
         and probe.times is not None
-        and plain_name
+        and not (probe.turned or probe.notes)
+        and "%" not in video.path  # could be read as a pattern
+        and not any("\udc80" <= letter <= "\udcff" for letter in video.path)  # not UTF-8: OpenCV crashes
     )
 
 
@@ -288,63 +354,149 @@ def read_opencv(video, probe, args, threads):
         ok, frame = capture.read()
         if not ok:
             raise Distrust("fewer frames than packets")
-        if frame.shape != (probe.height, probe.width, 3):
+        if frame.shape != (*probe.size[::-1], 3):
             raise Distrust("another size")
         if not frame[::16, ::16].any() and not frame.any():
             raise Distrust("an all-black frame, as interlaced video gives")
+        probe.decoded += 1
         yield time, frame
+    if capture.grab():
+        raise Distrust("more frames than packets")
+    probe.last = time
+
+
+def video_filters(probe, args):
+    """ffmpeg's filters: light of HDR to SDR, square pixels, --width x --height (cover, then crop the centre), BGR."""
+    filters = []
+    if probe.transfer in HDR:
+        matrix = probe.matrix if probe.matrix.startswith("bt2020") else "bt2020nc"
+        filters.append(f"zscale=min={matrix}:pin=bt2020:tin={probe.transfer}:t=linear:npl=100,format=gbrpf32le")
+        filters.append("zscale=p=bt709,tonemap=hable:desat=0,zscale=t=bt709:m=bt709:r=tv,format=yuv444p")
+    if args.width:
+        scale = max(args.width / probe.size[0], args.height / probe.size[1])
+        size = [max(least, round(n * scale)) for n, least in zip(probe.size, (args.width, args.height))]
+        kind = "area" if scale < 1 else "bicubic"
+        filters += [f"scale={size[0]}:{size[1]}:flags={kind}", f"crop={args.width}:{args.height}"]
+    elif probe.size not in (probe.stored, probe.stored[::-1]):
+        filters.append(f"scale={probe.size[0]}:{probe.size[1]}")
+    return ",".join([*filters, "setsar=1", "format=bgr24", "showinfo=checksum=0"])
 
 
 def read_ffmpeg(video, probe, args, threads):
-    """Yields (seconds, BGR frame) from a pipe of ffmpeg, which turns, mirrors, squares the pixels and scales."""
-    filters = []
-    if not probe.square:
-        filters += ["scale=iw*sar:ih", "setsar=1"]
-    filters += ["format=bgr24", "showinfo=checksum=0"]
-    options = ["-vf", ",".join(filters), "-fps_mode", "passthrough", "-f", "rawvideo", "-pix_fmt", "bgr24", "pipe:1"]
-    process = start_ffmpeg(video, ["-threads", str(threads)], options)
+    """Yields (seconds, BGR frame) from a pipe of ffmpeg, which turns and mirrors as the display matrix says."""
+    output = ["-vf", video_filters(probe, args), "-fps_mode", "passthrough", "-f", "rawvideo", "pipe:1"]
+    process = start_ffmpeg(video, ["-threads", str(threads)], output)
     with contextlib.suppress(ImportError, AttributeError, OSError):  # a larger pipe, where there is such a thing
         import fcntl
 
         fcntl.fcntl(process.stdout, fcntl.F_SETPIPE_SZ, 1 << 20)
-    times, size = queue.Queue(), queue.Queue()
+    times, sizes = queue.Queue(), queue.Queue()
 
     def read_log():
         for line in process.stderr:
             line = line.decode("utf-8", "replace").rstrip()
-            if match := re.search(r"_showinfo_.*\bpts_time:(\S+)", line):
-                times.put(float(match[1]) if match[1] != "NOPTS" else None)
+            if match := re.search(r"showinfo.*\bpts_time:(\S+)", line):
+                times.put(None if match[1] == "NOPTS" else float(match[1]))
             elif match := re.match(r"\[info\]   Stream #0:0.*: Video: rawvideo.*?, (\d+)x(\d+)", line):
-                size.put((int(match[2]), int(match[1]), 3))
+                sizes.put((int(match[2]), int(match[1]), 3))
             else:
                 probe.errors.extend(error_messages([line]))
-        size.put(None)
+        sizes.put(None)
 
     log = threading.Thread(target=read_log, daemon=True)
     log.start()
+    first, probe.decoded = None, 0
     try:
-        shape = size.get()
-        for number in itertools.count() if shape else ():
+        shape = sizes.get()
+        while shape:
             frame = np.empty(shape, np.uint8)
-            if not read_exactly(process.stdout, memoryview(frame).cast("B")):
+            view = memoryview(frame).cast("B")
+            while view and (count := process.stdout.readinto(view)):
+                view = view[count:]
+            if view:
                 break
             time = times.get()
-            yield time if time is not None else number / (probe.fps or 25), frame
+            time = probe.decoded / (probe.fps or 25) if time is None else time
+            first = time if first is None else first
+            probe.decoded, last = probe.decoded + 1, time - first
+            yield last, frame
         log.join()
+        probe.last = last if probe.decoded else None
     finally:
         process.kill()
         process.stdout.close()
         process.wait()
 
 
-def read_exactly(file, view):
-    """Fills `view` from an unbuffered pipe; False at the end of it."""
-    while len(view):
-        count = file.readinto(view)
-        if not count:
-            return False
-        view = view[count:]
-    return True
+# ---------------------------------------------------------------------------------------------------- choose frames
+
+
+def resample(frames, fps):
+    """The frame nearest to each tick of 1/fps seconds, by timestamps; never one twice: no copy fills a gap."""
+    start = best = None
+    for time, frame in frames:
+        start = time if start is None else start
+        tick = math.floor((time - start) * fps + 0.5)
+        distance = abs((time - start) * fps - tick)
+        if best and best[0] != tick:
+            yield best[2:]
+            best = None
+        if best is None or distance < best[1] - 1e-6:
+            best = tick, distance, time, frame
+    if best:
+        yield best[2:]
+
+
+def number_scenes(frames):
+    """Yields (scene, (seconds, frame)): the number rises where the shot changes, or where the timestamps have a hole.
+
+    A cut: small pictures of two frames differ by far more than those of the frames before did.
+    """
+    scene, before, recent, gaps, last = 0, None, [], [], None
+    for time, frame in frames:
+        step = max(1, min(frame.shape[:2]) // 96)
+        small = cv2.resize(frame[::step, ::step], (48, 32), interpolation=cv2.INTER_AREA).astype(np.float32)
+        if before is not None:
+            change, gap = float(np.abs(small - before).mean()), time - last
+            if change > max(CUT_LEAST, CUT_RATIO * max(recent, default=0)) or gap > max(1, 10 * max(gaps, default=gap)):
+                scene, recent = scene + 1, []
+            else:
+                recent, gaps = [*recent[-7:], change], [*gaps[-7:], gap]
+        before, last = small, time
+        yield scene, (time, frame)
+
+
+def cut_clips(frames, video, args):
+    """Yields (seconds, frame, names) with the names of the clips that the frame belongs to: one for a whole video;
+    `name@0003` for the windows of --clip_frames and the shots of --split_scenes; none between LeRobot v3's episodes."""
+    numbers = itertools.count()
+    starts = [start for start, _, _ in video.episodes or []]
+
+    def episode_of(pair):
+        if not starts:
+            return ""
+        at = max(0, bisect.bisect(starts, pair[0] + 0.005) - 1)
+        start, end, episode = video.episodes[at]
+        return f"episode_{episode:06d}" if start <= pair[0] + 0.005 < end else None
+
+    for episode, part in itertools.groupby(frames, episode_of):
+        if episode is None:
+            continue
+        part = resample(part, args.fps) if args.fps else part
+        part = itertools.islice(part, args.max_frames)
+        shots = itertools.groupby(number_scenes(part), lambda pair: pair[0]) if args.split_scenes else [(0, part)]
+        for _, shot in shots:
+            open_clips = []
+            for index, pair in enumerate(shot):
+                time, frame = pair[1] if args.split_scenes else pair
+                if index % (args.clip_stride or args.clip_frames or math.inf) == 0:
+                    number = [f"{next(numbers):04d}"] if args.split_scenes or args.clip_frames else []
+                    name = "@".join([video.directory, *([episode] if episode else []), *number])
+                    open_clips.append((name, index + (args.clip_frames or math.inf)))
+                open_clips = [(name, end) for name, end in open_clips if index < end]
+                yield time, frame, [name for name, _ in open_clips]
+        if not starts:
+            return  # --max_frames: what follows is not decoded
 
 
 # ----------------------------------------------------------------------------------------------------- write clips
@@ -354,191 +506,217 @@ def read_exactly(file, view):
 class Clip:
     """One folder of the dataset while it is being written."""
 
-    directory: str
+    folder: Path
     stride: int  # frames between the two pictures of a motion measurement
+    shape: tuple
     times: list = dataclasses.field(default_factory=list)
-    shape: tuple = ()
     thumbnail: np.ndarray = None
-    flows: list = dataclasses.field(default_factory=list)
+    flows: list = dataclasses.field(default_factory=list)  # jobs
 
 
 class Run:
-    """What the threads of a run share: options, folders, the pool of encoders, the progress bar, the stop sign."""
+    """What the threads of a run share: options, folders, the encoders, the progress bar, the stop sign."""
 
     def __init__(self, args, videos):
         self.args = args
         self.output = Path(args.output_dir)
         self.state = self.output / ".prepare"  # a record for each finished video, and the folders being written
-        self.work = self.state / "work"
-        self.readers = min(args.num_workers, max(1, len(videos)))
-        self.pool = ThreadPoolExecutor(args.num_workers)
+        self.work = self.state / ("work" + args.shard_name)
+        self.readers = max(1, min(args.num_workers, len(videos)))
+        self.encoders = ThreadPoolExecutor(args.num_workers)
+        self.huge = threading.Lock()
         self.bar = tqdm(unit="frame", disable=None, dynamic_ncols=True)
-        self.waiting, self.expected = len(videos), 0
-        self.stop = threading.Event()
-        self.error = None
-        self.lock = threading.Lock()
+        self.waiting, self.expected, self.begun = len(videos), 0, 0
+        self.stop, self.error, self.lock = threading.Event(), None, threading.Lock()
 
-    def expect(self, frames):
-        """A video begins: the bar's total is what is known, plus the mean for those that wait."""
+    def expect(self, frames=None):
+        """A video begins, or needs nothing: the bar's total is what is known, plus the mean for those that wait."""
         with self.lock:
             self.waiting -= 1
-            self.expected += frames
-            started = self.readers if self.readers > self.waiting else 1
-            self.bar.total = self.expected + round(self.waiting * self.expected / max(1, started))
-            self.bar.refresh()
+            if frames is not None:
+                self.begun, self.expected = self.begun + 1, self.expected + frames
+            self.bar.total = self.expected + round(self.waiting * self.expected / max(1, self.begun))
 
 
-def encode_frame(frame, image_format):
-    """BGR frame -> the bytes of its image file. PNG is lossless, with the fastest settings measured."""
-    options = common.PNG_OPTIONS if image_format == "png" else JPG_OPTIONS
-    return cv2.imencode(f".{image_format}", frame, options)[1].tobytes()
-
-
-def average_fps(times, claimed):
-    """True average rate of timestamps in seconds, without their holes; and the holes, as (start, length)."""
+def average_fps(times, *claims):
+    """True average rate of timestamps in seconds, without their holes; and the holes' lengths."""
     gaps = [b - a for a, b in itertools.pairwise(times) if b > a]
     if not gaps:
-        return claimed or 25.0, []
+        return next((round(claim, 3) for claim in claims if claim), 25.0), []
     longest = max(1.0, 10 * statistics.median(gaps))
-    holes = [(a, b - a) for a, b in itertools.pairwise(times) if b - a > longest]
     steady = [gap for gap in gaps if gap <= longest]
     fps = len(steady) / sum(steady)
-    # timestamps in whole milliseconds leave an error that the rate in the header does not have
-    return round(claimed if abs(fps - claimed) <= 0.01 + fps * 0.0015 / sum(steady) else fps, 3), holes
+    for claim in claims:  # timestamps in whole milliseconds leave an error that the rate in the header does not have
+        if claim and abs(fps - claim) <= 0.01 + fps * 0.0015 / sum(steady):
+            fps = claim
+    return round(fps, 3), [gap for gap in gaps if gap > longest]
 
 
 def write_clips(video, probe, frames, run):
-    """Takes (seconds, frame) pairs to folders of images under `run.work`; returns the clips, all written."""
-    jobs = []
+    """Writes the folders of a video's clips under `run.work`; returns `{directory: Clip}`."""
+    jobs, clips = [], {}
     try:
-        clips = submit_clips(video, probe, frames, run, jobs)
+        submit_frames(video, probe, frames, run, jobs, clips)
         for job in jobs:
             job.result()
         return clips
     finally:
         frames.close()
-        wait(jobs)  # nothing writes into the folder any more, whatever happened
+        wait(jobs)  # nothing writes into the folders any more, whatever happened
 
 
-def submit_clips(video, probe, frames, run, jobs):
-    args, clips = run.args, []
-    fps = average_fps(probe.times, probe.fps)[0] if probe.times else probe.fps or 25.0
+def submit_frames(video, probe, frames, run, jobs, clips):
+    suffix = run.args.image_format
+    options = common.PNG_OPTIONS if suffix == "png" else JPG_OPTIONS
+    fps = average_fps(probe.times or [], probe.fps)[0]
+    stride = common.motion_stride(min(fps, run.args.fps or fps))
     room = None
 
     def work(frame, paths, thumbnails):
         try:
-            data = encode_frame(frame, args.image_format)
+            data = cv2.imencode(f".{suffix}", frame, options)[1]
             for path in paths:
-                path.write_bytes(data)
-            return common.flow_magnitude(*thumbnails) if thumbnails else None
+                with open(path, "wb") as file:
+                    file.write(data)
+            return [common.flow_magnitude(first, second) for first, second in thumbnails]
         except OSError as error:  # a full disk: no other video has room either
             run.error = error
             run.stop.set()
             raise
         finally:
             room.release()
-            run.bar.update()
 
-    clip = Clip(video.directory, common.motion_stride(fps))
-    for time, frame in itertools.islice(frames, args.max_frames):
+    for time, frame, names in cut_clips(frames, video, run.args):
         if run.stop.is_set():
             raise Stopped
-        if room is None:
+        run.bar.update()
+        if not names:
+            continue
+        if room is None:  # what waits for an encoder is bounded in bytes
             room = threading.BoundedSemaphore(max(1, min(16, BYTES_IN_FLIGHT // run.readers // frame.nbytes)))
-            folder = run.work / clip.directory
-            folder.mkdir(parents=True)
-            clip.shape = frame.shape
-            clips.append(clip)
-        thumbnails = None
-        if len(clip.times) % clip.stride == 0:
-            previous, clip.thumbnail = clip.thumbnail, common.motion_thumbnail(frame, cv2.COLOR_BGR2GRAY)
-            thumbnails = None if previous is None else (previous, clip.thumbnail)
+        thumbnail, pairs, measured, paths = None, [], [], []
+        for name in names:
+            if name not in clips:
+                clips[name] = Clip(run.work / name, stride, frame.shape)
+                clips[name].folder.mkdir(parents=True)
+            clip = clips[name]
+            paths.append(clip.folder / f"{len(clip.times):05d}.{suffix}")
+            if len(clip.times) % stride == 0:
+                thumbnail = common.motion_thumbnail(frame, cv2.COLOR_BGR2GRAY) if thumbnail is None else thumbnail
+                if clip.thumbnail is not None:
+                    pairs.append((clip.thumbnail, thumbnail))
+                    measured.append(clip)
+                clip.thumbnail = thumbnail
+            clip.times.append(time)
         room.acquire()
-        job = run.pool.submit(work, frame, [folder / f"{len(clip.times):05d}.{args.image_format}"], thumbnails)
-        if thumbnails:
-            clip.flows.append(job)
-        jobs.append(job)
-        clip.times.append(time)
-    return clips
+        jobs.append(run.encoders.submit(work, frame, paths, pairs))
+        for place, clip in enumerate(measured):
+            clip.flows.append((jobs[-1], place))
 
 
-def prepare_video(video, run):
-    """Decodes and writes one video; returns its record. Raises `Failure` where it gives nothing."""
+def prepare_video(video, run, old):
+    """Does one video unless the record of an earlier run says that it is done; returns its record.
+
+    Raises `Failure` where it gives nothing.
+    """
     args = run.args
     status = check_file(video)
-    probe = probe_video(video, max_packets=args.max_frames and args.max_frames + 64)  # 64: frames out of order
+    stamp = {"size": status.st_size, "mtime_ns": status.st_mtime_ns}
+    if old:
+        changed = any(old[key] != value for key, value in stamp.items())
+        if changed and not args.overwrite:
+            raise Failure("changed since it was prepared, the dataset holds what it was: --overwrite makes it again")
+        if not changed and old["options"] == shaping_options(args) and is_complete(old, run.output):
+            run.expect()
+            return old
+    probe = probe_video(
+        video, args.max_frames + 64 if args.max_frames and not args.fps and not video.episodes else None
+    )
     run.expect(min(args.max_frames or probe.packets, probe.packets))
     threads = max(1, args.num_workers // run.readers)
-    for reader in [read_opencv] * opencv_is_right(probe, video) + [read_ffmpeg]:
-        try:
-            clips = write_clips(video, probe, reader(video, probe, args, threads), run)
-            break
-        except Distrust:
-            shutil.rmtree(run.work / video.directory, ignore_errors=True)
-    if not clips:
+    with run.huge if math.prod(probe.size) > 1 << 24 else contextlib.nullcontext():  # one 8K video at a time
+        for reader in [read_opencv] * (opencv_is_right(video, probe) and not args.width) + [read_ffmpeg]:
+            try:
+                clips = write_clips(video, probe, reader(video, probe, args, threads), run)
+                break
+            except Distrust:
+                for path in run.work.glob(f"{video.directory}*"):
+                    shutil.rmtree(path)
+    if not probe.decoded:
         raise Failure("no frame of it can be decoded" + (f" ({probe.errors[0]})" if probe.errors else ""))
-    decoder = "opencv" if reader is read_opencv else "ffmpeg"
-    lines = [describe_clip(clip, video, probe, decoder, run) for clip in clips]
-    return {
-        "source": video.source,
-        "size": status.st_size,
-        "mtime_ns": status.st_mtime_ns,
-        "options": shaping_options(args),
-        "clips": lines,
+    record = {"source": video.source, **stamp, "options": shaping_options(args), "clips": [], "dropped": {}}
+    common_fields = {
+        "decoder": reader.__name__.removeprefix("read_"),
+        "codec": probe.codec,
+        **what_was_wrong(probe, args),
     }
+    for directory, clip in clips.items():
+        line = {**describe_clip(directory, clip, video, probe, args), **common_fields}
+        if line["num_frames"] < args.min_frames:
+            record["dropped"][directory] = f"{line['num_frames']} frames, fewer than {args.min_frames}"
+        elif line["motion"] < args.min_motion:
+            record["dropped"][directory] = f"motion {line['motion']}, less than {args.min_motion}"
+        else:
+            record["clips"].append(line)
+    publish(video, record, old, run)
+    return record
 
 
-def describe_clip(clip, video, probe, decoder, run):
+def what_was_wrong(probe, args):
+    """Damage, which makes the exit status 1, and what is only worth knowing."""
+    problems, notes = [], list(probe.notes)
+    wanted = min(args.max_frames or probe.packets, probe.packets)
+    truncated = probe.decoded < wanted and bool(probe.errors)
+    if probe.last is not None and probe.duration - probe.last > max(0.5, 0.05 * probe.duration) + 1 / (probe.fps or 25):
+        truncated = True
+        problems.append(f"ends after {probe.last:.1f} s of the {probe.duration:.1f} s that its header claims")
+    if truncated and probe.decoded < wanted:
+        problems.append(f"{probe.decoded} of {wanted} frames could be decoded")
+    if probe.errors:
+        problems.append(f"damaged: {probe.errors[0]}")
+    return {"truncated": truncated, "problems": problems, "notes": notes}
+
+
+def describe_clip(directory, clip, video, probe, args):
     """The clip's line in metadata.jsonl."""
-    fps, holes = average_fps(clip.times, probe.fps)
-    problems = [f"a hole of {length:.1f} s in the timestamps" for _, length in holes]
-    flows = [job.result() for job in clip.flows]
+    fps, holes = average_fps(clip.times, probe.fps, args.fps)
+    flows = [job.result()[place] for job, place in clip.flows]
     if flows:
         motion = statistics.fmean(flows) * fps / clip.stride
     else:  # shorter than the stride
-        motion = common.clip_motion([common.read_frame(p) for p in common.list_frames(run.work / clip.directory)], fps)
-    wanted = min(run.args.max_frames or probe.packets, probe.packets)
-    truncated = len(clip.times) < wanted and bool(probe.errors)
-    if truncated:
-        problems.append(f"{len(clip.times)} of {wanted} frames could be decoded")
-    if probe.errors:
-        problems.append(f"damaged: {probe.errors[0]}")
-    end = clip.times[-1] + 1 / fps
-    if not run.args.max_frames and end < probe.duration - max(0.5, 0.05 * probe.duration) and not truncated:
-        truncated = True
-        problems.append(f"ends after {end:.1f} s of the {probe.duration:.1f} s that its header claims")
+        motion = common.clip_motion([common.read_frame(path) for path in common.list_frames(clip.folder)], fps)
+    episode = re.search(r"@(episode_\d+)", directory) if video.episodes else None
     return {
-        "directory": clip.directory,
+        "directory": directory,
         "source": video.source,
-        "group": video.group,
+        "group": video.group + (episode[1] if episode else ""),
         "fps": fps,
         "num_frames": len(clip.times),
         "width": clip.shape[1],
         "height": clip.shape[0],
-        "motion": round(motion, 3),
-        "motion_bucket_id": common.motion_bucket(motion),
-        "decoder": decoder,
-        "codec": probe.codec,
         "start": round(clip.times[0], 3),
         "duration": round(clip.times[-1] - clip.times[0] + 1 / fps, 3),
-        "truncated": truncated,
-        "problems": problems,
+        "holes": [round(hole, 3) for hole in holes],
+        "motion": round(motion, 3),
+        "motion_bucket_id": common.motion_bucket(motion),
     }
 
 
 # -------------------------------------------------------------------------------------------------- dataset folder
 
+SHAPING = "max_frames width height fps clip_frames clip_stride min_frames min_motion split_scenes image_format".split()
+
 
 def shaping_options(args):
     """The options that decide what a clip's files are: a dataset is of one kind."""
-    return {name: getattr(args, name) for name in ("max_frames", "image_format")}
+    return {name: getattr(args, name) for name in SHAPING}
 
 
 def read_records(state):
-    """What earlier runs finished: `{source: record}` of .prepare/*.json."""
+    """What was finished so far: `{source: record}` of .prepare/*.json."""
     records = {}
     for path in state.glob("*.json"):
-        with contextlib.suppress(json.JSONDecodeError):
+        with contextlib.suppress(json.JSONDecodeError, FileNotFoundError):
             record = json.loads(path.read_text(encoding="utf-8"))
             records[record["source"]] = record
     return records
@@ -554,9 +732,9 @@ def dump_line(record):
     try:
         text = json.dumps(record, ensure_ascii=False)
         text.encode()
-        return text
+        return text + "\n"
     except UnicodeEncodeError:  # a source whose name is not UTF-8
-        return json.dumps(record)
+        return json.dumps(record) + "\n"
 
 
 def publish(video, record, old, run):
@@ -564,47 +742,79 @@ def publish(video, record, old, run):
 
     After a kill at any point the next run finds a record whose folders are not all there, and does that video again.
     """
-    for clip in (old or {}).get("clips", []):
-        if (run.output / clip["directory"]).exists():
-            os.replace(run.output / clip["directory"], run.work / f"{clip['directory']}.old")
+    owned = {clip["directory"] for clip in (old or {}).get("clips", [])}
+    for directory in owned:
+        if (run.output / directory).exists():
+            os.replace(run.output / directory, run.work / f"{directory}.old")
+    for clip in record["clips"]:
+        if os.path.lexists(run.output / clip["directory"]):
+            raise Failure(f"{run.output / clip['directory']} exists and is not of this program: move it away")
     path = run.state / f"{video.directory}.json"
-    aside = path.with_suffix(".part")
-    aside.write_text(dump_line(record) + "\n", encoding="utf-8")
-    os.replace(aside, path)
+    path.with_suffix(f".part{run.args.shard_name}").write_text(dump_line(record), encoding="utf-8")
+    os.replace(path.with_suffix(f".part{run.args.shard_name}"), path)
     for clip in record["clips"]:
         os.replace(run.work / clip["directory"], run.output / clip["directory"])
-    with run.lock, open(run.output / "metadata.jsonl", "a", encoding="utf-8") as file:
-        file.write("".join(dump_line(clip) + "\n" for clip in record["clips"]))
+    for directory in [*record["dropped"], *(f"{name}.old" for name in owned)]:
+        shutil.rmtree(run.work / directory, ignore_errors=True)
+    if not run.args.shard:  # shards write the file at the end: appending is not safe between machines
+        with run.lock, open(run.output / "metadata.jsonl", "a", encoding="utf-8") as file:
+            file.write("".join(map(dump_line, record["clips"])))
 
 
-def write_metadata(output, records):
-    """metadata.jsonl from the records, in name order; lines and fields that somebody else wrote stay."""
-    path = output / "metadata.jsonl"
-    lines = {}
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+def write_metadata(output):
+    """metadata.jsonl from all records, in name order; lines and fields that somebody else wrote stay. Returns them."""
+    path, lines, records = output / "metadata.jsonl", {}, read_records(output / ".prepare")
+    for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
         with contextlib.suppress(json.JSONDecodeError, TypeError, KeyError):
-            line = json.loads(line)
+            line = json.loads(text)
             lines[line["directory"]] = {**lines.get(line["directory"], {}), **line}
     clips = {clip["directory"]: clip for record in records.values() for clip in record["clips"]}
-    kept = {d: line for d, line in lines.items() if d in clips or line.get("source") not in records}
-    merged = {d: {**kept.get(d, {}), **clips.get(d, {})} for d in {*kept, *clips}}
-    if merged:
-        common.write_file(path, "".join(dump_line(merged[d]) + "\n" for d in sorted(merged, key=common.natural_key)))
-    return clips
+    lines = {d: line for d, line in lines.items() if d in clips or line.get("source") not in records}
+    merged = [{**lines.get(d, {}), **clips.get(d, {})} for d in sorted({*lines, *clips}, key=common.natural_key)]
+    text = "".join(map(dump_line, merged))
+    if merged and not (path.exists() and path.read_text(encoding="utf-8") == text):
+        common.write_file(path, text)
+    return records
+
+
+def write_preview(output, clips):
+    """preview.jpg: a row for each clip, for up to forty of them: name, fps, motion, and six of its frames."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    high, wide, left = 80, 144, 300
+    clips = [clips[i * len(clips) // min(40, len(clips))] for i in range(min(40, len(clips)))]
+    sheet = Image.new("RGB", (left + 6 * wide, high * len(clips)), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(12)
+    for row, clip in enumerate(clips):
+        name = clip["directory"].encode("ascii", "replace").decode()
+        lines = [name[i : i + 40] for i in range(0, min(len(name), 120), 40)]
+        lines += [f"{clip['num_frames']} frames, {clip['fps']:g} fps"]
+        lines += [f"motion {clip['motion']:g}, bucket {clip['motion_bucket_id']}"]
+        draw.multiline_text((4, row * high + 2), "\n".join(lines), "black", font, spacing=1)
+        paths = common.list_frames(output / clip["directory"])
+        for place in range(6 if paths else 0):
+            image = Image.fromarray(common.read_frame(paths[place * (len(paths) - 1) // 5]))
+            image.thumbnail((wide - 2, high - 2))
+            sheet.paste(image, (left + place * wide, row * high + 1))
+    data = cv2.imencode(".jpg", cv2.cvtColor(np.asarray(sheet), cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, 90])[1]
+    common.write_file(output / "preview.jpg", data.tobytes())
 
 
 @contextlib.contextmanager
-def lock_folder(path):
-    """Refuses a second run on the same folder; the lock ends with the process, however it ends."""
-    with open(path, "w") as file:
-        try:
+def lock_folder(state, shard_name):
+    """Refuses a second run on the same folder, or of the same shard; the lock ends with the process in any case."""
+    with open(state / "lock", "w") as whole, open(state / f"lock{shard_name}", "w") as part:
+        with contextlib.suppress(ImportError):  # no such locks on Windows
             import fcntl
 
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise common.UserError(f"{path.parent.parent}: another run is at work on this folder") from None
-        except (ImportError, OSError):  # no such locks here
-            pass
+            try:
+                fcntl.flock(whole, (fcntl.LOCK_SH if shard_name else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+                if shard_name:
+                    fcntl.flock(part, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise common.UserError(f"--output_dir {state.parent}: another run is at work on it") from None
+            except OSError:  # a file system without locks
+                pass
         yield
 
 
@@ -613,54 +823,96 @@ def printable(name):
     return name if name.isprintable() else ascii(name)
 
 
-def summarize(clips, failures, out=sys.stdout):
-    """What was kept, what was not and why, and the range in which --motion_bucket_id means something."""
+def summarize(records, failures):
+    """Prints what was kept, what was not and why, and the range in which --motion_bucket_id means something."""
 
-    def spread(values):
-        return f"{min(values):g} to {max(values):g}, median {statistics.median(values):g}"
+    def spread(key):
+        values = sorted(clip[key] for clip in clips)
+        low, middle, high = (values[round(q * (len(values) - 1))] for q in (0.1, 0.5, 0.9))
+        return f"{values[0]:g} to {values[-1]:g}; a tenth below {low:g}, half below {middle:g}, a tenth above {high:g}"
 
+    clips = [clip for record in records for clip in record["clips"]]
     if clips:
-        frames, seconds = sum(c["num_frames"] for c in clips), sum(c["duration"] for c in clips)
-        sizes = sorted({f"{c['width']}x{c['height']}" for c in clips}, key=common.natural_key)
-        print(f"kept: {len(clips)} clips, {frames} frames, {seconds / 3600:.2f} hours", file=out)
-        print(f"  size    {', '.join(sizes[:8])}{' ...' if len(sizes) > 8 else ''}", file=out)
-        print(f"  fps     {spread([c['fps'] for c in clips])}", file=out)
-        print(f"  motion  {spread([c['motion'] for c in clips])} % of the longer side per second", file=out)
-        print(f"  motion_bucket_id  {spread([c['motion_bucket_id'] for c in clips])}", file=out)
-    flawed = {clip["directory"]: "; ".join(clip["problems"]) for clip in clips if clip["problems"]}
-    for title, reasons in (("kept, but", flawed), ("not kept", failures)):
+        frames, hours = sum(clip["num_frames"] for clip in clips), sum(clip["duration"] for clip in clips) / 3600
+        sizes = statistics.multimode(f"{clip['width']}x{clip['height']}" for clip in clips)
+        others = len({(clip["width"], clip["height"]) for clip in clips}) - 1
+        print(f"kept: {len(clips)} clips of {len(records)} videos, {frames} frames, {hours:.2f} hours")
+        print(f"  size: {sizes[0]}" + (f" and {others} others" if others else ""))
+        print(f"  fps: {spread('fps')}")
+        print(f"  motion, % of the longer side a second: {spread('motion')}")
+        print(f"  motion_bucket_id: {spread('motion_bucket_id')}")
+    flawed = {
+        r["source"]: "; ".join(r["clips"][0]["problems"]) for r in records if r["clips"] and r["clips"][0]["problems"]
+    }
+    dropped = {directory: reason for record in records for directory, reason in record["dropped"].items()}
+    for title, reasons in (("kept, but", flawed), ("dropped", dropped), ("not kept", failures)):
         if reasons:
-            print(f"{title}: {len(reasons)}", file=out)
+            print(f"{title}: {len(reasons)}")
         for name, reason in reasons.items():
-            print(f"  {printable(name)}: {reason}", file=out)
+            print(f"  {printable(name)}: {reason}")
+    return flawed
 
 
 # ---------------------------------------------------------------------------------------------------- command line
 
 
-def positive(text):
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"must be a whole number above 0, got {text}")
-    return int(text)
+def number(kind, least, more=False):
+    """An argparse type: a number of at least `least`, or above it."""
+
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"must be a number, got {text}") from None
+        if not (value > least if more else value >= least) or value == math.inf:
+            raise argparse.ArgumentTypeError(f"must be {'above' if more else 'at least'} {least}, got {text}")
+        return value
+
+    return parse
 
 
 def build_parser():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
-    parser.add_argument(
-        "--video_dir", required=True, help="folder of videos, searched with its subfolders; never written to"
+    add = parser.add_argument
+    add("--video_dir", required=True, help="folder of videos, searched with its subfolders; never written to")
+    add("--output_dir", required=True, help="the dataset folder to make or to go on with")
+    add("--max_frames", type=number(int, 1), help="frames to take from each video at most (default: all)")
+    add("--width", type=number(int, 16), help="pixels; with --height: cover this size, then crop the centre")
+    add("--height", type=number(int, 16), help="pixels")
+    add("--fps", type=number(float, 0, more=True), help="frames a second to keep; slower video keeps what it has")
+    add("--clip_frames", type=number(int, 1), help="cut each video into clips of this many frames")
+    add("--clip_stride", type=number(int, 1), help="frames from one clip's start to the next (default: --clip_frames)")
+    add("--min_frames", type=number(int, 1), help="drop shorter clips (default: --clip_frames, or 1)")
+    add(
+        "--min_motion",
+        type=number(float, 0),
+        default=0.0,
+        help="drop stiller clips; percent of the longer side a second",
     )
-    parser.add_argument("--output_dir", required=True, help="the dataset folder to make or to go on with")
-    parser.add_argument("--max_frames", type=positive, help="frames to take from each video at most (default: all)")
-    parser.add_argument(
-        "--image_format", choices=("png", "jpg"), default="png", help="png is lossless; jpg is quality 95"
+    add("--split_scenes", action="store_true", help="cut where the shot changes, so that no window crosses a cut")
+    add("--include", nargs="+", default=[], metavar="PATTERN", help="take only these, as in '*/left/*' or 'demo_*.mp4'")
+    add("--exclude", nargs="+", default=[], metavar="PATTERN", help="leave these out")
+    add(
+        "--camera",
+        nargs="+",
+        default=[],
+        help="take only these cameras of LeRobot datasets: full name or its last part",
     )
-    parser.add_argument(
+    add(
+        "--image_format",
+        choices=("png", "jpg"),
+        default="png",
+        help="png is lossless; jpg (quality 95) a quarter the time",
+    )
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    add(
         "--num_workers",
-        type=positive,
-        default=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        help="encoding threads (default: one for each core, here %(default)s)",
+        type=number(int, 1),
+        default=cores,
+        help="encoding threads (default: one a core, here %(default)s)",
     )
-    parser.add_argument("--overwrite", action="store_true", help="make clips again whose source or options changed")
+    add("--shard", metavar="I/N", help="do part I of N, on as many machines; I from 0 to N-1, or from 1 to N")
+    add("--overwrite", action="store_true", help="make again what changed since: the source, or the options")
     return parser
 
 
@@ -672,71 +924,40 @@ def parse_args(argv=None):
         parser.error(f"--video_dir {args.video_dir}: no such folder")
     if os.path.exists(output_dir) and not os.path.isdir(output_dir):
         parser.error(f"--output_dir {args.output_dir}: a file of that name is in the way")
-    if os.path.commonpath([video_dir, output_dir]) == video_dir:
+    if output_dir == video_dir or output_dir.startswith(video_dir.rstrip(os.sep) + os.sep):
         parser.error("--output_dir must lie outside --video_dir, which is never written to")
+    if (args.width is None) != (args.height is None):
+        parser.error("--width and --height go together")
+    if args.clip_stride and not args.clip_frames:
+        parser.error("--clip_stride needs --clip_frames")
+    args.min_frames, args.shard_name = args.min_frames or args.clip_frames or 1, ""
+    if args.shard:
+        match = re.fullmatch(r"(\d+)/([1-9]\d*)", args.shard)
+        if not match or int(match[1]) > int(match[2]):
+            parser.error(f"--shard must be I/N with I at most N, as in 0/4, got {args.shard}")
+        args.shard = int(match[1]) % int(match[2]), int(match[2])
+        args.shard_name = f"-{args.shard[0]}-of-{args.shard[1]}"
     return args
 
 
-def plan(videos, records, args, output):
-    """Divides the videos into those to do and those that fail at once; what is done and unchanged is in neither."""
-    todo, failures = [], {}
-    for video in videos:
-        record = records.get(video.source)
-        if record is None:
-            if os.path.lexists(output / video.directory):
-                failures[video.source] = f"{output / video.directory} exists and is not of this program: move it away"
-            else:
-                todo.append(video)
-            continue
-        status = os.stat(video.path)
-        changed = (status.st_size, status.st_mtime_ns) != (record["size"], record["mtime_ns"])
-        if record["options"] != shaping_options(args) and not args.overwrite:
-            raise common.UserError(
-                f"{output} holds clips made with {record['options']}, not {shaping_options(args)}: "
-                "use the same options, --overwrite, or another --output_dir"
-            )
-        if changed and not args.overwrite:
-            failures[video.source] = "changed since it was prepared; the dataset holds the older one: --overwrite"
-        elif changed or record["options"] != shaping_options(args) or not is_complete(record, output):
-            todo.append(video)
-    return todo, failures
-
-
-def main(argv=None):
-    args = parse_args(argv)
-    cv2.setNumThreads(1)  # the threads of this program take the cores
-    videos = find_videos(args.video_dir)
-    if not videos:
-        raise common.UserError(f"--video_dir {args.video_dir}: no video in it")
-    output = Path(args.output_dir)
-    (output / ".prepare").mkdir(parents=True, exist_ok=True)
-    with lock_folder(output / ".prepare" / "lock"):
-        records = read_records(output / ".prepare")
-        todo, failures = plan(videos, records, args, output)
-        failures.update(run_all(todo, records, args))
-        clips = write_metadata(output, records)
-    sources = {video.source for video in videos}
-    clips = [clip for clip in clips.values() if clip["source"] in sources]
-    summarize(clips, failures)
-    return 1 if failures or any(clip["problems"] for clip in clips) else 0
-
-
-def run_all(todo, records, args):
+def run_all(videos, records, args):
     """Prepares the videos side by side; adds to `records`; returns `{source: reason}` of those that failed."""
-    run, failures = Run(args, todo), {}
+    run, failures = Run(args, videos), {}
     shutil.rmtree(run.work, ignore_errors=True)
     run.work.mkdir()
 
     def one(video):
         if run.stop.is_set():
             raise Stopped
-        record = prepare_video(video, run)
-        publish(video, record, records.get(video.source), run)
-        return record
+        try:
+            return prepare_video(video, run, records.get(video.source))
+        finally:
+            for path in run.work.glob(video.directory + "*"):
+                shutil.rmtree(path, ignore_errors=True)
 
     readers = ThreadPoolExecutor(run.readers)
     try:
-        jobs = {readers.submit(one, video): video for video in todo}
+        jobs = {readers.submit(one, video): video for video in videos}
         for job in as_completed(jobs):
             try:
                 records[jobs[job].source] = job.result()
@@ -749,10 +970,40 @@ def run_all(todo, records, args):
     finally:
         run.stop.set()
         readers.shutdown(cancel_futures=True)
-        run.pool.shutdown()
+        run.encoders.shutdown()
         run.bar.close()
         shutil.rmtree(run.work, ignore_errors=True)
     return failures
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    cv2.setNumThreads(1)  # the threads of this program take the cores
+    videos = find_videos(args)
+    if args.shard:
+        videos = [video for video in videos if video.number % args.shard[1] == args.shard[0]]
+    output = Path(args.output_dir)
+    state = output / ".prepare"
+    state.mkdir(parents=True, exist_ok=True)
+    with lock_folder(state, args.shard_name):
+        old = read_records(state)
+        other = next((r["options"] for r in old.values() if r["options"] != shaping_options(args)), None)
+        if other and not args.overwrite:
+            named = ", ".join(f"--{key} {value}" for key, value in other.items() if shaping_options(args)[key] != value)
+            raise common.UserError(f"--output_dir {output} was made with {named}: do the same, or add --overwrite")
+        failures = run_all(videos, dict(old), args)
+        records = write_metadata(output)
+        while True:  # another shard may have finished meanwhile: the last one writes all
+            clips = [clip for record in records.values() for clip in record["clips"]]
+            clips.sort(key=lambda clip: common.natural_key(clip["directory"]))
+            if clips and (records != old or not (output / "preview.jpg").exists()):
+                write_preview(output, clips)
+            old, records = records, write_metadata(output)
+            if records == old:
+                break
+    chosen = [records[video.source] for video in videos if video.source in records]
+    flawed = summarize(chosen, failures)
+    return 1 if failures or flawed else 0
 
 
 if __name__ == "__main__":

@@ -78,7 +78,7 @@ def test_fields_and_frames(tmp_path):
     assert names == [f"{n:05d}.png" for n in range(7)]
     expected = extract(tmp_path / "videos/sub/x.MP4", tmp_path / "ffmpeg")[:7]
     assert np.array_equal(frames_of(tmp_path / "out", line), expected)
-    assert "kept: 1 clips, 7 frames" in text
+    assert "kept: 1 clips of 1 videos, 7 frames" in text
 
 
 def test_all_frames_by_default(tmp_path):
@@ -159,7 +159,7 @@ def test_bad_files_are_named_and_the_others_go_on(tmp_path):
         "gone.mp4": "a link",
     }.items():
         assert any(name in row and reason in row for row in text.splitlines()), (name, text)
-    assert sorted(os.listdir(tmp_path / "out")) == [".prepare", "good", "metadata.jsonl"]
+    assert sorted(os.listdir(tmp_path / "out")) == [".prepare", "good", "metadata.jsonl", "preview.jpg"]
 
 
 def test_truncated_is_kept_and_marked(tmp_path):
