@@ -338,6 +338,28 @@ def video_metrics(generated, real):
 # ---------------------------------------------------------------------------------------------------- SVD's parts
 
 PARTS = ("unet", "vae", "image_encoder", "scheduler", "feature_extractor")
+MODEL_PARTS = PARTS[:3]
+# The published configurations, where they differ from the classes' defaults; a plan needs nothing else.
+SVD_XT_CONFIG = {
+    "unet": {"block_out_channels": [320, 640, 1280, 1280], "cross_attention_dim": 1024, "num_frames": 25},
+    "vae": {
+        "block_out_channels": [128, 256, 512, 512],
+        "down_block_types": ["DownEncoderBlock2D"] * 4,
+        "latent_channels": 4,
+        "layers_per_block": 2,
+    },
+    "image_encoder": {
+        "hidden_size": 1280,
+        "intermediate_size": 5120,
+        "num_attention_heads": 16,
+        "num_hidden_layers": 32,
+        "patch_size": 14,
+        "projection_dim": 1024,
+    },
+}
+SVD_CONFIGS = {
+    f"stabilityai/stable-video-diffusion-{kind}": SVD_XT_CONFIG for kind in ("img2vid", "img2vid-xt", "img2vid-xt-1-1")
+}
 CHECKPOINT_STATE = "training_state.json"  # what makes a folder a checkpoint of train_svd.py
 SETTINGS = "training_settings.json"  # beside every result: what it was trained with
 
@@ -364,7 +386,7 @@ def resolve_model(name):
         hint = f"; its newest checkpoint is {checkpoints[-1]}: use that" if checkpoints else ""
         raise UserError(f"{folder}: no finished diffusers pipeline here (model_index.json is missing){hint}")
     for part in PARTS:
-        if part in ("unet", "vae", "image_encoder"):
+        if part in MODEL_PARTS:
             read_config(folder, part)
             weight_files(folder, part)
         elif not list((folder / part).glob("*.json")):
@@ -373,17 +395,19 @@ def resolve_model(name):
 
 
 def resolve_config(name):
-    """A model name -> a folder with at least the configuration of its UNet and VAE; needs no weights."""
+    """A model name -> a folder (or, for SVD itself, a dict) with the configuration of its parts; needs no weights."""
     folder = Path(name).expanduser()
     if folder.is_dir():
         return folder
     from huggingface_hub import hf_hub_download
 
     try:
-        for part in ("vae", "image_encoder", "unet"):
-            config = hf_hub_download(str(name), f"{part}/config.json")
-        return Path(config).parent.parent
+        local = str(name) in SVD_CONFIGS  # what the cache has, or what we know: no network needed to plan
+        paths = [hf_hub_download(str(name), f"{part}/config.json", local_files_only=local) for part in MODEL_PARTS]
+        return Path(paths[0]).parent.parent
     except Exception as error:  # the hub's many errors, and names that it refuses
+        if str(name) in SVD_CONFIGS:
+            return SVD_CONFIGS[str(name)]
         raise UserError(HUB_HELP.format(name=name, what=f"no configuration ({type(error).__name__})")) from None
 
 
@@ -413,6 +437,8 @@ def download_model(name):
 
 def read_config(folder, part):
     """`<folder>/<part>/config.json` as a dict, readable before any weight is loaded."""
+    if isinstance(folder, dict):
+        return folder[part]
     path = Path(folder) / part / "config.json"
     try:
         return json.loads(path.read_text(encoding="utf-8"))

@@ -29,6 +29,9 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
+import svd_common as common  # isort: skip  (first: it quiets OpenCV and transformers, which read that once)
+from svd_common import UserError  # isort: skip
+
 import cv2
 import diffusers
 import numpy as np
@@ -53,9 +56,6 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
-
-import svd_common as common
-from svd_common import UserError
 
 # ------------------------------------------------------------------------------------------------------ Objective
 # SVD is a v-prediction model in EDM's continuous-sigma form (Karras et al. 2022; Blattmann et al. 2023, appendix D).
@@ -633,8 +633,8 @@ def dry_run(args, folder, weight_dtype, device):
     plan["output_gib"] = round(output_bytes(folder) / 2**30, 3)
     print(
         f"trains {plan['trainable_parameters'] / 1e6:.1f} M parameters ({args.trainable}) of"
-        f" {args.pretrained_model_name}, {args.width}x{args.height}, {args.num_frames} frames, batch {args.train_batch_size}, {args.mixed_precision},"
-        f" {args.optimizer}, gradient checkpointing {mode}"
+        f" {args.pretrained_model_name}, {args.width}x{args.height}, {args.num_frames} frames, batch"
+        f" {args.train_batch_size}, {args.mixed_precision}, {args.optimizer}, gradient checkpointing {mode}"
     )
     for name in ("weights", "gradients", "optimizer", "activations"):
         print(f"  {name:12s} {plan[f'{name}_gib']:8.2f} GiB" + (" at the peak" if name == "activations" else ""))
@@ -670,10 +670,8 @@ def advice(args, folder, weight_dtype, available):
 def output_bytes(folder):
     """Size of the result: that of the base's files, or of fp32 weights where only the configuration is there."""
     try:
-        return sum(
-            f.stat().st_size for part in ("unet", "vae", "image_encoder") for f in common.weight_files(folder, part)
-        )
-    except UserError:
+        return sum(f.stat().st_size for part in common.MODEL_PARTS for f in common.weight_files(folder, part))
+    except (UserError, TypeError):  # no files there, or no folder at all
         with FakeTensorMode(allow_non_fake_inputs=True):
             models = [
                 UNetSpatioTemporalConditionModel.from_config(common.read_config(folder, "unet")),
@@ -844,7 +842,7 @@ def save_result(run, step):
         for source in (base / part).glob("*.json"):
             if ".index" not in source.name:
                 shutil.copyfile(source, aside / part / source.name)
-        for source in common.weight_files(base, part) if part in ("unet", "vae", "image_encoder") else ():
+        for source in common.weight_files(base, part) if part in common.MODEL_PARTS else ():
             target = aside / part / source.name.replace(".fp16", "")
             if part != "unet":
                 shutil.copyfile(source, target)
@@ -1046,8 +1044,8 @@ def build_parser():
     schedules = [s.value for s in SchedulerType if s.value != "piecewise_constant"]  # that one needs a rule
     add("--lr_scheduler", choices=schedules, default="constant", help="of the learning rate (default constant)")
     add("--lr_warmup_steps", type=int, default=0, help="optimizer steps of linear warm-up (default 0)")
-    add("--max_grad_norm", type=at_least_zero, help="clip the gradient's norm; 0: do not, and free each gradient as soon as"
-        " it is used (default 1; 0 with adamw8bit)")  # fmt: skip
+    add("--max_grad_norm", type=at_least_zero, help="clip the gradient's norm; 0: do not, and free each gradient as"
+        " soon as it is used (default 1; 0 with adamw8bit)")  # fmt: skip
     add("--optimizer", choices=["adamw", "adamw8bit"], default="adamw", help="adamw8bit needs bitsandbytes")
     add("--adam_weight_decay", type=at_least_zero, default=1e-2, help="AdamW's decoupled decay (default 0.01)")
     add("--trainable", choices=list(TRAINABLE), default="temporal", help="which UNet layers (default temporal)")

@@ -1,0 +1,36 @@
+# `make demo` and `make test` need nothing but Python 3.10 or newer and make.
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+PIP_FLAGS ?=
+
+.PHONY: demo test tiny clean
+.DEFAULT_GOAL = demo
+
+$(VENV)/.installed: requirements.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+		{ echo 'error: $(PYTHON) is older than 3.10; run make PYTHON=python3.12 (or another that you have)'; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || { echo 'error: no venv here; on Debian or Ubuntu: apt install python3-venv'; exit 1; }
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -r requirements.txt
+	@touch $@
+
+$(VENV)/.installed-test: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) pytest ruff
+	@touch $@
+
+# Prepares the bundled clips, fine-tunes the tiny checkpoint, generates from held-out first frames, scores: demo/
+demo: $(VENV)/.installed
+	$(BIN)/python tests/demo.py
+
+test: $(VENV)/.installed-test
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
+	$(BIN)/python -m pytest -q
+
+# Makes tests/tiny_svd again from nothing (needs PyBullet to render; hours on a CPU): see tests/tiny/README.md
+tiny: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet pybullet==3.2.7
+	PYTHON=$(BIN)/python sh tests/tiny/make_tiny.sh
+
+clean:
+	rm -rf demo .pytest_cache .ruff_cache

@@ -1,0 +1,84 @@
+"""What the tests share: the small real checkpoint, folders of frames, and launching the real scripts."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import svd_common as common  # isort: skip
+
+import numpy as np
+import pytest
+
+TINY = ROOT / "tests" / "tiny_svd"
+SIZE = ["--width", "96", "--height", "64", "--num_frames", "8"]
+
+
+def pytest_collection_modifyitems(items):
+    import torch
+
+    for item in items:
+        if "gpu" in item.keywords and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="no CUDA GPU here"))
+
+
+def run(script, *arguments, ok=True, **options):
+    """Runs a script as a user does; returns the finished process, its stdout and stderr together in `.stdout`."""
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", **options.pop("env", {})}
+    environment.setdefault("OMP_NUM_THREADS", "2")
+    done = subprocess.run(
+        [sys.executable, str(ROOT / script), *map(str, arguments)],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, timeout=500, **options,
+    )  # fmt: skip
+    if ok:
+        assert done.returncode == 0, done.stdout
+    else:
+        assert done.returncode != 0, done.stdout
+        assert "Traceback" not in done.stdout, done.stdout
+    return done
+
+
+def moving_square(num_frames, width=96, height=64, seed=0):
+    """(T, H, W, 3) uint8: a bright square that glides over a textured ground."""
+    rng = np.random.default_rng(seed)
+    ground = (rng.random((height // 8, width // 8, 3)) * 120).astype(np.uint8).repeat(8, 0).repeat(8, 1)
+    frames = []
+    for t in range(num_frames):
+        frame = ground.copy()
+        left = 4 + (t * 6 + 11 * seed) % (width - 24)
+        frame[20:40, left : left + 16] = 230 - 20 * (seed % 4)
+        frames.append(frame)
+    return np.stack(frames)
+
+
+def write_clip(folder, frames):
+    folder.mkdir(parents=True)
+    for t, frame in enumerate(frames):
+        (folder / f"{t:05d}.png").write_bytes(common.encode_png(frame))
+
+
+@pytest.fixture(scope="session")
+def dataset(tmp_path_factory):
+    """Plain frame folders, without metadata.jsonl: three clips of 10 frames."""
+    root = tmp_path_factory.mktemp("dataset")
+    for seed in range(3):
+        write_clip(root / f"clip{seed}", moving_square(10, seed=seed))
+    return root
+
+
+@pytest.fixture(scope="session")
+def trained(dataset, tmp_path_factory):
+    """A finished run of train_svd.py with two checkpoints, used by many tests."""
+    output = tmp_path_factory.mktemp("run") / "outputs"
+    run("train_svd.py", *train_arguments(dataset, output), "--max_train_steps", 6, "--checkpointing_steps", 3)
+    return output
+
+
+def train_arguments(dataset, output, model=TINY):
+    return [
+        "--pretrained_model_name", model, "--dataset_dir", dataset, "--output_dir", output, *SIZE,
+        "--learning_rate", "1e-4", "--gradient_checkpointing", "none", "--logging_steps", "1",
+    ]  # fmt: skip

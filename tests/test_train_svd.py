@@ -1,0 +1,433 @@
+"""train_svd.py: its maths against independent references, and the real script on the small real checkpoint."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from conftest import ROOT, SIZE, TINY, moving_square, run, train_arguments, write_clip
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableVideoDiffusionPipeline
+from PIL import Image
+from safetensors.torch import load_file
+
+import svd_common as common
+import train_svd
+
+
+def weights(folder, part="unet"):
+    return load_file(next((Path(folder) / part).glob("*.safetensors")))
+
+
+def same(first, second):
+    assert first.keys() == second.keys()
+    return all(torch.equal(first[name], second[name]) for name in first)
+
+
+# ------------------------------------------------------------------------------------------------------ objective
+
+
+def test_v_target_equals_weighted_denoising_loss():
+    generator = torch.Generator().manual_seed(0)
+    latents, noise, output = (torch.randn(64, 2, 4, 3, 3, dtype=torch.float64, generator=generator) for _ in range(3))
+    sigmas = torch.logspace(-3, 3, 64, dtype=torch.float64)[:, None, None, None, None]
+    x = latents + sigmas * noise
+    denoised = x / (sigmas**2 + 1) - sigmas / (sigmas**2 + 1).sqrt() * output  # GM denoiser_scaling.py, written out
+    reference = (sigmas**2 + 1) / sigmas**2 * (denoised - latents) ** 2  # with GM's VWeighting
+    assert torch.allclose((output - train_svd.v_target(latents, noise, sigmas)) ** 2, reference, rtol=1e-9, atol=1e-12)
+    c_skip, c_out, c_in, c_noise = train_svd.scalings(sigmas)
+    assert torch.allclose(c_skip * x + c_out * output, denoised, rtol=1e-12)
+    assert torch.allclose((c_in * x).var(), (x / (1 + sigmas**2).sqrt()).var())
+    assert torch.allclose(c_noise, sigmas.log() / 4)
+
+
+def test_noise_loss_is_the_error_of_the_predicted_noise():
+    generator = torch.Generator().manual_seed(1)
+    latents, noise, output = (torch.randn(8, 2, 4, 3, 3, dtype=torch.float64, generator=generator) for _ in range(3))
+    sigmas = torch.logspace(-2, 2, 8, dtype=torch.float64)[:, None, None, None, None]
+    c_skip, c_out, _, _ = train_svd.scalings(sigmas)
+    x = latents + sigmas * noise
+    predicted_noise = (x - (c_skip * x + c_out * output)) / sigmas
+    error = (output - train_svd.v_target(latents, noise, sigmas)) ** 2 * train_svd.loss_weight(sigmas, "noise")
+    assert torch.allclose(error, (predicted_noise - noise) ** 2, rtol=1e-7)
+
+
+def test_sigmas_are_log_normal():
+    sigmas = train_svd.sample_sigmas(torch.randn(200_000, generator=torch.Generator().manual_seed(0)), 0.7, 1.6)
+    assert abs(sigmas.log().mean() - 0.7) < 0.02 and abs(sigmas.log().std() - 1.6) < 0.02
+
+
+# --------------------------------------------------------------------------------------------------- conditioning
+
+
+class Recorder(torch.nn.Module):
+    """Stands where the UNet stands, keeps what it is fed, and predicts zero."""
+
+    def __init__(self, unet):
+        super().__init__()
+        self.config, self.add_embedding, self.calls = unet.config, unet.add_embedding, []
+        self.device, self.dtype = unet.device, unet.dtype
+
+    def forward(self, sample, timestep, encoder_hidden_states, added_time_ids, return_dict=True):
+        self.calls.append((sample, timestep, encoder_hidden_states, added_time_ids))
+        out = torch.zeros_like(sample[:, :, :4])
+        return (out,) if not return_dict else type("Out", (), {"sample": out})()
+
+
+def test_training_feeds_the_unet_what_the_pipeline_feeds(dataset, tmp_path):
+    pipe = StableVideoDiffusionPipeline.from_pretrained(TINY, torch_dtype=torch.float32)
+    recorder = Recorder(pipe.unet)
+    pipe.unet = recorder
+    args = train_svd.parse_args(["--pretrained_model_name", str(TINY), "--dataset_dir", str(dataset),
+        "--output_dir", str(tmp_path / "x"), *SIZE, "--conditioning_dropout_prob", "0"])  # fmt: skip
+    clips = train_svd.load_clips(args, dataset)
+    sample = train_svd.ClipDataset(clips[:1], args, pipe.vae.config, cached=False).sample(
+        clips[0], 1, torch.Generator().manual_seed(0)
+    )
+    strength = sample["added_time_ids"][2].item()
+    batch = train_svd.add_latents({name: value[None] for name, value in sample.items()}, pipe, torch.device("cpu"))
+    train_svd.training_loss(recorder, pipe.vae, batch, torch.float32)
+
+    image = common.read_frame(clips[0]["frames"][1])
+    clean = torch.from_numpy(image.astype(np.float32) / 255.0 * 2.0 - 1.0).permute(2, 0, 1)
+    pixel_noise = (sample["conditioning_image"] - clean) / strength
+
+    import diffusers.pipelines.stable_video_diffusion.pipeline_stable_video_diffusion as module
+
+    original = module.randn_tensor
+    module.randn_tensor = lambda shape, **kw: pixel_noise[None] if tuple(shape)[1] == 3 else original(shape, **kw)
+    try:
+        pipe(Image.fromarray(image), width=96, height=64, num_frames=8, fps=7, motion_bucket_id=127,
+            noise_aug_strength=strength, num_inference_steps=1, output_type="latent")  # fmt: skip
+    finally:
+        module.randn_tensor = original
+    (ours, our_time, our_clip, our_ids), (theirs, _, their_clip, their_ids) = recorder.calls
+    assert torch.allclose(our_clip, their_clip[1:], atol=1e-5)  # the second half is the conditional one
+    assert torch.allclose(ours[:, :, 4:], theirs[1:, :, 4:], atol=2e-4)
+    assert torch.equal(our_ids[0, :2], their_ids[1, :2]) and abs(our_ids[0, 2] - their_ids[1, 2]) < 1e-6
+    assert theirs[0, :, 4:].abs().max() == 0 and their_clip[0].abs().max() == 0  # what dropout must imitate
+    # and the noisy half: the scheduler's own scaling of the same noisy latents, and its own timestep
+    sigma = sample["sigmas"].item()
+    noisy = batch["latents"] + sigma * batch["noise"]
+    assert torch.allclose(ours[:, :, :4], noisy / (sigma**2 + 1) ** 0.5, atol=1e-5)
+    assert abs(our_time.item() - 0.25 * np.log(sigma)) < 1e-5
+
+
+def test_dropout_zeroes_both_image_conditions_and_keeps_the_ids(dataset, tmp_path):
+    args = train_svd.parse_args(["--pretrained_model_name", str(TINY), "--dataset_dir", str(dataset),
+        "--output_dir", str(tmp_path / "x"), *SIZE, "--conditioning_dropout_prob", "1"])  # fmt: skip
+    pipe = StableVideoDiffusionPipeline.from_pretrained(TINY, torch_dtype=torch.float32)
+    recorder = Recorder(pipe.unet)
+    sample = train_svd.ClipDataset(train_svd.load_clips(args, dataset), args, pipe.vae.config, cached=False)[0]
+    batch = train_svd.add_latents({name: value[None] for name, value in sample.items()}, pipe, torch.device("cpu"))
+    train_svd.training_loss(recorder, pipe.vae, batch, torch.float32)
+    fed, _, embedding, ids = recorder.calls[0]
+    assert fed[:, :, 4:].abs().max() == 0 and embedding.abs().max() == 0 and ids[0, 0] == 6 and ids[0, 1] == 127
+
+
+# ---------------------------------------------------------------------------------------------------------- model
+
+
+def test_wrapped_unet_computes_what_the_stock_unet_computes():
+    """Dtype split, single-token shortcut and checkpointing change no output, and give the stock gradients."""
+    torch.manual_seed(0)
+    stock = common.load_part(TINY, "unet", torch.float32)
+    ours = common.load_part(TINY, "unet", torch.float32)
+    train_svd.prepare_unet(ours, "temporal", torch.float32, "full")
+    stock, ours = stock.double(), ours.double()
+    embedding = torch.randn(1, 1, stock.config.cross_attention_dim).double()
+    inputs = torch.randn(1, 8, 8, 16, 24).double(), torch.tensor([0.3]), embedding
+    ids, target = torch.tensor([[6.0, 127.0, 0.05]]), torch.randn(1, 8, 4, 16, 24)
+    gradients = []
+    for unet in (stock, ours):
+        out = unet(*inputs, added_time_ids=ids).sample
+        (out - target).square().mean().backward()
+        gradients.append({name: p.grad for name, p in unet.named_parameters()})
+        gradients[-1]["out"] = out.detach()
+    assert torch.allclose(gradients[0]["out"], gradients[1]["out"], atol=1e-10)
+    trained = train_svd.trained_parameters(ours)
+    for name in trained:
+        assert torch.allclose(gradients[0][name], gradients[1][name], rtol=1e-6, atol=1e-12), name
+    dead = [n for n, p in stock.named_parameters() if "temporal_transformer" in n and n not in trained]
+    assert dead and all(gradients[0][name].abs().max() < 1e-12 for name in dead)  # what is not trained cannot be
+
+
+def test_temporal_groups_of_svd_xt():
+    """SVD-XT's published configuration: 656 M temporal parameters, less the 25 M that can have no gradient."""
+    with torch.device("meta"):
+        unet = train_svd.UNetSpatioTemporalConditionModel.from_config(common.SVD_XT_CONFIG["unet"])
+    sizes = {name: p.numel() for name, p in unet.named_parameters()}
+    temporal = sum(n for name, n in sizes.items() if any(g in name for g in train_svd.TRAINABLE["temporal"]))
+    trained = sum(n for name, n in sizes.items() if train_svd.is_trained(name, "temporal"))
+    assert round(sum(sizes.values()) / 1e6, 1) == 1524.6
+    assert round(temporal / 1e6, 1) == 656.1 and round((temporal - trained) / 1e6, 1) == 25.2
+
+
+@pytest.mark.parametrize("which", ["temporal", "temporal_attention", "all"])
+def test_only_the_chosen_parameters_change(which, dataset, tmp_path):
+    output = tmp_path / "out"
+    run("train_svd.py", *train_arguments(dataset, output), "--max_train_steps", 2, "--trainable", which)
+    before, after = weights(TINY), weights(output)
+    assert before.keys() == after.keys()
+    for name in before:
+        trained = train_svd.is_trained(name, which)
+        assert trained or torch.equal(before[name], after[name]), name
+        assert before[name].dtype == after[name].dtype
+    changed = [name for name in before if not torch.equal(before[name], after[name])]
+    assert len(changed) > 0.5 * sum(train_svd.is_trained(name, which) for name in before)
+    for part in ("vae", "image_encoder"):
+        assert same(weights(TINY, part), weights(output, part))
+
+
+def test_result_is_a_stock_pipeline_folder_and_metrics_are_logged(trained):
+    pipe = StableVideoDiffusionPipeline.from_pretrained(trained, torch_dtype=torch.float32)
+    frames = pipe(Image.new("RGB", (96, 64), "grey"), width=96, height=64, num_frames=8, num_inference_steps=2,
+        output_type="np").frames  # fmt: skip
+    assert frames.shape == (1, 8, 64, 96, 3) and np.isfinite(frames).all()
+    lines = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    assert {"loss_v", "loss_noise", "grad_norm", "learning_rate", "seconds_per_step"} <= lines[-1].keys()
+    settings = json.loads((trained / "training_settings.json").read_text())
+    assert settings["median_fps"] == 7 and settings["num_frames"] == 8 and settings["step"] == 6
+
+
+def test_loss_on_one_repeated_clip_falls_to_near_zero(tmp_path):
+    """One clip, no dropout, a narrow band of noise levels: the trained layers must learn it by heart."""
+    write_clip(tmp_path / "data" / "clip", moving_square(8))
+    run("train_svd.py", *train_arguments(tmp_path / "data", tmp_path / "out"), "--max_train_steps", 150,
+        "--learning_rate", "2e-3", "--conditioning_dropout_prob", 0, "--P_mean", 1.5, "--P_std", 0.3,
+        "--trainable", "all", "--logging_steps", 10)  # fmt: skip
+    losses = [json.loads(line)["loss_v"] for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    assert losses[-1] < 0.25 * losses[0] and losses[-1] < 0.1, losses
+
+
+# -------------------------------------------------------------------------------------------------- cache, resume
+
+
+def test_cache_is_used_and_a_changed_frame_is_encoded_again(dataset, tmp_path):
+    data = tmp_path / "data"
+    shutil.copytree(dataset, data, ignore=shutil.ignore_patterns(".cache"))
+    first = run("train_svd.py", *train_arguments(data, tmp_path / "a"), "--max_train_steps", 1)
+    assert "caching latents" in first.stdout
+    cached = sorted(data.glob(".cache/*/*.safetensors"))
+    assert len(cached) == 3
+    second = run("train_svd.py", *train_arguments(data, tmp_path / "b"), "--max_train_steps", 1)
+    assert "caching latents" not in second.stdout
+    assert same(weights(tmp_path / "a"), weights(tmp_path / "b"))
+    time.sleep(0.01)
+    (data / "clip1" / "00004.png").write_bytes(common.encode_png(moving_square(1, seed=9)[0]))
+    cached[2].write_bytes(cached[2].read_bytes()[:1000])  # and a half-written file is not believed
+    before = [path.stat().st_mtime_ns for path in cached]
+    run("train_svd.py", *train_arguments(data, tmp_path / "c"), "--max_train_steps", 1)
+    assert [path.stat().st_mtime_ns == old for path, old in zip(cached, before)] == [True, False, False]
+
+
+def test_cached_and_uncached_training_agree(dataset, tmp_path):
+    for name, flag in (("a", "--cache_latents"), ("b", "--no-cache_latents")):
+        run("train_svd.py", *train_arguments(dataset, tmp_path / name), "--max_train_steps", 2, flag)
+    losses = [
+        [json.loads(line)["loss_v"] for line in (tmp_path / n / "metrics.jsonl").read_text().splitlines()] for n in "ab"
+    ]
+    assert np.allclose(losses[0], losses[1], rtol=1e-3)
+
+
+def test_resume_equals_uninterrupted(trained, dataset, tmp_path):
+    output = tmp_path / "out"
+    run("train_svd.py", *train_arguments(dataset, output), "--max_train_steps", 3, "--checkpointing_steps", 3)
+    run("train_svd.py", *train_arguments(dataset, output), "--max_train_steps", 6, "--checkpointing_steps", 3,
+        "--resume_from_checkpoint", "latest")  # fmt: skip
+    assert same(weights(trained), weights(output))
+
+
+@pytest.mark.parametrize("moment", ["training", "saving"])
+def test_kill_and_resume_give_the_same_weights(moment, dataset, tmp_path):
+    arguments = [*train_arguments(dataset, tmp_path / "out"), "--max_train_steps", 14, "--checkpointing_steps", 2,
+        "--use_ema", "--lr_warmup_steps", 5, "--lr_scheduler", "cosine"]  # fmt: skip
+    whole = [tmp_path / "whole" if a == tmp_path / "out" else a for a in arguments]
+    run("train_svd.py", *whole)
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "2")}
+    command = [sys.executable, str(ROOT / "train_svd.py"), *map(str, arguments)]
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    pattern = "checkpoint-4" if moment == "training" else ".checkpoint-*.part"
+    deadline = time.time() + 120
+    while process.poll() is None and time.time() < deadline and not list((tmp_path / "out").glob(pattern)):
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "out" / "model_index.json").exists()
+    run("train_svd.py", *arguments, "--resume_from_checkpoint", "latest")
+    assert same(weights(tmp_path / "whole"), weights(tmp_path / "out"))
+
+
+def test_sigterm_saves_and_says_how_to_go_on(dataset, tmp_path):
+    arguments = [*train_arguments(dataset, tmp_path / "out"), "--max_train_steps", 500]
+    process = subprocess.Popen([sys.executable, str(ROOT / "train_svd.py"), *map(str, arguments)], text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT)  # fmt: skip
+    while not (tmp_path / "out" / "metrics.jsonl").exists():
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 143 and "--resume_from_checkpoint latest" in output and "Traceback" not in output
+    assert len(train_svd.checkpoints_of(tmp_path / "out")) == 1
+
+
+def test_damaged_checkpoint_is_named_and_the_one_before_is_taken(trained, dataset, tmp_path):
+    output = tmp_path / "out"
+    shutil.copytree(trained, output)
+    (output / "model_index.json").unlink()
+    broken = output / "checkpoint-6" / "optimizer.safetensors"
+    data = broken.read_bytes()
+    broken.write_bytes(data[:-100])
+    arguments = [*train_arguments(dataset, output), "--max_train_steps", 6, "--resume_from_checkpoint"]
+    done = run("train_svd.py", *arguments, "latest")
+    assert str(broken) in done.stdout
+    assert same(weights(trained), weights(output))
+    broken.write_bytes(data[:-100])
+    assert "cut off" in run("train_svd.py", *arguments, output / "checkpoint-6", ok=False).stdout
+
+
+def test_other_settings_are_refused_by_name(trained, dataset, tmp_path):
+    output = tmp_path / "out"
+    shutil.copytree(trained, output)
+    done = run("train_svd.py", *train_arguments(dataset, output), "--max_train_steps", 9, "--seed", 7,
+        "--resume_from_checkpoint", "latest", ok=False)  # fmt: skip
+    assert "seed was 0, is 7" in done.stdout
+
+
+def test_two_processes_give_the_weights_of_one_with_twice_the_batch(dataset, tmp_path):
+    run("train_svd.py", *train_arguments(dataset, tmp_path / "one"), "--max_train_steps", 3, "--train_batch_size", 2)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1",
+        "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", str(ROOT / "train_svd.py")]  # fmt: skip
+    command += map(str, [*train_arguments(dataset, tmp_path / "two"), "--max_train_steps", "3"])
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert done.returncode == 0, done.stdout
+    before, one, two = weights(TINY), weights(tmp_path / "one"), weights(tmp_path / "two")
+    moved = sum((one[n].float() - before[n].float()).abs().sum() for n in one)
+    apart = sum((one[n].float() - two[n].float()).abs().sum() for n in one)
+    assert apart < 0.02 * moved, (apart, moved)
+
+
+# ---------------------------------------------------------------------------------------- forecast and validation
+
+
+def test_dry_run_meets_the_memory_and_flop_targets(tmp_path):
+    """SVD-XT's published configuration, no weights, no GPU: the last line is one JSON object."""
+    arguments = ["--pretrained_model_name", "stabilityai/stable-video-diffusion-img2vid-xt", "--dataset_dir", "none",
+        "--output_dir", str(tmp_path / "out"), "--dry_run"]  # fmt: skip
+    done = run("train_svd.py", *arguments)
+    plan = json.loads(done.stdout.splitlines()[-1])
+    assert plan["trainable_parameters"] == 630_881_958
+    assert 10 < plan["peak_memory_gib"] <= 15 and 40e12 < plan["flops_per_step"] <= 62e12
+    parts = [plan[f"{name}_gib"] for name in ("weights", "gradients", "optimizer", "activations")]
+    assert abs(sum(parts) - plan["peak_memory_gib"]) < 0.01
+    assert not (tmp_path / "out").exists()
+    done = run("train_svd.py", *arguments, "--optimizer", "adamw8bit")
+    assert json.loads(done.stdout.splitlines()[-1])["peak_memory_gib"] <= 10
+
+
+def test_memory_tracker_counts_a_known_step():
+    tracker = train_svd.MemoryTracker()
+    with tracker:
+        a = torch.empty(1000)
+        b = a * 2
+        del a
+        view = b.view(10, 100)
+    assert tracker.now == 4000 and tracker.peak == 8000 and view.shape == (10, 100)
+
+
+def test_validation_scores_held_out_episodes_and_changes_nothing(dataset, tmp_path):
+    held_out = tmp_path / "held_out"
+    write_clip(held_out / "clip9", moving_square(8, seed=5))
+    for name, flags in (("with", ["--validation_dir", held_out, "--validation_steps", 2]), ("without", [])):
+        done = run("train_svd.py", *train_arguments(dataset, tmp_path / name), "--max_train_steps", 4, "--use_ema", *flags)
+        if flags:
+            assert "step 0:" in done.stdout and "first frame copied" in done.stdout
+    assert same(weights(tmp_path / "with"), weights(tmp_path / "without"))
+    lines = [json.loads(line) for line in (tmp_path / "with" / "metrics.jsonl").read_text().splitlines()]
+    scored = [line for line in lines if "validation_psnr_moving" in line]
+    assert [line["step"] for line in scored] == [0, 2, 4]
+    assert sum(name.startswith("validation_loss_v_sigma") for name in scored[0]) == len(train_svd.VALIDATION_SIGMAS)
+    videos = sorted((tmp_path / "with" / "validation").glob("*/*.mp4"))
+    assert len(videos) == 3 and common.read_video(videos[0]).shape[0] == 8
+    assert json.loads((tmp_path / "with" / "best" / "training_state.json").read_text())["step"] in (0, 2, 4)
+
+
+def test_all_cameras_of_an_episode_fall_on_one_side():
+    clips = [
+        {"directory": f"{camera}_{episode}", "source": f"videos/chunk-000/observation.images.{camera}/episode_{episode:06d}.mp4"}
+        for camera in ("front", "side")
+        for episode in range(6)
+    ]
+    args = type("Args", (), {"validation_dir": None, "num_validation_videos": 4, "seed": 0})
+    training, held_out = train_svd.split_clips(clips, args)
+    episodes = [{clip["source"][-10:] for clip in side} for side in (training, held_out)]
+    assert len(held_out) == 4 and len(episodes[1]) == 2 and not episodes[0] & episodes[1]
+
+
+def test_a_clip_that_gives_no_finite_loss_is_named_and_stops_the_run(dataset, tmp_path):
+    data = tmp_path / "data"
+    shutil.copytree(dataset, data, ignore=shutil.ignore_patterns(".cache"))
+    run("train_svd.py", *train_arguments(data, tmp_path / "a"), "--max_train_steps", 1)
+    cached = next(data.glob(".cache/*/clip1.safetensors"))
+    with train_svd.safe_open(cached, "pt") as opened:
+        metadata, tensors = opened.metadata(), {name: opened.get_tensor(name) for name in opened.keys()}
+    tensors["mean"][:] = float("nan")
+    train_svd.save_file(tensors, cached, metadata)
+    done = run("train_svd.py", *train_arguments(data, tmp_path / "b"), "--max_train_steps", 9, "--logging_steps", 4,
+        ok=False)  # fmt: skip
+    assert "not finite" in done.stdout and "clip1" in done.stdout and "clip0" not in done.stdout.split("Its clips")[1]
+
+
+# ------------------------------------------------------------------------------------------------ users' mistakes
+
+
+def test_users_mistakes_get_one_line(dataset, trained, tmp_path):
+    def refused(*flags, data=dataset, output=None, model=TINY):
+        done = run("train_svd.py", *train_arguments(data, output or tmp_path / "out", model), *flags, ok=False)
+        assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
+        return done.stdout
+
+    assert "--width must be a multiple of 16 for this model, got 100" in refused("--width", 100)
+    assert "no such folder" in refused(data=tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    assert "no folder of frames" in refused(data=tmp_path / "empty")
+    assert "no clip is that long; the longest has 10" in refused("--num_frames", 11)
+    assert "already holds a run" in refused(output=trained)
+    assert "no such model folder" in refused(model=tmp_path / "nothing")
+    assert "--lr_warmup_steps" in refused("--lr_warmup_steps", -1)
+    broken = tmp_path / "broken"
+    shutil.copytree(TINY, broken)
+    file = broken / "unet" / "diffusion_pytorch_model.safetensors"
+    data = file.read_bytes()
+    file.write_bytes(data[:-7])
+    assert "cut off" in refused(model=broken)
+    file.write_text("version https://git-lfs.github.com/spec/v1\n")
+    assert "git-lfs pointer" in refused(model=broken)
+    file.unlink()
+    (broken / "unet" / "diffusion_pytorch_model.bin").write_bytes(b"x")
+    assert "never loaded" in refused(model=broken)
+    hub = refused(model="stabilityai/stable-video-diffusion-img2vid-xt")
+    assert "HF_ENDPOINT" in hub and "licence" in hub
+
+
+def test_short_clips_are_named_and_the_rest_trains(tmp_path):
+    write_clip(tmp_path / "data" / "long", moving_square(9))
+    write_clip(tmp_path / "data" / "short", moving_square(5))
+    done = run("train_svd.py", *train_arguments(tmp_path / "data", tmp_path / "out"), "--max_train_steps", 1)
+    assert "short has 5 frames" in done.stdout
+
+
+@pytest.mark.gpu
+def test_forecast_is_within_a_tenth_of_the_measured_peak(tmp_path):
+    import bench_train
+
+    measured, forecast = bench_train.measured_and_forecast(512, 320, "full")
+    assert abs(measured - forecast) < 0.1 * measured
