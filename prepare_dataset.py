@@ -13,6 +13,7 @@ images) -> `publish` (rename, then record).
 import argparse
 import bisect
 import contextlib
+import ctypes
 import dataclasses
 import fnmatch
 import functools
@@ -27,18 +28,21 @@ import shutil
 import stat
 import statistics
 import subprocess
+import sys
+import tempfile
 import threading
 import unicodedata
 from concurrent.futures import ThreadPoolExecutor, as_completed, wait
 from pathlib import Path
 
-import svd_common as common  # before cv2: it silences the decoders' messages
+os.environ["OPENCV_FFMPEG_LOGLEVEL"] = "16"  # errors: `Complaints` hears them. Read when cv2 is imported
 
-# isort: split
 import cv2
 import imageio_ffmpeg
 import numpy as np
 from tqdm import tqdm
+
+import svd_common as common
 
 VIDEO_SUFFIXES = frozenset(
     ".264 .265 .3g2 .3gp .amv .apng .asf .av1 .avc .avi .dav .dif .divx .dv .evo .f4v .flv .gif .h264 .h265 .hevc .insv"
@@ -169,7 +173,9 @@ def is_wanted(video, args):
 @functools.cache
 def read_episodes(root):
     """LeRobot v3: where each file's episodes lie, `{(camera, chunk, file): [(first second, end, episode)]}`."""
-    why = f"{root} is a LeRobot v3 dataset: a file holds several episodes, and windows would cross from one to the next. "
+    why = (
+        f"{root} is a LeRobot v3 dataset: a file holds several episodes, and windows would cross from one to the next. "
+    )
     try:
         from pyarrow import parquet
     except ImportError:
@@ -225,7 +231,8 @@ def start_ffmpeg(video, decoder_options, output_options):
     """ffmpeg on one file, given as an open descriptor: no name can be read as a URL, a pattern or an option, and the
     whitelist lets nothing in the file open another file or the network."""
     command = [imageio_ffmpeg.get_ffmpeg_exe(), "-nostdin", "-hide_banner", "-nostats", "-v", "level+info"]
-    command += [*decoder_options, "-protocol_whitelist", "fd", "-i", "fd:", "-map", "0:V:0", *output_options]
+    demuxer = ["-f", "mjpeg"] * (os.path.splitext(video.path)[1].lower() in (".mjpeg", ".mjpg"))  # or it is a still
+    command += [*demuxer, *decoder_options, "-protocol_whitelist", "fd", "-i", "fd:", "-map", "0:V:0", *output_options]
     with open(video.path, "rb") as file:
         return subprocess.Popen(command, stdin=file, stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0)
 
@@ -286,7 +293,8 @@ def probe_video(video, max_packets=None):
     matrix, transfer = colour[0].split("/")[0] if colour else "", colour[0].split("/")[-1] if colour else ""
     turn = re.search(r"Display Matrix: rotation of (-?[\d.]+)?", output)
     fps = re.search(r", ([\d.]+)(k?) fps", track[0] if track else "")
-    clock = re.search(r"^\[info\]   Duration: (\d+):(\d+):([\d.]+)", header, re.MULTILINE)
+    clock = re.search(r"^\[info\]   Duration: (\d+):(\d+):([\d.]+)(?:, start: ([\d.]+))?", header, re.MULTILINE)
+    hours, minutes, seconds, start = (float(part or 0) for part in (clock.groups() if clock else "0000"))
     tick, sar = (n / d if d else 1 for n, d in (map(int, fields[name].split("/")) for name in ("tb", "sar")))
     stored = width, height = tuple(int(n) for n in fields["dimensions"].split("x"))
     width = round(width * sar) if 0.1 < sar < 10 else width
@@ -307,9 +315,7 @@ def probe_video(video, max_packets=None):
         turned=bool(turn),
         tracks=tracks.count("Video"),
         fps=float(fps[1]) * (1000 if fps[2] else 1) if fps else 0.0,
-        duration=float(clock[1]) * 3600 + float(clock[2]) * 60 + float(clock[3])
-        if clock and "Audio" not in tracks
-        else 0,
+        duration=0 if "Audio" in tracks else max(0, hours * 3600 + minutes * 60 + seconds - start),
         times=None if min(stamps) < -(1 << 62) else [(stamp - min(stamps)) * tick for stamp in sorted(stamps)],
         packets=len(packets),
         errors=errors,
@@ -365,8 +371,40 @@ def read_opencv(video, probe, args, threads):
     probe.last = time
 
 
+class Complaints:
+    """Hears whether OpenCV's decoders, of any video, print errors: the only sign of damage that they conceal.
+
+    They print to the C library's standard output, which leads into a file meanwhile.
+    """
+
+    def __enter__(self):
+        sys.stdout.flush()
+        self.libc = ctypes.CDLL(None if os.name == "posix" else "ucrtbase")
+        self.file, self.terminal = tempfile.TemporaryFile(), os.dup(1)
+        os.dup2(self.file.fileno(), 1)
+        return self
+
+    def size(self):
+        """Grows with every error."""
+        self.libc.fflush(None)
+        return os.fstat(self.file.fileno()).st_size
+
+    def __exit__(self, *_):
+        self.size()
+        os.dup2(self.terminal, 1)
+        os.close(self.terminal)
+        self.file.close()
+
+
+def decoding_errors(video, args):
+    """Whether ffmpeg complains of the frames that are wanted."""
+    limit = ["-frames:v", str(args.max_frames)] if args.max_frames and not args.fps and not video.episodes else []
+    process = start_ffmpeg(video, [], [*limit, "-f", "null", "-"])
+    return error_messages(process.communicate()[1].decode("utf-8", "replace").splitlines())
+
+
 def video_filters(probe, args):
-    """ffmpeg's filters: light of HDR to SDR, square pixels, --width x --height (cover, then crop the centre), BGR."""
+    """ffmpeg's filters: HDR to SDR, square pixels, --width x --height (cover, then crop the centre), RGB."""
     filters = []
     if probe.transfer in HDR:
         matrix = probe.matrix if probe.matrix.startswith("bt2020") else "bt2020nc"
@@ -379,7 +417,7 @@ def video_filters(probe, args):
         filters += [f"scale={size[0]}:{size[1]}:flags={kind}", f"crop={args.width}:{args.height}"]
     elif probe.size not in (probe.stored, probe.stored[::-1]):
         filters.append(f"scale={probe.size[0]}:{probe.size[1]}")
-    return ",".join([*filters, "setsar=1", "format=bgr24", "showinfo=checksum=0"])
+    return ",".join([*filters, "setsar=1", "format=rgb24", "showinfo=checksum=0"])
 
 
 def read_ffmpeg(video, probe, args, threads):
@@ -419,7 +457,10 @@ def read_ffmpeg(video, probe, args, threads):
             time = probe.decoded / (probe.fps or 25) if time is None else time
             first = time if first is None else first
             probe.decoded, last = probe.decoded + 1, time - first
-            yield last, frame
+            yield (
+                last,
+                cv2.cvtColor(frame, cv2.COLOR_RGB2BGR, dst=frame),
+            )  # ffmpeg's own RGB: its BGR is not quite equal
         log.join()
         probe.last = last if probe.decoded else None
     finally:
@@ -517,14 +558,14 @@ class Clip:
 class Run:
     """What the threads of a run share: options, folders, the encoders, the progress bar, the stop sign."""
 
-    def __init__(self, args, videos):
+    def __init__(self, args, videos, complaints):
         self.args = args
         self.output = Path(args.output_dir)
         self.state = self.output / ".prepare"  # a record for each finished video, and the folders being written
         self.work = self.state / ("work" + args.shard_name)
         self.readers = max(1, min(args.num_workers, len(videos)))
         self.encoders = ThreadPoolExecutor(args.num_workers)
-        self.huge = threading.Lock()
+        self.huge, self.complaints = threading.Lock(), complaints
         self.bar = tqdm(unit="frame", disable=None, dynamic_ncols=True)
         self.waiting, self.expected, self.begun = len(videos), 0, 0
         self.stop, self.error, self.lock = threading.Event(), None, threading.Lock()
@@ -597,7 +638,7 @@ def submit_frames(video, probe, frames, run, jobs, clips):
         thumbnail, pairs, measured, paths = None, [], [], []
         for name in names:
             if name not in clips:
-                clips[name] = Clip(run.work / name, stride, frame.shape)
+                clips[name] = Clip(run.work / video.directory / name, stride, frame.shape)
                 clips[name].folder.mkdir(parents=True)
             clip = clips[name]
             paths.append(clip.folder / f"{len(clip.times):05d}.{suffix}")
@@ -634,14 +675,20 @@ def prepare_video(video, run, old):
     )
     run.expect(min(args.max_frames or probe.packets, probe.packets))
     threads = max(1, args.num_workers // run.readers)
+    attempts = [(read_opencv, threads)] * (opencv_is_right(video, probe) and not args.width)
+    attempts += [(read_ffmpeg, threads)] * (threads > 1 and not probe.errors) + [(read_ffmpeg, 1)]
     with run.huge if math.prod(probe.size) > 1 << 24 else contextlib.nullcontext():  # one 8K video at a time
-        for reader in [read_opencv] * (opencv_is_right(video, probe) and not args.width) + [read_ffmpeg]:
+        for reader, threads in attempts:
+            heard = run.complaints.size()
             try:
                 clips = write_clips(video, probe, reader(video, probe, args, threads), run)
+                if reader is read_opencv and run.complaints.size() > heard and decoding_errors(video, args):
+                    raise Distrust("damage that the decoder conceals")
+                if reader is read_ffmpeg and threads > 1 and probe.errors:
+                    raise Distrust("how damage is concealed depends on the number of threads")
                 break
             except Distrust:
-                for path in run.work.glob(f"{video.directory}*"):
-                    shutil.rmtree(path)
+                shutil.rmtree(run.work / video.directory, ignore_errors=True)
     if not probe.decoded:
         raise Failure("no frame of it can be decoded" + (f" ({probe.errors[0]})" if probe.errors else ""))
     record = {"source": video.source, **stamp, "options": shaping_options(args), "clips": [], "dropped": {}}
@@ -745,7 +792,7 @@ def publish(video, record, old, run):
     owned = {clip["directory"] for clip in (old or {}).get("clips", [])}
     for directory in owned:
         if (run.output / directory).exists():
-            os.replace(run.output / directory, run.work / f"{directory}.old")
+            os.replace(run.output / directory, run.work / video.directory / f"{directory}.old")
     for clip in record["clips"]:
         if os.path.lexists(run.output / clip["directory"]):
             raise Failure(f"{run.output / clip['directory']} exists and is not of this program: move it away")
@@ -753,9 +800,7 @@ def publish(video, record, old, run):
     path.with_suffix(f".part{run.args.shard_name}").write_text(dump_line(record), encoding="utf-8")
     os.replace(path.with_suffix(f".part{run.args.shard_name}"), path)
     for clip in record["clips"]:
-        os.replace(run.work / clip["directory"], run.output / clip["directory"])
-    for directory in [*record["dropped"], *(f"{name}.old" for name in owned)]:
-        shutil.rmtree(run.work / directory, ignore_errors=True)
+        os.replace(run.work / video.directory / clip["directory"], run.output / clip["directory"])
     if not run.args.shard:  # shards write the file at the end: appending is not safe between machines
         with run.lock, open(run.output / "metadata.jsonl", "a", encoding="utf-8") as file:
             file.write("".join(map(dump_line, record["clips"])))
@@ -940,9 +985,9 @@ def parse_args(argv=None):
     return args
 
 
-def run_all(videos, records, args):
+def run_all(videos, records, args, complaints):
     """Prepares the videos side by side; adds to `records`; returns `{source: reason}` of those that failed."""
-    run, failures = Run(args, videos), {}
+    run, failures = Run(args, videos, complaints), {}
     shutil.rmtree(run.work, ignore_errors=True)
     run.work.mkdir()
 
@@ -952,8 +997,7 @@ def run_all(videos, records, args):
         try:
             return prepare_video(video, run, records.get(video.source))
         finally:
-            for path in run.work.glob(video.directory + "*"):
-                shutil.rmtree(path, ignore_errors=True)
+            shutil.rmtree(run.work / video.directory, ignore_errors=True)
 
     readers = ThreadPoolExecutor(run.readers)
     try:
@@ -965,6 +1009,10 @@ def run_all(videos, records, args):
                 failures[jobs[job].source] = str(failure)
             except Stopped:
                 pass
+            except (common.UserError, OSError):
+                raise
+            except Exception as error:  # a bad video never stops the others
+                failures[jobs[job].source] = f"{type(error).__name__}: {error}"
         if run.error:
             raise run.error
     finally:
@@ -991,7 +1039,8 @@ def main(argv=None):
         if other and not args.overwrite:
             named = ", ".join(f"--{key} {value}" for key, value in other.items() if shaping_options(args)[key] != value)
             raise common.UserError(f"--output_dir {output} was made with {named}: do the same, or add --overwrite")
-        failures = run_all(videos, dict(old), args)
+        with Complaints() as complaints:
+            failures = run_all(videos, dict(old), args, complaints)
         records = write_metadata(output)
         while True:  # another shard may have finished meanwhile: the last one writes all
             clips = [clip for record in records.values() for clip in record["clips"]]

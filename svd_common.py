@@ -260,8 +260,12 @@ def motion_thumbnail(frame, to_grey=cv2.COLOR_RGB2GRAY):
 
 def flow_magnitude(first, second):
     """Mean length of the optical flow between two thumbnails, in percent of the longer side: DIS, fast preset."""
-    flow = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_FAST).calc(first, second, None)
-    return 100 * float(np.hypot(flow[..., 0], flow[..., 1]).mean()) / max(first.shape)
+    h, w = first.shape
+    if min(h, w) < 32:  # DIS needs some room
+        pad = (0, max(0, 32 - h), 0, max(0, 32 - w), cv2.BORDER_REPLICATE)
+        first, second = cv2.copyMakeBorder(first, *pad), cv2.copyMakeBorder(second, *pad)
+    flow = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_FAST).calc(first, second, None)[:h, :w]
+    return 100 * float(np.nan_to_num(np.hypot(flow[..., 0], flow[..., 1])).mean()) / max(h, w)
 
 
 def clip_motion(frames, fps):
