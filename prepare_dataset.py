@@ -474,17 +474,18 @@ def read_ffmpeg(video, probe, args, threads):
 
 def resample(frames, fps):
     """The frame nearest to each tick of 1/fps seconds, by timestamps; never one twice: no copy fills a gap."""
-    start = best = None
+    start, best, gap, last = None, None, 0, 0
     for time, frame in frames:
         start = time if start is None else start
-        tick = math.floor((time - start) * fps + 0.5)
-        distance = abs((time - start) * fps - tick)
+        position = (time - start) * fps
+        tick = math.floor(position + 0.5)
         if best and best[0] != tick:
             yield best[2:]
             best = None
-        if best is None or distance < best[1] - 1e-6:
-            best = tick, distance, time, frame
-    if best:
+        if best is None or abs(position - tick) < best[1] - 1e-6:
+            best = tick, abs(position - tick), time, frame
+        gap, last = position - last, position
+    if best and best[0] - (best[2] - start) * fps <= gap / 2 + 1e-6:  # or the tick's own frame would come after the end
         yield best[2:]
 
 

@@ -2,7 +2,7 @@
 
     python tests/bench_prepare.py [--rounds 5] [--videos FOLDER] [--work /dev/shm]
 
-ffmpeg is imageio-ffmpeg's binary, one process a core. Without --videos the clips are made here: moving textures with noise.
+ffmpeg is imageio-ffmpeg's binary, one process a core. Without --videos the clips are made here: moving colours, noise.
 """
 
 import argparse
@@ -42,7 +42,9 @@ def ours(videos, out, size):
 
 
 def ffmpeg(videos, out, size, *encoder):
-    scale = f"scale={size[0]}:{size[1]}:force_original_aspect_ratio=increase:flags=area,crop={size[0]}:{size[1]}" if size else "null"
+    scale = (
+        "scale={0}:{1}:force_original_aspect_ratio=increase:flags=area,crop={0}:{1}".format(*size) if size else "null"
+    )
 
     def one(path):
         (out / path.stem).mkdir(parents=True)
@@ -95,14 +97,16 @@ def compare(title, videos, size, work, rounds, skip=()):
     for name, value in medians.items():
         cores = 1000 * statistics.median(cpu[name]) / frames[name]
         ratio = f"ours is {value / medians['ours']:.2f}x as fast" if name != "ours" else ""
-        print(f"  {name:13} {1000 * value / frames[name]:7.2f} ms a frame, {cores:6.2f} ms of cores  {ratio}", flush=True)
+        print(f"  {name:13} {1000 * value / frames[name]:7.2f} ms a frame, {cores:6.2f} of a core  {ratio}", flush=True)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--videos", type=Path, help="a folder of 720p clips of your own")
-    parser.add_argument("--work", default=tempfile.gettempdir(), help="folder for the frames; /dev/shm leaves the disk out")
+    parser.add_argument(
+        "--work", default=tempfile.gettempdir(), help="where to put frames; /dev/shm leaves the disk out"
+    )
     parser.add_argument("--only", help="run the comparisons whose title holds this")
     parser.add_argument("--skip", nargs="*", default=[], help="contenders to leave out")
     args = parser.parse_args()
