@@ -280,8 +280,8 @@ FILES = {  # name: encoder options, what the record must say
         [*LIBX264, "-vf", "setpts='if(lt(N,10),N,N+125)/25/TB'", "-fps_mode", "passthrough"],
         {"fps": 25, "holes": [5.04], "num_frames": 25},
     ),
-    "odd.avi": (["-vf", "crop=95:63", "-c:v", "mjpeg", "-pix_fmt", "yuvj420p"], {"width": 95, "height": 63}),
-    "tiny.mkv": (["-vf", "scale=2:2", "-c:v", "ffv1"], {"width": 2}),
+    "odd.avi": (["-vf", "crop=95:63:exact=1", "-c:v", "mjpeg", "-pix_fmt", "yuvj420p"], {"width": 95, "height": 63}),
+    "tiny.mkv": (["-vf", "scale=2:2,setsar=1", "-c:v", "ffv1"], {"width": 2}),
     "black.mp4": ([*LIBX264, "-vf", "drawbox=t=fill:color=black"], {"motion": 0}),
     "one.mp4": ([*LIBX264, "-frames:v", "1"], {"num_frames": 1, "motion": 0, "fps": 25}),
 }
