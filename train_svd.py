@@ -842,6 +842,9 @@ def save_result(run, step):
         for source in (base / part).glob("*.json"):
             if ".index" not in source.name:
                 shutil.copyfile(source, aside / part / source.name)
+        if part == "image_encoder":  # else transformers, given no dtype, loads fp16 beside diffusers' fp32
+            config = {**common.read_config(base, part), "dtype": "float32"}
+            common.write_file(aside / part / "config.json", json.dumps(config, indent=2))
         for source in common.weight_files(base, part) if part in common.MODEL_PARTS else ():
             target = aside / part / source.name.replace(".fp16", "")
             if part != "unet":

@@ -9,17 +9,17 @@ import sys
 import time
 from pathlib import Path
 
-from conftest import ROOT, SIZE, TINY, moving_square, run, train_arguments, write_clip
-
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT, SIZE, TINY, moving_square, run, train_arguments, write_clip
 from diffusers import StableVideoDiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file
 
 import svd_common as common
 import train_svd
+from svd_common import UserError
 
 
 def weights(folder, part="unet"):
@@ -201,7 +201,7 @@ def test_result_is_a_stock_pipeline_folder_and_metrics_are_logged(trained):
 def test_loss_on_one_repeated_clip_falls_to_near_zero(tmp_path):
     """One clip, no dropout, a narrow band of noise levels: the trained layers must learn it by heart."""
     write_clip(tmp_path / "data" / "clip", moving_square(8))
-    run("train_svd.py", *train_arguments(tmp_path / "data", tmp_path / "out"), "--max_train_steps", 150,
+    run("train_svd.py", *train_arguments(tmp_path / "data", tmp_path / "out"), "--max_train_steps", 100,
         "--learning_rate", "2e-3", "--conditioning_dropout_prob", 0, "--P_mean", 1.5, "--P_std", 0.3,
         "--trainable", "all", "--logging_steps", 10)  # fmt: skip
     losses = [json.loads(line)["loss_v"] for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
@@ -304,15 +304,19 @@ def test_other_settings_are_refused_by_name(trained, dataset, tmp_path):
 def test_two_processes_give_the_weights_of_one_with_twice_the_batch(dataset, tmp_path):
     run("train_svd.py", *train_arguments(dataset, tmp_path / "one"), "--max_train_steps", 3, "--train_batch_size", 2)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1",
-        "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", str(ROOT / "train_svd.py")]  # fmt: skip
-    command += map(str, [*train_arguments(dataset, tmp_path / "two"), "--max_train_steps", "3"])
-    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    assert done.returncode == 0, done.stdout
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command += [str(ROOT / "train_svd.py"), *map(str, train_arguments(dataset, tmp_path / "two"))]
+    for steps, more in ((2, []), (3, ["--resume_from_checkpoint", "latest"])):  # a resume works there too
+        done = subprocess.run([*command, "--max_train_steps", str(steps), "--checkpointing_steps", "2", *more],
+            env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)  # fmt: skip
+        assert done.returncode == 0, done.stdout
     before, one, two = weights(TINY), weights(tmp_path / "one"), weights(tmp_path / "two")
     moved = sum((one[n].float() - before[n].float()).abs().sum() for n in one)
     apart = sum((one[n].float() - two[n].float()).abs().sum() for n in one)
     assert apart < 0.02 * moved, (apart, moved)
+    lines = [(tmp_path / name / "metrics.jsonl").read_text().splitlines() for name in ("one", "two")]
+    losses = [[json.loads(line)["loss_v"] for line in side] for side in lines]
+    assert np.allclose(losses[0], losses[1], rtol=1e-4)
 
 
 # ---------------------------------------------------------------------------------------- forecast and validation
@@ -347,7 +351,9 @@ def test_validation_scores_held_out_episodes_and_changes_nothing(dataset, tmp_pa
     held_out = tmp_path / "held_out"
     write_clip(held_out / "clip9", moving_square(8, seed=5))
     for name, flags in (("with", ["--validation_dir", held_out, "--validation_steps", 2]), ("without", [])):
-        done = run("train_svd.py", *train_arguments(dataset, tmp_path / name), "--max_train_steps", 4, "--use_ema", *flags)
+        done = run(
+            "train_svd.py", *train_arguments(dataset, tmp_path / name), "--max_train_steps", 4, "--use_ema", *flags
+        )
         if flags:
             assert "step 0:" in done.stdout and "first frame copied" in done.stdout
     assert same(weights(tmp_path / "with"), weights(tmp_path / "without"))
@@ -362,7 +368,10 @@ def test_validation_scores_held_out_episodes_and_changes_nothing(dataset, tmp_pa
 
 def test_all_cameras_of_an_episode_fall_on_one_side():
     clips = [
-        {"directory": f"{camera}_{episode}", "source": f"videos/chunk-000/observation.images.{camera}/episode_{episode:06d}.mp4"}
+        {
+            "directory": f"{camera}_{episode}",
+            "source": f"videos/chunk-000/observation.images.{camera}/episode_{episode:06d}.mp4",
+        }
         for camera in ("front", "side")
         for episode in range(6)
     ]
@@ -389,11 +398,20 @@ def test_a_clip_that_gives_no_finite_loss_is_named_and_stops_the_run(dataset, tm
 # ------------------------------------------------------------------------------------------------ users' mistakes
 
 
-def test_users_mistakes_get_one_line(dataset, trained, tmp_path):
+def test_a_users_mistake_is_one_line_and_a_status(tmp_path):
+    done = run("train_svd.py", *train_arguments(tmp_path / "nowhere", tmp_path / "out"), ok=False)
+    assert done.returncode == 2 and done.stdout.count("\n") == 1 and "no such folder" in done.stdout
+
+
+def test_users_mistakes_are_refused_before_anything_is_loaded(dataset, trained, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(common, "load_part", None)  # whatever loads weights fails
+
     def refused(*flags, data=dataset, output=None, model=TINY):
-        done = run("train_svd.py", *train_arguments(data, output or tmp_path / "out", model), *flags, ok=False)
-        assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
-        return done.stdout
+        arguments = [*train_arguments(data, output or tmp_path / "out", model), *flags]
+        with pytest.raises((UserError, SystemExit)) as error:
+            train_svd.main([str(argument) for argument in arguments])
+        assert not (tmp_path / "out").exists()
+        return str(error.value) + capsys.readouterr().err
 
     assert "--width must be a multiple of 16 for this model, got 100" in refused("--width", 100)
     assert "no such folder" in refused(data=tmp_path / "nowhere")
@@ -414,6 +432,7 @@ def test_users_mistakes_get_one_line(dataset, trained, tmp_path):
     file.unlink()
     (broken / "unet" / "diffusion_pytorch_model.bin").write_bytes(b"x")
     assert "never loaded" in refused(model=broken)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     hub = refused(model="stabilityai/stable-video-diffusion-img2vid-xt")
     assert "HF_ENDPOINT" in hub and "licence" in hub
 
