@@ -9,6 +9,7 @@ file with everything that is needed to make it again.
 
 import argparse
 import json
+import os
 import platform
 import time
 from pathlib import Path
@@ -28,7 +29,7 @@ def build_parser():
     add("--width", type=int, help="pixels (default: what the model was trained at, or 1024)")
     add("--height", type=int, help="pixels (default: what the model was trained at, or 576)")
     add("--num_frames", type=int, help="frames to make (default: what the model was trained at)")
-    add("--fps", type=int, help="frames a second, conditioning and mp4 (default: the training data's, or 7)")
+    add("--fps", type=float, help="frames a second, conditioning and mp4 (default: the training data's, or 7)")
     add("--motion_bucket_id", type=int, help="0..255, more is more motion (default: the training data's, or 127)")
     add("--noise_aug_strength", type=float, default=0.02, help="noise on the first frame, 0..10 (default 0.02)")
     add("--num_inference_steps", type=int, default=25, help="denoising steps (default 25)")
@@ -43,13 +44,15 @@ def parse_args(argv=None):
     """Parses the command line and refuses what cannot work before anything is loaded."""
     parser = build_parser()
     args = parser.parse_args(argv)
+    args.fps = int(args.fps) if args.fps and args.fps % 1 == 0 else args.fps
     for flag, low, high in (
         ("width", 8, None), ("height", 8, None), ("num_frames", 2, None), ("fps", 1, 240), ("motion_bucket_id", 0, 255),
-        ("noise_aug_strength", 0, 10), ("num_inference_steps", 1, None), ("decode_chunk_size", 1, None),
+        ("noise_aug_strength", 0, 10), ("num_inference_steps", 1, 1000), ("decode_chunk_size", 1, None),
+        ("min_guidance_scale", 0, 100), ("max_guidance_scale", 0, 100), ("seed", 0, 2**63 - 1),
     ):  # fmt: skip
         value = getattr(args, flag)
         if value is not None and not (low <= value <= (high or value)):
-            parser.error(f"--{flag} must be {f'{low}..{high}' if high else f'at least {low}'}, got {value:g}")
+            parser.error(f"--{flag} must be {f'{low}..{high}' if high else f'at least {low}'}, got {value}")
     if args.min_guidance_scale > args.max_guidance_scale:
         parser.error(
             f"--min_guidance_scale {args.min_guidance_scale:g} must not be over --max_guidance_scale"
@@ -60,6 +63,9 @@ def parse_args(argv=None):
     for path in (Path(args.output_video), Path(args.output_video).with_suffix(".json")):
         if path.exists():
             parser.error(f"--output_video: {path} exists already; move it away or give another name")
+    parent = next(folder for folder in Path(args.output_video).absolute().parents if folder.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        parser.error(f"--output_video: {parent} is not a folder that can be written to")
     return args
 
 
@@ -92,9 +98,11 @@ def fill_in_defaults(args, folder, settings):
 def main(argv=None):
     args = parse_args(argv)
     image = common.read_image(args.input_image)
-    folder, settings, _ = common.resolve_checkpoint(args.model_dir)
+    try:
+        folder, settings, _ = common.resolve_checkpoint(args.model_dir)
+    except ValueError as error:
+        raise UserError(f"{Path(args.model_dir) / common.SETTINGS}: damaged ({error}); copy the folder again") from None
     fill_in_defaults(args, folder, settings)
-    Path(args.output_video).parent.mkdir(parents=True, exist_ok=True)
 
     import diffusers
     import torch
@@ -106,6 +114,7 @@ def main(argv=None):
     print(f"{args.model_dir} on {where}")
     pipe, _ = common.load_pipeline(args.model_dir, dtype)
     pipe.to(device)
+    Path(args.output_video).parent.mkdir(parents=True, exist_ok=True)
 
     started = time.perf_counter()
     frames = pipe(
