@@ -202,7 +202,7 @@ def read_metadata(dataset_dir):
 
 
 def list_clips(dataset_dir):
-    """Every clip of a dataset folder: records with `directory` and `frames` (paths), in name order.
+    """Every clip of a dataset folder: records with `directory`, `frames` (paths) and `root`, in name order.
 
     A clip is any folder that holds images. `metadata.jsonl` gives fps and motion where it has a line for the folder.
     Raises `UserError` where there is no such folder or no clip in it.
@@ -216,7 +216,7 @@ def list_clips(dataset_dir):
         directory = Path(folder).relative_to(root).as_posix()
         frames = list_frames(folder)
         if folder != str(root) and frames:
-            clips.append({**metadata.get(directory, {}), "directory": directory, "frames": frames})
+            clips.append({**metadata.get(directory, {}), "directory": directory, "frames": frames, "root": root})
     if not clips:
         raise UserError(
             f"{root}: holds no folder of frames; expected {root}/<video>/00000.png, from prepare_dataset.py"

@@ -223,6 +223,11 @@ def encode_frames(pipe, frames, device):
     return posterior.mean, posterior.std, embeddings
 
 
+def frames_at_once(args):
+    """How many frames the VAE takes at a time: bounds its activations to about 3 GiB."""
+    return max(1, 512 * 320 * 8 // (args.width * args.height))
+
+
 def cache_key(clip, args, model_fingerprint):
     """Everything that a cached clip depends on; a changed frame has another size or time."""
     files = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in clip["frames"]]
@@ -259,10 +264,12 @@ def build_cache(clips, args, pipe_loader, base, accelerator):
     pipe_loader() gives the fp32 VAE and CLIP on the device, called only where something is missing.
     """
     fingerprint = "-".join(common.weights_fingerprint(base, part)[:8] for part in ("vae", "image_encoder"))
-    root = Path(args.cache_dir or Path(args.dataset_dir) / ".cache") / f"{args.width}x{args.height}-{fingerprint}"
     missing = []
     for clip in clips:
-        clip["cache"] = root / f"{clip['directory']}.safetensors"
+        root = clip["root"] / ".cache"
+        if args.cache_dir:  # may be shared by several datasets
+            root = Path(args.cache_dir) / hashlib.sha256(str(clip["root"].resolve()).encode()).hexdigest()[:8]
+        clip["cache"] = root / f"{args.width}x{args.height}-{fingerprint}" / f"{clip['directory']}.safetensors"
         key = cache_key(clip, args, fingerprint)
         if not cache_is_current(clip["cache"], key):
             missing.append((clip, key))
@@ -270,7 +277,7 @@ def build_cache(clips, args, pipe_loader, base, accelerator):
     mine = missing[accelerator.process_index :: accelerator.num_processes]
     if mine:
         pipe = pipe_loader()
-        chunk = max(1, 512 * 320 * 8 // (args.width * args.height))  # frames at once: bounds the VAE's activations
+        chunk = frames_at_once(args)
         total = sum(len(clip["frames"]) for clip, _ in mine)
         progress = tqdm(total=total, desc="caching latents", unit="frame", disable=not accelerator.is_main_process)
         for clip, key in mine:
@@ -756,8 +763,12 @@ def save_weights(run, folder, step, extra):
     write_tensors(aside / f"{name}.safetensors", dict(zip(run.trained, weights)))
     state = {"step": step, "settings": run.settings, **extra}
     common.write_file(aside / common.CHECKPOINT_STATE, json.dumps(state, indent=1))
-    shutil.rmtree(folder, ignore_errors=True)
+    old = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        os.replace(folder, old)
     os.replace(aside, folder)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def checkpoints_of(output_dir):
@@ -860,12 +871,32 @@ def save_result(run, step):
                 common.write_file(
                     aside / part / source.name.replace(".fp16", ""), source.read_text().replace(".fp16", "")
                 )
+    (output / "model_index.json").unlink(missing_ok=True)  # from here until it is back, this is no finished result
     for part in common.PARTS:
         shutil.rmtree(output / part, ignore_errors=True)  # an earlier result of this same run, resumed to go further
         os.replace(aside / part, output / part)
     aside.rmdir()
     common.write_file(output / common.SETTINGS, json.dumps({**run.settings, "step": step}, indent=1))
+    common.write_file(output / "README.md", model_card(run, step))
     common.write_file(output / "model_index.json", (base / "model_index.json").read_text())
+
+
+def model_card(run, step):
+    """What the result is, as a README in the hub's format: base, data, settings, last validation, samples."""
+    settings, output = run.settings, Path(run.args.output_dir)
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    scores = next((line for line in reversed(lines) if "validation_loss_v" in line), {})
+    table = "".join(f"| {name.removeprefix('validation_')} | {value:.4g} |\n" for name, value in scores.items())
+    videos = sorted((output / "validation").glob(f"step-{scores.get('step', 0):06d}/*.mp4"))
+    samples = "".join(f"- [{video.name}]({video.relative_to(output).as_posix()})\n" for video in videos)
+    what = f"{settings['num_clips']} clips, {step} steps of {settings['global_batch_size']}, {settings['width']}x"
+    what += f"{settings['height']}, {settings['num_frames']} frames; trained: {settings['trainable']}. Median fps "
+    what += f"{settings['median_fps']:g}, median motion_bucket_id {settings['median_motion_bucket_id']:g}: use these."
+    return (
+        f"---\nbase_model: {run.args.pretrained_model_name}\npipeline_tag: image-to-video\nlibrary_name: diffusers\n---\n"
+        f"\n# Stable Video Diffusion, fine-tuned\n\n{what} All settings: {common.SETTINGS}.\n"
+        + (f"\n| held-out clips | real beside generated |\n|---|---|\n{table}\n{samples}" if scores else "")
+    )
 
 
 # ----------------------------------------------------------------------------------------------------- Validation
@@ -903,6 +934,9 @@ class Validation:
         self.dataset = ClipDataset(clips, run.args, vae.config, cached=True)
         self.folder = Path(run.args.output_dir) / "validation"
         self.pipe, self.copied, self.best = None, None, None
+        best = Path(run.args.output_dir) / "best" / common.CHECKPOINT_STATE
+        if best.is_file():  # of this run, before it was resumed
+            self.best = json.loads(best.read_text())["metrics"].get(run.args.validation_metric)
 
     def losses(self, unet, device):
         """Mean v loss by noise level, on the first window of every clip, with the same noise every time."""
@@ -928,7 +962,7 @@ class Validation:
             fps=round(clip["fps"]), motion_bucket_id=clip["motion_bucket_id"], output_type="latent",
             generator=torch.Generator().manual_seed(0),
         ).frames  # fmt: skip
-        frames = pipe.decode_latents(latents.float(), args.num_frames, decode_chunk_size=2)  # the VAE stays in fp32
+        frames = pipe.decode_latents(latents.float(), args.num_frames, frames_at_once(args))  # the VAE stays in fp32
         return (pipe.video_processor.postprocess_video(frames, "np")[0] * 255).round().astype(np.uint8)
 
     @torch.no_grad()
@@ -1120,14 +1154,11 @@ def parse_args(argv=None):
     if not torch.cuda.is_available() and args.mixed_precision == "fp16" and not args.dry_run:
         parser.error("--mixed_precision fp16 needs a CUDA GPU; on the CPU use no or bf16")
     output = Path(args.output_dir)
-    if (
-        not args.resume_from_checkpoint
-        and not args.dry_run
-        and ((output / "model_index.json").exists() or checkpoints_of(output))
-    ):
-        parser.error(
-            f"--output_dir {output} already holds a run; give another one, or --resume_from_checkpoint latest to go on"
-        )
+    if not args.dry_run and output.exists() and (not output.is_dir() or any(output.iterdir())):
+        if not (output / "metrics.jsonl").is_file():
+            parser.error(f"--output_dir {output} holds something that is no run of this script; give another folder")
+        if not args.resume_from_checkpoint:
+            parser.error(f"--output_dir {output} already holds a run; give another, or --resume_from_checkpoint latest")
     return args
 
 
@@ -1197,7 +1228,18 @@ def main(argv=None):
         weight_dtype, folder = choose_precision(args, device), common.resolve_config(args.pretrained_model_name)
         check_sizes(args, folder)
         return dry_run(args, folder, weight_dtype, device)
+    try:
+        return train(args, device)
+    except torch.cuda.OutOfMemoryError as error:
+        available = torch.cuda.get_device_properties(device).total_memory / 2**30 * 0.95 - 0.6
+        advised = advice(
+            args, common.resolve_model(args.pretrained_model_name), choose_precision(args, device), available
+        )
+        raise UserError(f"the GPU's memory is not enough ({str(error).splitlines()[0]}). {advised}") from None
 
+
+def train(args, device):
+    """One run, from the first or a saved step to the result; returns the exit status."""
     # set up: everything that can be refused is refused before a weight is loaded
     run = Run()
     run.args, run.base = args, common.resolve_model(args.pretrained_model_name)
@@ -1288,7 +1330,7 @@ def main(argv=None):
         # overflow is the scaler's business (it sets found_inf itself), so there only the loss counts.
         if not freed_early:
             grad_norm = accelerator.clip_grad_norm_(run.trained.values(), args.max_grad_norm or math.inf)
-            bad = ~torch.isfinite(loss.detach() if run.scaler else grad_norm)
+            bad = ~torch.isfinite(accelerator.reduce(loss.detach()) if run.scaler else grad_norm)
             log.add({"grad_norm": grad_norm})
         bad_step = torch.where(bad & (bad_step < 0), step, bad_step)
         if not run.scaler:
@@ -1305,7 +1347,7 @@ def main(argv=None):
 
         stopping = stop.requested(accelerator)
         saving = done % args.checkpointing_steps == 0 or stopping
-        validating = validation and (done % args.validation_steps == 0 or done == args.max_train_steps)
+        validating = held_out and (done % args.validation_steps == 0 or done == args.max_train_steps)
         if done % args.logging_steps == 0 or done == args.max_train_steps or saving or validating:
             log.stop_if_bad(bad_step, dataset)
             log.write(done)
@@ -1352,6 +1394,10 @@ class Log:
 
     def __init__(self, run, accelerator, first_step):
         self.run, self.accelerator, self.path = run, accelerator, Path(run.args.output_dir) / "metrics.jsonl"
+        if accelerator.is_main_process:  # a resumed run writes the lines after its checkpoint again
+            lines = self.path.read_text().splitlines(keepends=True) if first_step and self.path.exists() else []
+            whole = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= first_step]
+            common.write_file(self.path, "".join(whole))
         if run.args.report_to:
             accelerator.init_trackers(
                 "svd", {k: v for k, v in vars(run.args).items() if isinstance(v, int | float | str)}
@@ -1405,12 +1451,27 @@ class Log:
                 file.write(json.dumps(line) + "\n")
         self.accelerator.log({k: v for k, v in line.items() if k != "step"}, step=line["step"])
 
+    def send_videos(self, step):
+        """The side-by-side videos of a validation, to TensorBoard (needs moviepy there) or Weights & Biases."""
+        for path in (
+            sorted(self.path.parent.glob(f"validation/step-{step:06d}/*.mp4")) if self.run.args.report_to else ()
+        ):
+            tracker = self.accelerator.get_tracker(self.run.args.report_to, unwrap=True)
+            if self.run.args.report_to == "wandb":
+                import wandb
+
+                tracker.log({path.stem: wandb.Video(str(path), format="mp4")}, step=step)
+            elif importlib.util.find_spec("moviepy"):
+                video = torch.from_numpy(common.read_video(path)).permute(0, 3, 1, 2)[None]
+                tracker.add_video(path.stem, video, step, fps=4)
+
     def validate(self, validation, unet, step):
         if validation:
             metrics = validation(unet, step, self.accelerator.device)
             if metrics:
                 self.append({"step": step, **{f"validation_{name}": value for name, value in metrics.items()}})
                 validation.report(metrics, step)
+                self.send_videos(step)
             self.start(step)
 
 
