@@ -893,7 +893,8 @@ def model_card(run, step):
     what += f"{settings['height']}, {settings['num_frames']} frames; trained: {settings['trainable']}. Median fps "
     what += f"{settings['median_fps']:g}, median motion_bucket_id {settings['median_motion_bucket_id']:g}: use these."
     return (
-        f"---\nbase_model: {run.args.pretrained_model_name}\npipeline_tag: image-to-video\nlibrary_name: diffusers\n---\n"
+        f"---\nbase_model: {run.args.pretrained_model_name}\npipeline_tag: image-to-video\n"
+        "library_name: diffusers\n---\n"
         f"\n# Stable Video Diffusion, fine-tuned\n\n{what} All settings: {common.SETTINGS}.\n"
         + (f"\n| held-out clips | real beside generated |\n|---|---|\n{table}\n{samples}" if scores else "")
     )
