@@ -528,12 +528,12 @@ def forecast(args, folder, checkpointing, weight_dtype, count_flops=False):
         vae.decoder = None
         trained = list(trained_parameters(unet).values())
         freed_early = gradients_freed_early(args, num_processes=1)
-        optimizer = (
-            EightBitStates(trained) if args.optimizer == "adamw8bit" else build_optimizer(args, trained, freed_early)
-        )
+        if args.optimizer == "adamw8bit":
+            optimizer = EightBitStates([{"params": [parameter]} for parameter in trained])
+        else:
+            optimizer = build_optimizer(args, trained, freed_early)
         if freed_early:
-            for parameter in trained:
-                parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+            step_in_backward(optimizer, torch.zeros((), dtype=torch.bool))
         factor = 2 ** (len(vae.config.block_out_channels) - 1)
         shape = (args.train_batch_size, args.num_frames, vae.config.latent_channels)
         shape += (args.height // factor, args.width // factor)
@@ -549,8 +549,8 @@ def forecast(args, folder, checkpointing, weight_dtype, count_flops=False):
             del loss
             if not freed_early:
                 torch.nn.utils.clip_grad_norm_(trained, 1.0)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
 
         with tracker:
             for tensor in [*weights, *batch.values()]:
