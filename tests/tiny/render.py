@@ -2,8 +2,8 @@
 
 A Franka Panda over a table, with a cube, a distractor box and a green goal disc, in PyBullet's CPU renderer:
 
-    python tests/tiny/render.py --task reach --episodes 1200 --cameras front side --output_dir .dev/tiny/reach
-    python tests/tiny/render.py --task push --episodes 160 --seed 1 --cameras front side --output_dir .dev/tiny/push
+    python tests/tiny/render.py --task reach --episodes 700 --cameras front side --output_dir .dev/tiny/reach
+    python tests/tiny/render.py --task push --episodes 200 --seed 1 --cameras front side --output_dir .dev/tiny/push
 
 `reach`: the arm moves smoothly through random waypoints and leaves the cube alone: the look and motion of the arm.
 `push`: it reaches behind the cube and pushes it onto the disc; the whole motion is spread over the clip, and what
