@@ -1,42 +1,87 @@
-"""Makes a video from an image with a Stable Video Diffusion model, fine-tuned by train_svd.py or not.
+"""Makes videos from images with a Stable Video Diffusion model, fine-tuned by train_svd.py or not.
 
     python infer_svd.py --model_dir ./outputs --input_image path/to/image.jpg --output_video ./sample_output.mp4 \
         --motion_bucket_id 180 --noise_aug_strength 0.1 --fps 7
 
-A recipe: parse, load, read the image, run the stock diffusers pipeline, write the video and, beside it, a JSON
-file with everything that is needed to make it again.
+Many at once, into a folder with a metadata.jsonl that says how each was made; run it again after a stop, it goes on:
+
+    python infer_svd.py --model_dir ./outputs --input_image ./images --output_video ./clips \
+        --num_videos_per_image 4 --motion_bucket_id 60 120 180
+
+A recipe: parse, list the clips to make, load, run the stock diffusers pipeline for each, write, compare.
 """
 
 import argparse
+import glob
+import hashlib
+import io
 import json
 import os
 import platform
+import shutil
+import sys
 import time
+from collections import Counter
 from pathlib import Path
 
-import numpy as np
+import svd_common as common  # isort: skip  (first: it quiets OpenCV, which reads that once)
+from svd_common import UserError  # isort: skip
 
-import svd_common as common
-from svd_common import UserError
+import cv2
+import numpy as np
+from PIL import Image
+from tqdm.auto import tqdm
+
+# What decides the pixels of a clip besides its image and the model: passed to the pipeline under these names ...
+PIPELINE_OPTIONS = (
+    "width", "height", "num_frames", "fps", "motion_bucket_id", "noise_aug_strength", "num_inference_steps",
+    "min_guidance_scale", "max_guidance_scale", "decode_chunk_size",
+)  # fmt: skip
+OPTIONS = (*PIPELINE_OPTIONS, "seed", "num_segments", "color_correction")  # ... and with what we do around it
+FORMATS = {"mp4": ".mp4", "gif": ".gif", "webp": ".webp", "frames": ""}
+IMAGE_SUFFIXES = (*common.IMAGE_SUFFIXES, ".tif", ".tiff")
+
+# --------------------------------------------------------------------------------------------------- Command line
 
 
 def build_parser():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
+    add = parser.add_argument_group("in and out").add_argument
     add("--model_dir", required=True, help="fine-tuned folder, checkpoint-N of a run, base folder or hub name")
-    add("--input_image", required=True, help="the first frame: any image file; resized and centre-cropped to fit")
-    add("--output_video", required=True, help="the .mp4 to write; its settings go beside it as .json")
+    add("--input_image", required=True, help="first frame: an image file, a folder of images, a prepared dataset (the"
+        " first frame of each clip) or a quoted glob; resized and centre-cropped to fit")  # fmt: skip
+    add("--output_video", required=True, help="one clip: the .mp4 (.gif, .webp) to write, its settings go beside it as"
+        " .json; any number: a folder")  # fmt: skip
+    add("--output_format", choices=list(FORMATS), help="of a folder; frames: a dataset for train_svd.py (default mp4)")
+    add("--num_videos_per_image", type=int, default=1, help="clips of each, with seeds SEED, SEED+1, ... (default 1)")
+
+    add = parser.add_argument_group("what to make").add_argument
     add("--width", type=int, help="pixels (default: what the model was trained at, or 1024)")
     add("--height", type=int, help="pixels (default: what the model was trained at, or 576)")
     add("--num_frames", type=int, help="frames to make (default: what the model was trained at)")
-    add("--fps", type=float, help="frames a second, conditioning and mp4 (default: the training data's, or 7)")
-    add("--motion_bucket_id", type=int, help="0..255, more is more motion (default: the training data's, or 127)")
+    add("--fps", type=float, help="frames a second, conditioning and video (default: the training data's, or 7)")
+    add("--motion_bucket_id", type=int, nargs="+", help="0..255, more is more motion; with several, a clip for each"
+        " (default: the training data's, or 127)")  # fmt: skip
     add("--noise_aug_strength", type=float, default=0.02, help="noise on the first frame, 0..10 (default 0.02)")
     add("--num_inference_steps", type=int, default=25, help="denoising steps (default 25)")
     add("--min_guidance_scale", type=float, default=1.0, help="guidance at the first frame (default 1.0)")
     add("--max_guidance_scale", type=float, default=3.0, help="guidance at the last frame (default 3.0)")
-    add("--decode_chunk_size", type=int, help="frames decoded at once; fewer need less memory (default: all)")
     add("--seed", type=int, default=0, help="of the noise (default 0)")
+    add("--num_segments", type=int, default=1, help="go on from the last frame so many times in all (default 1)")
+    add("--color_correction", action=argparse.BooleanOptionalAction, default=True,
+        help="from segment 2 on, match the colours to the frame that it started from (default)")  # fmt: skip
+
+    add = parser.add_argument_group("judging (into a folder)").add_argument
+    add("--compare_with", metavar="MODEL", help="make the same clips with this model too; writes them side by side")
+    add("--reference", metavar="DIR", help="prepared dataset with the real clips of these images: metrics.json")
+
+    add = parser.add_argument_group("memory and speed").add_argument
+    add("--decode_chunk_size", type=int, help="frames decoded at once; fewer need less memory, flicker more"
+        " (default: all; 4 with --low_vram)")  # fmt: skip
+    add("--low_vram", action="store_true", help="parts of the model on the GPU only while they work: slower")
+    add("--compile", action="store_true", help="torch.compile the blocks: slow to start, faster in long runs")
+    add("--dry_run", action="store_true", help="print the clips and the GPU memory that they need, from the"
+        " configuration alone")  # fmt: skip
     return parser
 
 
@@ -49,21 +94,34 @@ def parse_args(argv=None):
         ("width", 8, None), ("height", 8, None), ("num_frames", 2, None), ("fps", 1, 240), ("motion_bucket_id", 0, 255),
         ("noise_aug_strength", 0, 10), ("num_inference_steps", 1, 1000), ("decode_chunk_size", 1, None),
         ("min_guidance_scale", 0, 100), ("max_guidance_scale", 0, 100), ("seed", 0, 2**63 - 1),
+        ("num_videos_per_image", 1, 1_000_000), ("num_segments", 1, 1000),
     ):  # fmt: skip
-        value = getattr(args, flag)
-        if value is not None and not (low <= value <= (high or value)):
-            parser.error(f"--{flag} must be {f'{low}..{high}' if high else f'at least {low}'}, got {value}")
+        given = getattr(args, flag)
+        for value in given if isinstance(given, list) else [given]:
+            if value is not None and not (low <= value <= (high or value)):
+                parser.error(f"--{flag} must be {f'{low}..{high}' if high else f'at least {low}'}, got {value}")
     if args.min_guidance_scale > args.max_guidance_scale:
         parser.error(
             f"--min_guidance_scale {args.min_guidance_scale:g} must not be over --max_guidance_scale"
             f" {args.max_guidance_scale:g}: the guidance rises from the first frame to the last"
         )
-    if not args.output_video.lower().endswith(".mp4"):
-        parser.error(f"--output_video must end in .mp4, got {args.output_video}")
-    for path in (Path(args.output_video), Path(args.output_video).with_suffix(".json")):
-        if path.exists():
-            parser.error(f"--output_video: {path} exists already; move it away or give another name")
-    parent = next(folder for folder in Path(args.output_video).absolute().parents if folder.exists())
+
+    output = Path(args.output_video)
+    args.single = output.suffix.lower() in (".mp4", ".gif", ".webp") and not output.is_dir()
+    many = args.num_videos_per_image > 1 or len(args.motion_bucket_id or []) > 1 or args.compare_with or args.reference
+    if args.single:
+        if args.output_format not in (None, output.suffix.lower()[1:]) or many:
+            parser.error(f"--output_video {output}: a file for one clip alone; give a folder for what you ask")
+        args.output_format = output.suffix.lower()[1:]
+        for path in (output, output.with_suffix(".json")):
+            if path.exists():
+                parser.error(f"--output_video: {path} exists already; move it away or give another name")
+    elif output.suffix and not output.is_dir():
+        parser.error(f"--output_video must end in .mp4, .gif or .webp, or be a folder's name, got {output}")
+    args.output_format = args.output_format or "mp4"
+    if (args.compare_with or args.reference) and args.output_format in ("gif", "webp"):
+        parser.error(f"--output_format {args.output_format} cannot be compared: its colours are not exact; use mp4")
+    parent = next(folder for folder in [output.absolute(), *output.absolute().parents] if folder.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         parser.error(f"--output_video: {parent} is not a folder that can be written to")
     return args
@@ -75,15 +133,29 @@ def fill_in_defaults(args, folder, settings):
     factor = 2 ** (len(common.read_config(folder, "vae")["block_out_channels"]) - 1)
     side = unet.get("sample_size") or 96  # SVD-XT's configuration says 96: 768 pixels; it was trained at 1024 x 576
     trained = (1024, 576) if side == 96 and factor == 8 else (side * factor, side * factor)
+    fps, bucket = settings.get("median_fps", 7), round(settings.get("median_motion_bucket_id", 127))
     for name, default in (
         ("width", settings.get("width", trained[0])),
         ("height", settings.get("height", trained[1])),
         ("num_frames", settings.get("num_frames", unet.get("num_frames") or 25)),
-        ("fps", max(1, round(settings.get("median_fps", 7)))),
-        ("motion_bucket_id", round(settings.get("median_motion_bucket_id", 127))),
+        ("fps", int(fps) if fps % 1 == 0 else fps),
+        ("motion_bucket_id", [bucket]),
+        ("decode_chunk_size", 4 if args.low_vram else args.num_frames or 10**6),
     ):
         if getattr(args, name) is None:
             setattr(args, name, default)
+    args.decode_chunk_size = min(args.decode_chunk_size, args.num_frames)
+    low, high = settings.get("motion_bucket_id_range", (0, 255))
+    margin = max(20, (high - low) / 2)
+    for value in args.motion_bucket_id:
+        if not low - margin <= value <= high + margin:
+            print(f"warning: --motion_bucket_id {value}: the model was fine-tuned on clips of {low:g} to {high:g}")
+    if "median_fps" in settings and not fps / 2 <= args.fps <= fps * 2:
+        print(f"warning: --fps {args.fps:g}: the model was fine-tuned on clips of about {fps:g} frames a second")
+
+
+def check_sizes(args, folder):
+    """Refuses sizes that the model cannot take, from its configuration alone."""
     multiple = common.size_multiple(folder)
     for flag in ("width", "height"):
         value = getattr(args, flag)
@@ -92,60 +164,564 @@ def fill_in_defaults(args, folder, settings):
             raise UserError(
                 f"--{flag} must be a multiple of {multiple} for this model, got {value}; the nearest is {near}"
             )
-    args.decode_chunk_size = min(args.decode_chunk_size or args.num_frames, args.num_frames)
+
+
+# ----------------------------------------------------------------------------------------------------------- Jobs
+
+
+def find_images(given):
+    """--input_image -> {name: path}; a name is the path inside the folder, or inside what precedes the wildcard."""
+    path = Path(given)
+    if path.is_dir():
+        files = [p for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith(".")]
+        if common.read_metadata(path) or not files:
+            return {clip["directory"]: clip["frames"][0] for clip in common.list_clips(path)}
+        root = path
+    elif glob.has_magic(given) and not path.exists():
+        files = [Path(p) for p in glob.glob(given, recursive=True) if Path(p).suffix.lower() in IMAGE_SUFFIXES]
+        root = Path(*[part for i, part in enumerate(path.parts) if not any(map(glob.has_magic, path.parts[: i + 1]))])
+        if not files:
+            raise UserError(f"--input_image {given}: no image matches")
+    else:
+        return {path.stem: path}
+    files.sort(key=lambda file: common.natural_key(file))
+    names = [file.relative_to(root).with_suffix("").as_posix() for file in files]
+    twice = Counter(names)
+    return {n if twice[n] == 1 else file.relative_to(root).as_posix(): file for n, file in zip(names, files)}
+
+
+def list_jobs(args):
+    """One job for each image and seed: {image, path, sha256, seed}; and why other images cannot be read."""
+    images, jobs, failed = find_images(args.input_image), [], []
+    for name, path in images.items():
+        try:
+            common.read_image(path)
+        except UserError as error:
+            if args.single:
+                raise
+            failed.append(str(error))
+            continue
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        for index in range(args.num_videos_per_image):
+            jobs += [{"image": name, "path": path, "sha256": digest, "seed": args.seed + index}]
+    if args.single and len(jobs) > 1:
+        raise UserError(f"--output_video {args.output_video}: {len(jobs)} images need a folder, not a file")
+    if not jobs:
+        raise UserError(f"--input_image {args.input_image}: no readable image ({failed[0]})")
+    return jobs, failed
+
+
+class ClipSet:
+    """The clips of one model in one folder: what is there already, and what is still to be made.
+
+    metadata.jsonl has one line a clip. The order of writing is: `.name.json` (the line), the clip aside, the clip's
+    rename, the line, and `.name.json` goes; so a kill at any moment leaves a clip whole and listed, or not there.
+    """
+
+    def __init__(self, args, model, folder):
+        self.args, self.model, self.folder = args, model, Path(folder)
+        try:
+            self.base, self.settings, self.trained = common.resolve_checkpoint(model)
+        except ValueError as error:
+            raise UserError(f"{Path(model) / common.SETTINGS}: damaged ({error}); copy the folder again") from None
+
+    def plan(self, jobs):
+        """Fills in the jobs, and sets `todo` to those that are not made yet. Raises `UserError` for another's clips."""
+        digest = hashlib.sha256(common.weights_fingerprint(self.base, "unet").encode())
+        if self.trained:
+            digest.update(self.trained.read_bytes())
+        self.fingerprint = digest.hexdigest()[:16]
+        self.jobs, made = [], {} if self.args.single else self.read_metadata()
+        for job in jobs:
+            for bucket in self.args.motion_bucket_id:
+                options = {**vars(self.args), "seed": job["seed"], "motion_bucket_id": bucket}
+                name = f"{job['image']}_seed{job['seed']}_motion{bucket}{FORMATS[self.args.output_format]}"
+                target = Path(self.args.output_video) if self.args.single else self.folder / name
+                self.jobs.append({**job, "name": name, "target": target, "options": {k: options[k] for k in OPTIONS}})
+        for job in self.jobs:
+            self.mend(job, made)
+            if job["name"] in made:
+                self.check_same(job, made[job["name"]])
+            elif job["target"].exists():
+                raise UserError(f"{job['target']}: exists, and metadata.jsonl does not know it; give another folder")
+        self.todo = [job for job in self.jobs if job["name"] not in made]
+
+    def read_metadata(self):
+        """{name: record} of the finished clips; a last line that was cut off goes."""
+        path, made = self.folder / "metadata.jsonl", {}
+        if path.exists():
+            text = path.read_text(encoding="utf-8")
+            for line in text[: text.rfind("\n") + 1].splitlines():
+                record = json.loads(line)
+                if "generated" not in record:
+                    raise UserError(f"{path}: not written by infer_svd.py (real clips?); give another --output_video")
+                made[record.get("file_name") or record["directory"]] = record
+            if not text.endswith("\n"):
+                common.write_file(path, text[: text.rfind("\n") + 1])
+        return made
+
+    def mend(self, job, made):
+        """Removes what a killed run left of this clip, or lists it if all but that was done."""
+        target, suffix = job["target"], FORMATS[self.args.output_format]
+        for left in target.parent.glob(f".{glob.escape(target.name.removesuffix(suffix))}.*"):
+            if left.name.endswith(".json") and target.exists() and job["name"] not in made:
+                made[job["name"]] = json.loads(left.read_text(encoding="utf-8"))
+                self.append(made[job["name"]])
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
+
+    def append(self, record):
+        with open(self.folder / "metadata.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def check_same(self, job, record):
+        """Refuses a folder whose clip of this name was made from something else; it would be a lie in the set."""
+        if not (self.folder / job["name"]).exists():
+            raise UserError(f"{self.folder / job['name']}: listed in metadata.jsonl but missing; put it back, or delete"
+                " its line to make it again")  # fmt: skip
+        free = ("decode_chunk_size",) if record.get("fallback") else ()
+        now = {**job["options"], "source_image_sha256": job["sha256"], "model_fingerprint": self.fingerprint}
+        before = {**record, **record.get("requested", {})}
+        changed = [f"{key} was {before.get(key)}, is {now[key]}" for key in now if before.get(key) != now[key]]
+        changed = [text for text in changed if not text.startswith(free)]
+        if changed:
+            raise UserError(f"{self.folder / job['name']}: made before with other settings ({', '.join(changed)}); give"
+                " another --output_video")  # fmt: skip
+
+    def record(self, job, **more):
+        """Everything that is needed to make the clip again."""
+        import diffusers
+        import torch
+
+        return {
+            **{name: value for name, value in vars(self.args).items() if name not in ("single", "fallback")},
+            **job["options"],
+            "model_dir": str(self.model),
+            "model_fingerprint": self.fingerprint,
+            "base_model": self.settings.get("pretrained_model_name"),
+            "base_fingerprint": self.settings.get("base_fingerprint"),
+            "trained_step": self.settings.get("step"),
+            "source_image": str(job["path"]),
+            "source_image_sha256": job["sha256"],
+            "generated": True,
+            **more,
+            "versions": {
+                "python": platform.python_version(),
+                "torch": torch.__version__,
+                "diffusers": diffusers.__version__,
+            },
+        }
+
+    def save(self, job, frames, record):
+        """Writes the clip and says so in metadata.jsonl, or in the .json beside a single clip."""
+        target, fps = job["target"], job["options"]["fps"]
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if self.args.single:
+            write_clip(target, frames, fps, self.args.output_format)
+            common.write_file(target.with_suffix(".json"), json.dumps(record, indent=1))
+            return
+        motion = common.clip_motion(frames, fps)
+        record = {"file_name": job["name"], **record, "motion": round(motion, 4)}
+        bucket = common.motion_bucket(motion)
+        if self.args.output_format == "frames":  # a dataset's own fields: what the clip is, not what was asked for
+            record["directory"] = record.pop("file_name")
+            record["source"] = record["source_image"]
+            record["requested"] = {name: record[name] for name in ("num_frames", "motion_bucket_id")}
+            record |= {"num_frames": len(frames), "motion_bucket_id": bucket}
+        else:
+            record["measured_motion_bucket_id"] = bucket
+        pending = target.with_name(f".{target.name}.json")
+        common.write_file(pending, json.dumps(record))
+        write_clip(target, frames, fps, self.args.output_format)
+        self.append(record)
+        pending.unlink()
+
+
+def write_clip(path, frames, fps, output_format):
+    """Writes (T, H, W, 3) uint8 RGB as mp4, gif, webp or a folder of PNG; whole or not at all."""
+    if output_format == "mp4":
+        common.write_video(path, frames, fps)
+        if len(common.read_video(path)) != len(frames):  # ffmpeg says nothing of a disk that fills up at its last write
+            path.unlink()
+            raise OSError(28, "not written whole; is the disk full?", str(path))
+    elif output_format == "frames":
+        aside = path.with_name(f".{path.name}.part")
+        aside.mkdir()
+        for index, frame in enumerate(frames):
+            common.write_file(aside / f"{index:05d}.png", common.encode_png(frame))
+        os.replace(aside, path)
+    else:  # whole milliseconds, hundredths in a GIF: spread so that the frame rate is right on the whole
+        unit = 10 if output_format == "gif" else 1
+        ends = [round(1000 * t / fps / unit) * unit for t in range(len(frames) + 1)]
+        first, *rest = (Image.fromarray(frame) for frame in frames)
+        data = io.BytesIO()
+        first.save(data, output_format, save_all=True, append_images=rest, duration=np.diff(ends).tolist(), loop=0,
+            quality=90)  # fmt: skip
+        common.write_file(path, data.getvalue())
+
+
+def read_clip(path):
+    """What `write_clip` wrote as mp4 or frames."""
+    return (
+        np.stack([common.read_frame(p) for p in common.list_frames(path)]) if path.is_dir() else common.read_video(path)
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------- Model
+# The stock pipeline. Nothing here changes a pixel but --compile, --low_vram and a smaller decode_chunk_size.
+
+
+class SingleTokenAttention:
+    """Cross-attention over SVD's one token: softmax over one key is 1, so the output is to_out(to_v(token)), and
+    to_q, to_k and the attention itself are skipped. The two products left have the stock shapes: the same bits."""
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, **kwargs):
+        assert encoder_hidden_states.shape[1] == 1, "the shortcut holds for one token only"
+        value = attn.to_v(encoder_hidden_states)  # (B, 1, C)
+        return attn.to_out[0](value.expand(-1, hidden_states.shape[1], -1).contiguous())
+
+
+def one_at_a_time(forward):
+    """The UNet on guidance's two samples one after the other: half the activations, equal but for rounding."""
+    import torch
+
+    def run(sample, timestep, encoder_hidden_states, added_time_ids, return_dict=True):
+        parts = zip(sample.split(1), encoder_hidden_states.split(1), added_time_ids.split(1))
+        return (torch.cat([forward(x, timestep, e, ids, return_dict=False)[0] for x, e, ids in parts]),)
+
+    return run
+
+
+def save_memory(unet):
+    """What --low_vram does to the UNet, in place: feed-forward layers in chunks, one sample at a time."""
+    if not hasattr(unet, "forward_of_all"):
+        unet.enable_forward_chunking(1, dim=0)
+        unet.forward_of_all, unet.forward = unet.forward, one_at_a_time(unet.forward)
+
+
+def load(model, args, device):
+    """The stock pipeline of `model`, placed and wrapped as the options say."""
+    import torch
+    from diffusers.models.attention import BasicTransformerBlock, TemporalBasicTransformerBlock
+    from diffusers.models.resnet import SpatioTemporalResBlock
+
+    pipe, _ = common.load_pipeline(model, torch.float16 if device == "cuda" else torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    for module in pipe.unet.modules():
+        block = isinstance(module, (BasicTransformerBlock, TemporalBasicTransformerBlock))
+        if block and module.attn2 is not None:
+            module.attn2.set_processor(SingleTokenAttention())
+        if args.compile and (block or isinstance(module, SpatioTemporalResBlock)):
+            module.compile()
+    place(pipe, args, device)
+    return pipe
+
+
+def place(pipe, args, device):
+    if args.low_vram:
+        save_memory(pipe.unet)
+    if args.low_vram and device == "cuda":
+        pipe.enable_model_cpu_offload()
+    else:
+        pipe.to(device)
+
+
+def forecast_memory(folder, args):
+    """GiB of GPU memory that a clip needs in fp16: the real forward passes on tensors that have a shape but no data.
+
+    Without --low_vram all parts are there all the time; with it, only the one that works. CUDA itself takes 0.5 more.
+    """
+    import torch
+    from diffusers import AutoencoderKLTemporalDecoder, UNetSpatioTemporalConditionModel
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+
+    def peak(model, function, *inputs):
+        with common.memory_tracker() as tracker, torch.no_grad():
+            for tensor in [*model.parameters(), *inputs]:
+                tracker.track(tensor)
+            function(*inputs)
+        return tracker.peak
+
+    def half(model):
+        for parameter in model.parameters():
+            parameter.data = parameter.data.half()
+        return model, sum(p.numel() * 2 for p in model.parameters())
+
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        config = {part: common.read_config(folder, part) for part in common.MODEL_PARTS}
+        unet, unet_size = half(UNetSpatioTemporalConditionModel.from_config(config["unet"]))
+        vae, vae_size = half(AutoencoderKLTemporalDecoder.from_config(config["vae"]))
+        _, clip_size = half(CLIPVisionModelWithProjection(CLIPVisionConfig(**config["image_encoder"])))
+        if args.low_vram:
+            save_memory(unet)
+        factor = 2 ** (len(vae.config.block_out_channels) - 1)
+        h, w, chunk = args.height // factor, args.width // factor, args.decode_chunk_size
+        x = torch.empty(2, args.num_frames, unet.config.in_channels, h, w, dtype=torch.half)
+        token = torch.empty(2, 1, unet.config.cross_attention_dim, dtype=torch.half)
+        ids = torch.empty(2, 3, dtype=torch.half)
+        z = torch.empty(chunk, vae.config.latent_channels, h, w, dtype=torch.half)
+        frames = 4 * 3 * args.num_frames * args.width * args.height
+        denoise = peak(
+            unet, lambda x, token, ids: unet(x, torch.tensor(1.0), token, ids, return_dict=False), x, token, ids
+        )
+        decode = peak(vae, lambda z: vae.decode(z, num_frames=chunk), z) + frames
+    if not args.low_vram:
+        denoise, decode = denoise + vae_size + clip_size, decode + unet_size + clip_size
+    return max(denoise, decode, clip_size + vae_size) / 2**30
+
+
+def smaller_settings(args):
+    """What to try when memory is short, mildest first: {option: value}, each with less need than the one before."""
+    for change in ({"decode_chunk_size": 8}, {"low_vram": True, "decode_chunk_size": 4}, {"decode_chunk_size": 1}):
+        change["decode_chunk_size"] = min(change["decode_chunk_size"], args.decode_chunk_size)
+        change = {name: value for name, value in change.items() if getattr(args, name) != value}
+        if change:
+            yield change
+
+
+def take_smaller(args, reason):
+    """Changes `args` to the next smaller setting, saying so, and notes it for the record."""
+    change = next(smaller_settings(args), None)
+    if change is None:
+        raise UserError(f"{reason}, with the smallest settings; fewer --num_frames or smaller --width and --height")
+    vars(args).update(change)
+    args.fallback = reason
+    flags = " ".join(f"--{name}" + ("" if value is True else f" {value}") for name, value in change.items())
+    tqdm.write(f"{reason}: going on with {flags}")
+
+
+def fit_memory(args, folder):
+    """Before anything is loaded: takes smaller settings where the forecast says that the GPU has too little."""
+    import torch
+
+    available = torch.cuda.mem_get_info()[0] / 2**30 - 0.5
+    while (needed := forecast_memory(folder, args)) > available:
+        if not list(smaller_settings(args)):
+            break  # a forecast may err: let it try
+        take_smaller(args, f"needs {needed:.1f} GiB, {available:.1f} GiB are free")
+
+
+# ----------------------------------------------------------------------------------------------------- Generation
+
+
+def generate(pipe, image, options, on_step):
+    """One clip -> (T, H, W, 3) uint8 and a report of each segment; `on_step()` is called after every denoising step.
+
+    Each later segment starts from the last frame of the one before, and its own first frame, which shows the same, is
+    dropped. One generator serves all segments, so that the first is the clip that one segment gives.
+    """
+    import torch
+
+    def callback(pipe, step, timestep, tensors):
+        on_step()
+        return tensors
+
+    generator = torch.Generator().manual_seed(options["seed"])  # on the CPU: the same noise on every machine
+    call = {name: options[name] for name in PIPELINE_OPTIONS}
+    frames, report = image[None], []
+    for _ in range(options["num_segments"]):
+        output = pipe(Image.fromarray(frames[-1]), generator=generator, output_type="np", callback_on_step_end=callback,
+            **call).frames[0]  # fmt: skip
+        if not np.isfinite(output).all():
+            raise UserError("the model gave frames that are not numbers (a damaged model, or fp16 overflow)")
+        segment = (output * 255).round().astype(np.uint8)
+        if report and options["color_correction"]:
+            segment = match_colors(segment, frames[-1])
+        frames = np.concatenate([frames, segment[1:]]) if report else segment
+        report.append(describe_segment(segment))
+    return frames, report
+
+
+def match_colors(segment, start):
+    """Corrects a segment's colours by what went wrong in its first frame, which should look like `start`.
+
+    Mild: per channel, one gain (at most 10 % off) and one offset for the whole segment, by mean and standard deviation.
+    """
+    first, start = segment[0].astype(np.float64), start.astype(np.float64)
+    gain = np.clip((start.std((0, 1)) + 1) / (first.std((0, 1)) + 1), 0.9, 1.1)
+    corrected = (segment - first.mean((0, 1))) * gain + start.mean((0, 1))
+    return corrected.round().clip(0, 255).astype(np.uint8)
+
+
+def describe_segment(frames):
+    """Sharpness (variance of the Laplacian), mean colour and motion (mean |frame difference|): what may drift."""
+    sharpness = np.mean([cv2.Laplacian(cv2.cvtColor(f, cv2.COLOR_RGB2GRAY), cv2.CV_64F).var() for f in frames])
+    motion = np.abs(np.diff(frames.astype(np.float64), axis=0)).mean()
+    color = frames.mean((0, 1, 2))
+    return {"sharpness": round(sharpness, 2), "color": color.round(2).tolist(), "motion": round(motion, 3)}
+
+
+def make_clips(clips, args, device, progress, failed):
+    """Makes what is still to be made of one ClipSet. A clip that fails is named and left out."""
+    import torch
+
+    pipe = load(clips.model, args, device)
+    for job in clips.todo:
+        image, started = common.fit_frame(common.read_image(job["path"]), args.width, args.height), time.perf_counter()
+        while True:
+            job["options"]["decode_chunk_size"] = args.decode_chunk_size
+            done = progress.n
+            try:
+                frames, segments = generate(pipe, image, job["options"], progress.update)
+                break
+            except UserError as error:
+                frames = None
+                failed.append(f"{job['name']}: {error}")
+                break
+            except torch.cuda.OutOfMemoryError:
+                pass  # outside of `except`, where the traceback no longer holds the memory
+            progress.update(done - progress.n)
+            take_smaller(args, "out of GPU memory")
+            torch.cuda.empty_cache()
+            place(pipe, args, device)
+        if frames is None:
+            continue
+        more = {"seconds": round(time.perf_counter() - started, 2), "low_vram": args.low_vram}
+        if args.num_segments > 1:
+            more["segments"] = job["segments"] = segments
+        if getattr(args, "fallback", None):
+            more["fallback"] = args.fallback
+        clips.save(job, frames, clips.record(job, **more))
+        seconds = f"{more['seconds']:.0f} s"
+        progress.write(
+            f"{job['target']}: seed {job['seed']}, {len(frames)} frames {args.width}x{args.height}, {seconds}"
+        )
+
+
+# -------------------------------------------------------------------------------------------------------- Judging
+
+
+def judge(args, sets, real_clips):
+    """Side-by-side videos of the sets (and the real clips); with real clips, scores in metrics.json and a table."""
+    labels = ["generated"] if len(sets) == 1 else [f"generated ({Path(s.model).resolve().name})" for s in sets]
+    labels = labels if len(set(labels)) == len(sets) else [f"generated ({s.model})" for s in sets]
+    scores = {}  # {label: {real clip: [scores]}}
+    for jobs in zip(*(s.jobs for s in sets)):
+        if not all(job["target"].exists() for job in jobs):  # a clip that failed
+            continue
+        videos = dict(zip(labels, (read_clip(job["target"]) for job in jobs)))
+        if real_clips:
+            paths = real_clips[jobs[0]["image"]]["frames"][: len(videos[labels[0]])]
+            real = np.stack([common.fit_frame(common.read_frame(p), args.width, args.height) for p in paths])
+            videos = {"real": real, **videos}
+            for label, video in {"first frame copied": np.repeat(real[:1], len(real), 0), **videos}.items():
+                if label != "real":
+                    found = scores.setdefault(label, {}).setdefault(jobs[0]["image"], [])
+                    found.append(common.video_metrics(video, real))
+        if len(videos) > 1:
+            target = Path(args.output_video) / "side_by_side" / f"{jobs[0]['name'].removesuffix('.mp4')}.mp4"
+            target.parent.mkdir(parents=True, exist_ok=True)
+            common.write_video(target, common.side_by_side(videos), args.fps)
+    if scores:
+        table = {label: bootstrap(found) for label, found in scores.items()}
+        result = {"settings": {k: getattr(args, k) for k in ("model_dir", "compare_with", "reference")}, "mean": table}
+        result["clips"] = scores
+        common.write_file(Path(args.output_video) / "metrics.json", json.dumps(result, indent=1))
+        print_table(table, len(next(iter(scores.values()))))
+
+
+def bootstrap(scores, draws=2000):
+    """{clip: [scores]} -> {metric: {mean, low, high}}: 95 % percentile bootstrap over the clips, fixed seed.
+
+    The videos of one real clip (other seeds) are averaged first: they are no independent samples. A metric that a clip
+    does not have (it does not move) leaves the clip out; an infinite PSNR (equal pictures) counts as 100 dB.
+    """
+    result, rng = {}, np.random.default_rng(0)
+    for metric in next(iter(scores.values()))[0]:
+        found = [[min(s[metric], 100.0) for s in clip if s[metric] is not None] for clip in scores.values()]
+        means = np.array([np.mean(values) for values in found if values])
+        if len(means):
+            draw = means[rng.integers(len(means), size=(draws, len(means)))].mean(1)
+            low, high = np.percentile(draw, [2.5, 97.5])
+            result[metric] = {"mean": float(means.mean()), "low": float(low), "high": float(high)}
+    return result
+
+
+def print_table(table, count):
+    names = {"psnr": "PSNR dB", "ssim": "SSIM", "psnr_moving": "PSNR moving dB", "motion_ratio": "motion ratio"}
+    names["flow_error"] = "flow error px"
+    print(f"\n{count} real clips, 95 % intervals" + "".join(f"  {name:>20s}" for name in names.values()))
+    for label, scores in table.items():
+        cells = (scores.get(name) for name in names)
+        texts = (f"{c['mean']:.2f} [{c['low']:.2f}, {c['high']:.2f}]" if c else "-" for c in cells)
+        print(f"{label:31.31s}" + "".join(f"  {text:>20s}" for text in texts))
+
+
+def report_drift(jobs):
+    """Prints how the segments differ from the first, the mean over the clips made now."""
+    reports = [job["segments"] for job in jobs if "segments" in job]
+    for k, of_segment in enumerate(zip(*reports)):
+        first = [report[0] for report in reports]
+        ratios = {
+            n: np.mean([(s[n] + 1e-9) / (f[n] + 1e-9) for s, f in zip(of_segment, first)])
+            for n in ("sharpness", "motion")
+        }
+        color = np.mean([np.subtract(s["color"], f["color"]) for s, f in zip(of_segment, first)], axis=0)
+        print(f"segment {k + 1}: sharpness x {ratios['sharpness']:.2f}, motion x {ratios['motion']:.2f}, colour "
+            + " ".join(f"{c:+.1f}" for c in color))  # fmt: skip
+
+
+# ----------------------------------------------------------------------------------------------------------- Main
+
+
+def find_real_clips(args, jobs):
+    """{image: its real clip} of --reference; each image's name must be a clip's."""
+    clips = {clip["directory"]: clip for clip in common.list_clips(args.reference)}
+    missing = sorted({job["image"] for job in jobs} - clips.keys())
+    if missing:
+        raise UserError(f"--reference {args.reference}: no clip named {missing[0]}; give that dataset as --input_image,"
+            " or images that are named as its clips")  # fmt: skip
+    for job in jobs:
+        clip = clips[job["image"]]
+        if len(clip["frames"]) < 2:
+            raise UserError(f"--reference: {clip['directory']} has one frame; a video needs two to be compared")
+        if abs(clip.get("fps", args.fps) - args.fps) > 0.05 * args.fps:
+            print(f"warning: {clip['directory']} is at {clip['fps']:g} fps, the generated clip at {args.fps:g}")
+    return clips
 
 
 def main(argv=None):
     args = parse_args(argv)
-    image = common.read_image(args.input_image)
-    try:
-        folder, settings, _ = common.resolve_checkpoint(args.model_dir)
-    except ValueError as error:
-        raise UserError(f"{Path(args.model_dir) / common.SETTINGS}: damaged ({error}); copy the folder again") from None
-    fill_in_defaults(args, folder, settings)
+    jobs, failed = list_jobs(args)
+    folder, output = None, Path(args.output_video)
+    sets = [ClipSet(args, args.model_dir, output)]
+    if args.compare_with:  # hidden: neither train_svd.py nor datasets takes it for a part of the set
+        sets.append(ClipSet(args, args.compare_with, output / ".compare"))
+    fill_in_defaults(args, sets[0].base, sets[0].settings)
+    for clips in sets:
+        check_sizes(args, clips.base)
+        clips.plan(jobs)
+    real_clips = find_real_clips(args, jobs) if args.reference else {}
+    folder, todo = sets[0].base, sum(len(clips.todo) for clips in sets)
+    for text in failed:
+        print(f"left out: {text}", file=sys.stderr)
+    if args.dry_run:
+        needed = forecast_memory(folder, args)
+        print(f"{todo} clips to make; {needed:.1f} GiB of GPU memory in fp16, and about 0.5 GiB for CUDA itself")
+        return 0
 
-    import diffusers
     import torch
-    from PIL import Image
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = torch.float16 if device == "cuda" else torch.float32
+    if device == "cuda" and todo:
+        fit_memory(args, folder)
     where = "the GPU in fp16" if device == "cuda" else "the CPU in fp32 (no CUDA GPU found)"
-    print(f"{args.model_dir} on {where}")
-    pipe, _ = common.load_pipeline(args.model_dir, dtype)
-    pipe.to(device)
-    Path(args.output_video).parent.mkdir(parents=True, exist_ok=True)
-
-    started = time.perf_counter()
-    frames = pipe(
-        Image.fromarray(common.fit_frame(image, args.width, args.height)),
-        generator=torch.Generator().manual_seed(args.seed),  # on the CPU: the same noise on every machine
-        output_type="np",
-        **{
-            name: getattr(args, name)
-            for name in (
-                "width", "height", "num_frames", "fps", "motion_bucket_id", "noise_aug_strength",
-                "num_inference_steps", "min_guidance_scale", "max_guidance_scale", "decode_chunk_size",
-            )
-        },
-    ).frames[0]  # fmt: skip
-    seconds = time.perf_counter() - started
-    common.write_video(args.output_video, (frames * 255).round().astype(np.uint8), args.fps)
-    record = {
-        **vars(args),
-        "seconds": round(seconds, 2),
-        "trained_step": settings.get("step"),
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "diffusers": diffusers.__version__,
-        },
-    }
-    common.write_file(Path(args.output_video).with_suffix(".json"), json.dumps(record, indent=1))
-    print(
-        f"{args.output_video}: seed {args.seed}, {args.num_frames} frames {args.width}x{args.height}, {seconds:.0f} s"
-    )
-    return 0
+    print(f"{args.model_dir} on {where}" + (f", {todo} clips to make" if not args.single else ""))
+    steps = args.num_inference_steps * args.num_segments
+    unreadable = len(failed)
+    with tqdm(total=todo * steps, desc="generating", unit="step") as progress:
+        for clips in sets:
+            if clips.todo:
+                make_clips(clips, args, device, progress, failed)
+    if args.num_segments > 1:
+        report_drift(sets[0].jobs)
+    if args.compare_with or args.reference:
+        judge(args, sets, real_clips)
+    for text in failed[unreadable:]:
+        print(f"left out: {text}", file=sys.stderr)
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

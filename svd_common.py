@@ -18,6 +18,7 @@ import numpy as np
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 PNG_OPTIONS = [cv2.IMWRITE_PNG_COMPRESSION, 1, cv2.IMWRITE_PNG_STRATEGY, cv2.IMWRITE_PNG_STRATEGY_RLE]
 PNG_OPTIONS += [cv2.IMWRITE_PNG_FILTER, cv2.IMWRITE_PNG_FILTER_UP]  # the fastest lossless settings measured
+PNG_OPTIONS += [cv2.IMWRITE_PNG_ZLIBBUFFER_SIZE, 1 << 16]
 
 
 class UserError(Exception):
@@ -240,7 +241,7 @@ def optical_flow(first, second):
     return cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM).calc(first, second, None)
 
 
-MOTION_SIZE = 256  # pixels of the longer side at which motion is measured, so that it does not depend on the resolution
+MOTION_SIZE = 128  # pixels of the longer side at which motion is measured, so that it does not depend on the resolution
 MOTION_MIDDLE, MOTION_EXPONENT = 1.5, 0.5  # the motion that is given bucket 127, and how the buckets spread around it
 
 
@@ -251,6 +252,8 @@ def motion_stride(fps):
 
 def motion_thumbnail(frame, to_grey=cv2.COLOR_RGB2GRAY):
     """(H, W, 3) -> grey, the longer side at most `MOTION_SIZE`: what `flow_magnitude` compares."""
+    step = max(1, max(frame.shape[:2]) // (2 * MOTION_SIZE))  # every step-th pixel first: area averaging is slow
+    frame = frame[::step, ::step]
     scale = MOTION_SIZE / max(frame.shape[:2])
     if scale < 1:
         size = (max(8, round(frame.shape[1] * scale)), max(8, round(frame.shape[0] * scale)))
@@ -594,3 +597,43 @@ def lay_over(unet, trained_file):
     with safe_open(trained_file, "pt") as tensors, torch.no_grad():
         for key in tensors.keys():
             parameters[key].copy_(tensors.get_tensor(key))
+
+
+# -------------------------------------------------------------------------------------------------------- Forecast
+
+
+def memory_tracker():
+    """A context that counts the bytes of all storages alive, `now` and at the `peak`, of every tensor made in it."""
+    import weakref
+
+    import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils._pytree import tree_leaves
+
+    class MemoryTracker(TorchDispatchMode):
+        def __init__(self):
+            super().__init__()
+            self.now = self.peak = 0
+            self.alive = {}
+
+        def track(self, tensor):
+            storage = tensor.untyped_storage()
+            key, size = id(storage), storage.nbytes()
+            if key not in self.alive:
+
+                def freed(_):
+                    self.now -= size
+                    del self.alive[key]
+
+                self.alive[key] = weakref.ref(storage, freed)
+                self.now += size
+                self.peak = max(self.peak, self.now)
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            for leaf in tree_leaves(out):
+                if isinstance(leaf, torch.Tensor):
+                    self.track(leaf)
+            return out
+
+    return MemoryTracker()

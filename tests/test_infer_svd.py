@@ -1,14 +1,19 @@
 """infer_svd.py: its frames against the stock pipeline's, on the small real checkpoint; what it writes and refuses."""
 
+import hashlib
 import json
 import shutil
+import signal
 import subprocess
+import sys
+import time
+from pathlib import Path
 
 import imageio_ffmpeg
 import numpy as np
 import pytest
 import torch
-from conftest import SIZE, TINY, moving_square, run
+from conftest import ROOT, SIZE, TINY, moving_square, run, train_arguments
 from diffusers import StableVideoDiffusionPipeline
 from PIL import Image
 
@@ -17,6 +22,7 @@ import svd_common as common
 
 STEPS = ["--num_inference_steps", "2"]
 FAST = [*SIZE, *STEPS]
+QUICK = [*SIZE, "--num_inference_steps", "1"]
 
 
 def infer(capsys, *arguments, ok=True):
@@ -28,13 +34,13 @@ def infer(capsys, *arguments, ok=True):
     return printed
 
 
-def stock_frames(model, image, seed=0, **options):
+def stock_frames(model, image, generator=None, seed=0, **options):
     """What diffusers' own pipeline gives, with nothing of ours: (T, H, W, 3) uint8."""
     cuda = torch.cuda.is_available()
     pipe = StableVideoDiffusionPipeline.from_pretrained(model, torch_dtype=torch.float16 if cuda else torch.float32)
     pipe.to("cuda" if cuda else "cpu").set_progress_bar_config(disable=True)
     options = {"width": 96, "height": 64, "num_frames": 8, "num_inference_steps": 2, **options}
-    generator = torch.Generator().manual_seed(seed)
+    generator = generator or torch.Generator().manual_seed(seed)
     frames = pipe(Image.fromarray(image), generator=generator, output_type="np", **options).frames[0]
     return (frames * 255).round().astype(np.uint8)
 
@@ -199,3 +205,335 @@ def test_what_exists_is_not_overwritten(picture, tmp_path, capsys):
         assert (
             "exists already" in printed and (folder / name).read_text() == "mine" and len(list(folder.iterdir())) == 1
         )
+
+
+# --------------------------------------------------------------------------------------------------- many at once
+
+
+def lines_of(folder):
+    return [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="session")
+def images(tmp_path_factory):
+    """Two pictures that can be read and one that cannot."""
+    folder = tmp_path_factory.mktemp("images")
+    for seed in range(2):
+        (folder / f"image{seed}.png").write_bytes(common.encode_png(moving_square(1, seed=seed)[0]))
+    (folder / "image10.jpg").write_bytes(b"broken")
+    return folder
+
+
+MANY = ["--num_videos_per_image", 2, "--motion_bucket_id", 60, 180]
+
+
+@pytest.fixture(scope="session")
+def made(images, tmp_path_factory):
+    """The set of those pictures, two seeds and two amounts of motion, made in one run by the real script."""
+    folder = tmp_path_factory.mktemp("made") / "set"
+    done = run(
+        "infer_svd.py", "--model_dir", TINY, "--input_image", images, "--output_video", folder, *QUICK, *MANY, ok=False
+    )
+    assert done.returncode == 1 and "image10.jpg: not a readable image" in done.stdout
+    return folder
+
+
+def test_a_folder_of_images_becomes_a_documented_set(images, made):
+    records = lines_of(made)
+    names = {f"image{i}_seed{s}_motion{m}.mp4" for i in range(2) for s in range(2) for m in (60, 180)}
+    assert {record["file_name"] for record in records} == names == {path.name for path in made.glob("*.mp4")}
+    assert {path.name for path in made.iterdir()} == names | {"metadata.jsonl"}  # nothing hidden is left
+    for record in records:
+        assert (
+            record["generated"] is True and record["model_dir"] == str(TINY) and len(record["model_fingerprint"]) == 16
+        )
+        assert (
+            record["file_name"]
+            == f"image{record['source_image'][-5]}_seed{record['seed']}_motion{record['motion_bucket_id']}.mp4"
+        )
+        assert record["source_image_sha256"] == hashlib.sha256(Path(record["source_image"]).read_bytes()).hexdigest()
+        assert record["motion"] >= 0 and record["num_inference_steps"] == 1 and "torch" in record["versions"]
+
+
+def test_a_clip_is_the_same_alone_and_in_a_batch(images, made, tmp_path, capsys):
+    infer(capsys, "--model_dir", TINY, "--input_image", images / "image1.png", "--output_video", tmp_path / "alone.mp4",
+        *QUICK, "--seed", 1, "--motion_bucket_id", 180)  # fmt: skip
+    assert (tmp_path / "alone.mp4").read_bytes() == (made / "image1_seed1_motion180.mp4").read_bytes()
+
+
+def test_kill_and_resume_give_the_same_set(images, made, tmp_path, capsys):
+    folder = tmp_path / "set"
+    command = [sys.executable, ROOT / "infer_svd.py", "--model_dir", TINY, "--input_image", images / "image?.png",
+        "--output_video", folder, *QUICK, *MANY]  # fmt: skip
+    process = subprocess.Popen(list(map(str, command)), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.time() + 120
+    while process.poll() is None and time.time() < deadline and len(list(folder.glob("[!.]*.mp4"))) < 3:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    before = {path: path.stat().st_mtime_ns for path in folder.glob("[!.]*.mp4")}
+    assert 3 <= len(before) < 8
+    # and the two moments that a kill seldom meets: the clip in place but not yet listed, a line cut off
+    lines = (folder / "metadata.jsonl").read_text().splitlines(keepends=True)
+    (folder / "metadata.jsonl").write_text("".join(lines[:2])[:-9])
+    for line in lines[1:]:
+        (folder / f".{json.loads(line)['file_name']}.json").write_text(line)
+    (folder / ".image1_seed1_motion180.4711.part.mp4").write_bytes(b"half")
+    printed = infer(capsys, *command[2:])
+    assert f"{8 - len(before)} clips to make" in printed
+    assert {path: path.stat().st_mtime_ns for path in before} == before  # none made again
+    assert sorted(path.name for path in folder.iterdir()) == sorted(path.name for path in made.iterdir())
+    assert all((folder / path.name).read_bytes() == path.read_bytes() for path in made.glob("*.mp4"))
+    assert sorted(line["file_name"] for line in lines_of(folder)) == sorted(
+        line["file_name"] for line in lines_of(made)
+    )
+    assert "0 clips to make" in infer(capsys, *command[2:])
+
+
+def test_datasets_reads_the_set(made):
+    datasets = pytest.importorskip("datasets")
+    read = datasets.load_dataset("videofolder", data_dir=str(made), split="train")
+    assert len(read) == 8 and {"video", "seed", "source_image", "motion_bucket_id", "versions"} <= set(
+        read.column_names
+    )
+
+
+def test_other_settings_and_other_peoples_folders_are_refused(images, made, dataset, tmp_path, capsys):
+    before = sorted((path.name, path.stat().st_mtime_ns) for path in made.iterdir())
+    arguments = ["--model_dir", TINY, "--input_image", images / "image?.png", "--output_video"]
+    printed = infer(capsys, *arguments, made, *SIZE, *MANY, "--num_inference_steps", 3, ok=False)
+    assert "num_inference_steps was 1, is 3" in printed
+    assert before == sorted((path.name, path.stat().st_mtime_ns) for path in made.iterdir())
+    folder = tmp_path / "theirs"
+    folder.mkdir()
+    (folder / "image0_seed0_motion127.mp4").write_text("mine")
+    assert "metadata.jsonl does not know it" in infer(capsys, *arguments, folder, *FAST, ok=False)
+    (folder / "metadata.jsonl").write_text('{"directory": "clip0", "fps": 7}\n')
+    assert "not written by infer_svd.py" in infer(capsys, *arguments, folder, *FAST, ok=False)
+    assert (folder / "image0_seed0_motion127.mp4").read_text() == "mine" and len(list(folder.iterdir())) == 2
+
+
+def test_names_come_from_the_path_so_that_nothing_collides(tmp_path, dataset):
+    for name in ("a/x.png", "b/x.png", "b/x.jpg"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    assert set(infer_svd.find_images(str(tmp_path / "*" / "x.*"))) == {"a/x", "b/x.png", "b/x.jpg"}
+    assert set(infer_svd.find_images(str(tmp_path / "b"))) == {"x.png", "x.jpg"}
+    assert {n: p.name for n, p in infer_svd.find_images(str(dataset)).items()} == {
+        f"clip{i}": "00000.png" for i in range(3)
+    }
+
+
+@pytest.mark.parametrize("output_format", ["gif", "webp"])
+def test_gif_and_webp_play_at_the_true_rate(output_format, picture, tmp_path, capsys):
+    target = tmp_path / f"clip.{output_format}"
+    infer(capsys, "--model_dir", TINY, "--input_image", picture, "--output_video", target, *SIZE,
+        "--num_inference_steps", 1, "--fps", 7)  # fmt: skip
+    with Image.open(target) as animation:
+        durations = []
+        for index in range(animation.n_frames):
+            animation.seek(index)
+            animation.load()
+            durations.append(animation.info["duration"])
+    assert len(durations) == 8 and abs(sum(durations) - 8000 / 7) <= 5
+    assert json.loads(target.with_suffix(".json").read_text())["output_format"] == output_format
+
+
+def test_a_generated_set_of_frames_trains(made, images, tmp_path, capsys):
+    folder = tmp_path / "synthetic"
+    infer(capsys, "--model_dir", TINY, "--input_image", images / "image0.png", "--output_video", folder, *FAST,
+        "--output_format", "frames", "--motion_bucket_id", 60, 180, "--fps", 9)  # fmt: skip
+    clips = common.list_clips(folder)
+    assert len(clips) == 2
+    for clip in clips:
+        frames = np.stack([common.read_frame(path) for path in clip["frames"]])
+        assert clip["generated"] is True and clip["fps"] == 9 and clip["num_frames"] == len(frames) == 8
+        assert clip["motion_bucket_id"] == common.motion_bucket(common.clip_motion(frames, 9))  # what it shows
+        assert clip["requested"]["motion_bucket_id"] in (60, 180)  # what was asked for
+    stock = stock_frames(TINY, moving_square(1)[0], fps=9, motion_bucket_id=180)
+    assert np.array_equal([common.read_frame(p) for p in clips[1]["frames"]], stock)  # exactly: PNG loses nothing
+    run("train_svd.py", *train_arguments(folder, tmp_path / "trained"), "--max_train_steps", 1)
+    again = infer(capsys, "--model_dir", TINY, "--input_image", images / "image0.png", "--output_video", folder, *FAST,
+        "--output_format", "frames", "--motion_bucket_id", 60, 180, "--fps", 9)  # fmt: skip
+    assert "0 clips to make" in again
+
+
+# ------------------------------------------------------------------------------------------------ longer, smaller
+
+
+def test_segments_join_without_a_repeated_frame(picture, tmp_path, capsys):
+    arguments = [
+        "--model_dir",
+        TINY,
+        "--input_image",
+        picture,
+        *QUICK,
+        "--output_format",
+        "frames",
+        "--num_segments",
+        2,
+    ]
+    videos = []
+    for name, flags in (("corrected", []), ("raw", ["--no-color_correction"])):
+        printed = infer(capsys, *arguments, "--output_video", tmp_path / name, *flags)
+        assert "segment 2: sharpness x" in printed
+        clip = common.list_clips(tmp_path / name)[0]
+        assert len(clip["segments"]) == 2 and clip["segments"][0].keys() == {"sharpness", "color", "motion"}
+        videos.append(np.stack([common.read_frame(path) for path in clip["frames"]]))
+    # the stock pipeline, started again from the last frame; the second segment's own first frame is dropped
+    generator = torch.Generator().manual_seed(0)
+    first = stock_frames(TINY, moving_square(1)[0], generator, num_inference_steps=1)
+    second = stock_frames(TINY, first[-1], generator, num_inference_steps=1)
+    assert np.array_equal(videos[1], np.concatenate([first, second[1:]]))
+    corrected = np.concatenate([first, infer_svd.match_colors(second, first[-1])[1:]])
+    assert np.array_equal(videos[0], corrected) and len(corrected) == 15
+
+
+def test_color_correction_removes_a_known_drift_and_leaves_the_rest():
+    frames = (moving_square(5) * 0.6 + 40).astype(np.uint8)
+    drifted = (frames * np.array([1.06, 0.97, 1.0]) + np.array([6, -4, 0])).round().astype(np.uint8)
+    assert np.abs(infer_svd.match_colors(drifted, frames[0]).astype(int) - frames).max() <= 2
+    assert np.array_equal(infer_svd.match_colors(frames, frames[0]), frames)
+
+
+def test_low_vram_frames_equal_the_ordinary_ones_within_rounding(picture, tmp_path, capsys):
+    videos = []
+    for name, flags in (("low", ["--low_vram"]), ("ordinary", ["--decode_chunk_size", 4])):
+        infer(capsys, "--model_dir", TINY, "--input_image", picture, "--output_video", tmp_path / name, *FAST, *flags,
+            "--output_format", "frames")  # fmt: skip
+        clip = common.list_clips(tmp_path / name)[0]
+        assert clip["decode_chunk_size"] == 4
+        videos.append(np.stack([common.read_frame(path) for path in clip["frames"]]).astype(int))
+    assert np.abs(videos[0] - videos[1]).max() <= (3 if torch.cuda.is_available() else 1)
+
+
+def test_out_of_memory_falls_back_and_says_so(images, tmp_path, capsys, monkeypatch):
+    original, calls = infer_svd.generate, []
+
+    def short_of_memory(pipe, image, options, on_step):
+        calls.append(options["decode_chunk_size"])
+        if len(calls) in (1, 2):
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        return original(pipe, image, options, on_step)
+
+    monkeypatch.setattr(infer_svd, "generate", short_of_memory)
+    folder = tmp_path / "set"
+    arguments = ["--model_dir", TINY, "--input_image", images / "image?.png", "--output_video", folder, *FAST]
+    printed = infer(capsys, *arguments, "--num_frames", 9)
+    assert calls == [9, 8, 4, 4] and "out of GPU memory: going on with --low_vram --decode_chunk_size 4" in printed
+    assert all(line["decode_chunk_size"] == 4 and line["low_vram"] and line["fallback"] for line in lines_of(folder))
+    assert "0 clips to make" in infer(capsys, *arguments, "--num_frames", 9)
+    monkeypatch.setattr(infer_svd, "generate", lambda *_: (_ for _ in ()).throw(torch.cuda.OutOfMemoryError("CUDA")))
+    assert "smaller --width and --height" in infer(capsys, *arguments, "--seed", 7, ok=False)
+
+
+def test_single_token_shortcut_gives_the_same_bits():
+    stock = common.load_part(TINY, "unet", torch.float32)
+    ours = infer_svd.load(
+        TINY, infer_svd.parse_args(["--model_dir", "m", "--input_image", "i", "--output_video", "o.mp4"]), "cpu"
+    ).unet
+    generator = torch.Generator().manual_seed(0)
+    inputs = (
+        torch.randn(2, 8, 8, 16, 24, generator=generator),
+        torch.tensor(0.3),
+        torch.randn(2, 1, 32, generator=generator),
+    )
+    with torch.no_grad():
+        outputs = [u(*inputs, added_time_ids=torch.tensor([[6.0, 127.0, 0.02]] * 2)).sample for u in (stock, ours)]
+    assert torch.equal(*outputs)
+
+
+def test_full_size_fits_8_gib_with_low_vram():
+    """SVD-XT's published configuration at 1024x576, 25 frames, as forecast; CUDA's own half a GiB comes on top."""
+    args = infer_svd.parse_args(["--model_dir", "m", "--input_image", "i", "--output_video", "o.mp4", "--low_vram"])
+    vars(args).update(width=1024, height=576, num_frames=25, decode_chunk_size=4)
+    assert infer_svd.forecast_memory(common.SVD_XT_CONFIG, args) < 7.0
+
+
+# --------------------------------------------------------------------------------------------------------- judging
+
+
+def test_comparison_and_reference_are_scored_beside_the_copied_frame(dataset, trained, tmp_path, capsys):
+    folder = tmp_path / "judged"
+    arguments = ["--model_dir", trained, "--input_image", dataset, "--output_video", folder, *STEPS,
+        "--compare_with", TINY, "--reference", dataset]  # fmt: skip
+    printed = infer(capsys, *arguments)
+    metrics = json.loads((folder / "metrics.json").read_text())
+    labels = ["first frame copied", f"generated ({trained.name})", f"generated ({TINY.name})"]
+    assert list(metrics["mean"]) == labels and all(label in printed for label in labels)
+    own = common.read_video(folder / "clip1_seed0_motion127.mp4")
+    real = moving_square(10, seed=1)[:8]
+    for metric, value in metrics["clips"][labels[1]]["clip1"][0].items():
+        assert value == pytest.approx(common.video_metrics(own, real)[metric]), metric
+    error = ((own[1:].astype(float) - real[1:]) ** 2).mean()
+    assert metrics["clips"][labels[1]]["clip1"][0]["psnr"] == pytest.approx(10 * np.log10(255**2 / error))
+    base = common.read_video(folder / ".compare" / "clip1_seed0_motion127.mp4")
+    assert metrics["clips"][labels[2]]["clip1"][0]["psnr"] == pytest.approx(common.video_metrics(base, real)["psnr"])
+    for scores in metrics["mean"].values():
+        assert scores["psnr"]["low"] <= scores["psnr"]["mean"] <= scores["psnr"]["high"]
+    sheets = sorted((folder / "side_by_side").glob("*.mp4"))
+    assert len(sheets) == 3 and common.read_video(sheets[0]).shape[2] == 3 * 288
+    assert len(common.read_metadata(folder)) == 0 and len(lines_of(folder)) == 3
+    assert "0 clips to make" in infer(capsys, *arguments)
+
+
+def test_ssim_is_that_of_scikit_image():
+    metrics = pytest.importorskip("skimage.metrics")
+    first, second = moving_square(2, seed=3)
+    second = np.clip(second.astype(int) + np.random.default_rng(0).integers(-20, 20, second.shape), 0, 255).astype(
+        np.uint8
+    )
+    theirs = metrics.structural_similarity(first, second, channel_axis=2, gaussian_weights=True, sigma=1.5,
+        use_sample_covariance=False, data_range=255)  # fmt: skip
+    assert common.ssim(first, second) == pytest.approx(theirs, abs=1e-3)
+
+
+def test_bootstrap_interval_covers_the_mean_and_leaves_out_what_a_clip_does_not_have():
+    rng = np.random.default_rng(1)
+    scores = {str(i): [{"psnr": rng.normal(20, 2), "motion_ratio": None if i else 1.5}] for i in range(100)}
+    result = infer_svd.bootstrap(scores)
+    width = result["psnr"]["high"] - result["psnr"]["low"]
+    assert result["psnr"]["low"] < result["psnr"]["mean"] < result["psnr"]["high"]
+    assert width == pytest.approx(2 * 1.96 * 2 / 10, rel=0.25)
+    assert result["motion_ratio"] == {"mean": 1.5, "low": 1.5, "high": 1.5}
+
+
+def test_conditioning_far_from_the_training_data_is_warned_of(capsys):
+    settings = {"median_fps": 9.99, "median_motion_bucket_id": 100, "motion_bucket_id_range": [90, 120]}
+    arguments = ["--model_dir", "m", "--input_image", "i", "--output_video", "o"]
+    args = infer_svd.parse_args(arguments)
+    infer_svd.fill_in_defaults(args, TINY, settings)
+    assert args.fps == 9.99 and args.motion_bucket_id == [100] and not capsys.readouterr().out
+    args = infer_svd.parse_args([*arguments, "--fps", "30", "--motion_bucket_id", "110", "200"])
+    infer_svd.fill_in_defaults(args, TINY, settings)
+    printed = capsys.readouterr().out
+    assert "--motion_bucket_id 200: the model was fine-tuned on clips of 90 to 120" in printed and "110" not in printed
+    assert "--fps 30" in printed
+
+
+def test_combinations_that_cannot_work_are_refused_before_the_model_is_loaded(
+    images, picture, dataset, tmp_path, capsys
+):
+    def refused(*flags, image=picture, target="out"):
+        printed = infer(capsys, "--model_dir", tmp_path / "no_model_here", "--input_image", image, "--output_video",
+            tmp_path / target, *flags, ok=False)  # fmt: skip
+        assert not (tmp_path / target).exists() and "Traceback" not in printed
+        return printed
+
+    assert "give a folder" in refused("--num_videos_per_image", 2, target="v.mp4")
+    assert "give a folder" in refused("--motion_bucket_id", 1, 2, target="v.mp4")
+    assert "give a folder" in refused("--compare_with", TINY, target="v.mp4")
+    assert "give a folder" in refused("--output_format", "frames", target="v.mp4")
+    assert "need a folder" in refused(image=images / "image?.png", target="v.mp4")
+    assert "must end in .mp4" in refused(target="v.avi")
+    assert "cannot be compared" in refused("--reference", dataset, "--output_format", "gif")
+    assert "no image matches" in refused(image=tmp_path / "*.png")
+    assert "no readable image" in refused(image=images / "*.jpg")
+    (tmp_path / "empty").mkdir()
+    assert "no folder of frames" in refused(image=tmp_path / "empty")
+    assert "--num_segments must be" in refused("--num_segments", 0)
+    assert "--num_videos_per_image must be" in refused("--num_videos_per_image", 0)
+    assert "no such model folder" in refused()
+    printed = infer(capsys, "--model_dir", TINY, "--input_image", picture, "--output_video", tmp_path / "out", *FAST,
+        "--reference", dataset, ok=False)  # fmt: skip
+    assert "no clip named first" in printed and not (tmp_path / "out").exists()
