@@ -3,9 +3,11 @@
 A Franka Panda over a table, with a cube, a distractor box and a green goal disc, in PyBullet's CPU renderer:
 
     python tests/tiny/render.py --task reach --episodes 700 --cameras front side --output_dir .dev/tiny/reach
+    python tests/tiny/render.py --task touch --episodes 260 --seed 2 --cameras front side --output_dir .dev/tiny/touch
     python tests/tiny/render.py --task push --episodes 200 --seed 1 --cameras front side --output_dir .dev/tiny/push
 
 `reach`: the arm moves smoothly through random waypoints and leaves the cube alone: the look and motion of the arm.
+`touch`: it goes to the distractor and halfway back, as the first frame foretells.
 `push`: it reaches behind the cube and pushes it onto the disc; the whole motion is spread over the clip, and what
 happens is a function of the first frame, so a generated video can be compared with the real one.
 
@@ -104,6 +106,12 @@ def push_path(start, cube, goal, angle, duration):
     ]
 
 
+def touch_path(start, distractor, duration):
+    """Over to the distractor, and halfway back: as predictable as a push, but another task."""
+    above = np.array([*distractor, 0.14])
+    return [(0, start), (0.55 * duration, above), (duration, (start + above) / 2)]
+
+
 def reach_path(rng, start, obstacles, duration):
     """Random waypoints at random speeds; one in three is near the table; no segment passes through an obstacle."""
     path, here = [(0, start)], start
@@ -184,6 +192,8 @@ def render_episode(index, args):
     start = np.array(p.getLinkState(robot, FINGERTIP, computeForwardKinematics=1)[4])
     if args.task == "push":
         path = push_path(start, cube, goal, angle, duration)
+    elif args.task == "touch":
+        path = touch_path(start, distractor, duration)
     else:
         path = reach_path(rng, start, [cube, distractor], duration)
     fingers_down = p.getQuaternionFromEuler([math.pi, 0, angle])
@@ -215,11 +225,11 @@ def render_episode(index, args):
 
 def build_parser():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--task", choices=["reach", "push"], required=True)
+    parser.add_argument("--task", choices=["reach", "touch", "push"], required=True)
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--episodes", type=int, default=160)
     parser.add_argument("--first_episode", type=int, default=0, help="number of the first episode, to render in parts")
-    parser.add_argument("--frames", type=int, help="frames per clip (default: 8 for push, 16 for reach)")
+    parser.add_argument("--frames", type=int, help="frames per clip (default: 16 for reach, else 8)")
     parser.add_argument("--fps", type=int, default=4, help="frames per second")
     parser.add_argument("--width", type=int, default=96, help="pixels")
     parser.add_argument("--height", type=int, default=64, help="pixels")
@@ -231,7 +241,7 @@ def build_parser():
 
 
 def main(args):
-    args.frames = args.frames or (8 if args.task == "push" else 16)
+    args.frames = args.frames or (16 if args.task == "reach" else 8)
     args.output_dir.mkdir(parents=True, exist_ok=True)
     episodes = range(args.first_episode, args.first_episode + args.episodes)
     with ProcessPoolExecutor(args.workers) as pool:
