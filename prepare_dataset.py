@@ -415,6 +415,8 @@ def video_filters(probe, args):
         size = [max(least, round(n * scale)) for n, least in zip(probe.size, (args.width, args.height))]
         kind = "area" if scale < 1 else "bicubic"
         filters += [f"scale={size[0]}:{size[1]}:flags={kind}", f"crop={args.width}:{args.height}"]
+        if probe.pixel_format == "yuv420p" and scale < 1:  # cheaper and truer than to scale and go to RGB in one step
+            filters.insert(-1, "format=yuv444p")
     elif probe.size not in (probe.stored, probe.stored[::-1]):
         filters.append(f"scale={probe.size[0]}:{probe.size[1]}")
     return ",".join([*filters, "setsar=1", "format=rgb24", "showinfo=checksum=0"])
@@ -553,7 +555,7 @@ class Clip:
     shape: tuple
     times: list = dataclasses.field(default_factory=list)
     thumbnail: np.ndarray = None
-    flows: list = dataclasses.field(default_factory=list)  # jobs
+    flows: list = dataclasses.field(default_factory=list)
 
 
 class Run:
@@ -595,32 +597,23 @@ def average_fps(times, *claims):
 
 
 def write_clips(video, probe, frames, run):
-    """Writes the folders of a video's clips under `run.work`; returns `{directory: Clip}`."""
-    jobs, clips = [], {}
-    try:
-        submit_frames(video, probe, frames, run, jobs, clips)
-        for job in jobs:
-            job.result()
-        return clips
-    finally:
-        frames.close()
-        wait(jobs)  # nothing writes into the folders any more, whatever happened
-
-
-def submit_frames(video, probe, frames, run, jobs, clips):
+    """Writes the folders of a video's clips under `run.work`, with the encoder threads; returns `{directory: Clip}`."""
     suffix = run.args.image_format
     options = common.PNG_OPTIONS if suffix == "png" else JPG_OPTIONS
     fps = average_fps(probe.times or [], probe.fps)[0]
     stride = common.motion_stride(min(fps, run.args.fps or fps))
-    room = None
+    clips, jobs, batch, room = {}, [], [], None
 
-    def work(frame, paths, thumbnails):
+    def write(batch):
         try:
-            data = cv2.imencode(f".{suffix}", frame, options)[1]
-            for path in paths:
-                with open(path, "wb") as file:
-                    file.write(data)
-            return [common.flow_magnitude(first, second) for first, second in thumbnails]
+            flows = []
+            for frame, paths, pairs in batch:
+                data = cv2.imencode(f".{suffix}", frame, options)[1]
+                for path in paths:
+                    with open(path, "wb") as file:
+                        file.write(data)
+                flows += [(clip, common.flow_magnitude(first, second)) for clip, first, second in pairs]
+            return flows
         except OSError as error:  # a full disk: no other video has room either
             run.error = error
             run.stop.set()
@@ -628,32 +621,45 @@ def submit_frames(video, probe, frames, run, jobs, clips):
         finally:
             room.release()
 
-    for time, frame, names in cut_clips(frames, video, run.args):
-        if run.stop.is_set():
-            raise Stopped
-        run.bar.update()
-        if not names:
-            continue
-        if room is None:  # what waits for an encoder is bounded in bytes
-            room = threading.BoundedSemaphore(max(1, min(16, BYTES_IN_FLIGHT // run.readers // frame.nbytes)))
-        thumbnail, pairs, measured, paths = None, [], [], []
-        for name in names:
-            if name not in clips:
-                clips[name] = Clip(run.work / video.directory / name, stride, frame.shape)
-                clips[name].folder.mkdir(parents=True)
-            clip = clips[name]
-            paths.append(clip.folder / f"{len(clip.times):05d}.{suffix}")
-            if len(clip.times) % stride == 0:
-                thumbnail = common.motion_thumbnail(frame, cv2.COLOR_BGR2GRAY) if thumbnail is None else thumbnail
-                if clip.thumbnail is not None:
-                    pairs.append((clip.thumbnail, thumbnail))
-                    measured.append(clip)
-                clip.thumbnail = thumbnail
-            clip.times.append(time)
+    def submit():
         room.acquire()
-        jobs.append(run.encoders.submit(work, frame, paths, pairs))
-        for place, clip in enumerate(measured):
-            clip.flows.append((jobs[-1], place))
+        jobs.append(run.encoders.submit(write, batch))
+        run.bar.update(len(batch))
+
+    try:
+        for time, frame, names in cut_clips(frames, video, run.args):
+            if run.stop.is_set():
+                raise Stopped
+            if room is None:  # what waits for an encoder is bounded in bytes; small frames go in batches of a megabyte
+                size = min(64, 1 + (1 << 20) // frame.nbytes)
+                ahead = BYTES_IN_FLIGHT // run.readers // (size * frame.nbytes)
+                room = threading.BoundedSemaphore(max(1, min(16, ahead)))
+            paths, pairs, thumbnail = [], [], None
+            for name in names:
+                if name not in clips:
+                    clips[name] = Clip(run.work / video.directory / name, stride, frame.shape)
+                    clips[name].folder.mkdir(parents=True)
+                clip = clips[name]
+                paths.append(f"{clip.folder}/{len(clip.times):05d}.{suffix}")
+                if len(clip.times) % stride == 0:
+                    thumbnail = common.motion_thumbnail(frame, cv2.COLOR_BGR2GRAY) if thumbnail is None else thumbnail
+                    if clip.thumbnail is not None:
+                        pairs.append((clip, clip.thumbnail, thumbnail))
+                    clip.thumbnail = thumbnail
+                clip.times.append(time)
+            batch.append((frame, paths, pairs))
+            if len(batch) == size:
+                submit()
+                batch = []
+        if batch:
+            submit()
+        for job in jobs:
+            for clip, flow in job.result():
+                clip.flows.append(flow)
+        return clips
+    finally:
+        frames.close()
+        wait(jobs)  # nothing writes into the folders any more, whatever happened
 
 
 def prepare_video(video, run, old):
@@ -728,9 +734,8 @@ def what_was_wrong(probe, args):
 def describe_clip(directory, clip, video, probe, args):
     """The clip's line in metadata.jsonl."""
     fps, holes = average_fps(clip.times, probe.fps, args.fps)
-    flows = [job.result()[place] for job, place in clip.flows]
-    if flows:
-        motion = statistics.fmean(flows) * fps / clip.stride
+    if clip.flows:
+        motion = statistics.fmean(clip.flows) * fps / clip.stride
     else:  # shorter than the stride
         motion = common.clip_motion([common.read_frame(path) for path in common.list_frames(clip.folder)], fps)
     episode = re.search(r"@(episode_\d+)", directory) if video.episodes else None
