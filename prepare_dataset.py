@@ -36,6 +36,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed, wait
 from pathlib import Path
 
 os.environ["OPENCV_FFMPEG_LOGLEVEL"] = "16"  # errors: `Complaints` hears them. Read when cv2 is imported
+os.environ["OPENCV_FFMPEG_CAPTURE_OPTIONS"] = "protocol_whitelist;file"
 
 import cv2
 import imageio_ffmpeg
@@ -117,7 +118,11 @@ def find_videos(args):
         if (status.st_dev, status.st_ino) in seen:
             continue
         seen.add((status.st_dev, status.st_ino))
-        entries = {e.name: e for e in os.scandir(folder) if not e.name.startswith(".") and e.name != "__MACOSX"}
+        try:
+            entries = {e.name: e for e in os.scandir(folder) if not e.name.startswith(".") and e.name != "__MACOSX"}
+        except OSError:  # named with the videos that fail
+            entries = {}
+            videos.append(describe_video(folder, root))
         for name, entry in entries.items():
             if entry.is_dir():
                 (links if entry.is_symlink() else folders).append(entry.path)
@@ -143,9 +148,12 @@ def find_videos(args):
 def is_still_webp(entry):
     if not entry.name.lower().endswith(".webp") or not entry.is_file():
         return False
-    with open(entry.path, "rb") as file:
-        head = file.read(21)
-    return len(head) < 21 or not (head[12:16] == b"VP8X" and head[20] & 2)
+    try:
+        with open(entry.path, "rb") as file:
+            head = file.read(21)
+    except OSError:
+        return False
+    return head[8:12] == b"WEBP" and not (head[12:16] == b"VP8X" and head[20] & 2)
 
 
 def describe_video(path, root):
@@ -233,8 +241,9 @@ def start_ffmpeg(video, decoder_options, output_options):
     command = [imageio_ffmpeg.get_ffmpeg_exe(), "-nostdin", "-hide_banner", "-nostats", "-v", "level+info"]
     demuxer = ["-f", "mjpeg"] * (os.path.splitext(video.path)[1].lower() in (".mjpeg", ".mjpg"))  # or it is a still
     command += [*demuxer, *decoder_options, "-protocol_whitelist", "fd", "-i", "fd:", "-map", "0:V:0", *output_options]
-    with open(video.path, "rb") as file:
-        return subprocess.Popen(command, stdin=file, stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0)
+    with open(video.path, "rb") as file:  # a session of its own: Ctrl-C must not end its video early
+        options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "bufsize": 0, "start_new_session": True}
+        return subprocess.Popen(command, stdin=file, **options)
 
 
 def error_messages(lines):
@@ -248,7 +257,7 @@ def check_file(video):
     try:
         status = os.stat(video.path)
         if not stat.S_ISREG(status.st_mode):
-            raise Failure("not a regular file")
+            raise Failure("a folder that cannot be listed" if stat.S_ISDIR(status.st_mode) else "not a regular file")
         if status.st_size == 0:
             raise Failure("an empty file (0 bytes)")
         with open(video.path, "rb") as file:
@@ -464,6 +473,8 @@ def read_ffmpeg(video, probe, args, threads):
                 cv2.cvtColor(frame, cv2.COLOR_RGB2BGR, dst=frame),
             )  # ffmpeg's own RGB: its BGR is not quite equal
         log.join()
+        if process.wait() < 0:
+            raise Failure(f"ffmpeg was killed by signal {-process.returncode}: too little memory?")
         probe.last = last if probe.decoded else None
     finally:
         process.kill()
@@ -712,6 +723,8 @@ def prepare_video(video, run, old):
             record["dropped"][directory] = f"motion {line['motion']}, less than {args.min_motion}"
         else:
             record["clips"].append(line)
+    if run.stop.is_set():
+        raise Stopped
     publish(video, record, old, run)
     return record
 

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 import time
@@ -607,6 +608,19 @@ def test_full_disk_stops_with_one_line(tmp_path):
     assert done.returncode == 1 and "File too large" in done.stderr and "Traceback" not in done.stderr
     assert sorted(d for d in os.listdir(tmp_path / "out") if d != ".prepare") == ["a", "metadata.jsonl"]
     assert not (tmp_path / "out/.prepare/work").exists()
+
+
+def test_ctrl_c_stops_and_the_next_run_goes_on(tmp_path):
+    for name, codec in {"a": "libsvtav1", "b": "libx264"}.items():
+        make(tmp_path / f"videos/{name}.mp4", "-c:v", codec, picture="testsrc2=s=960x540:d=3")
+    process = start(tmp_path / "videos", tmp_path / "out", "--num_workers", "2")
+    while not any((tmp_path / "out/.prepare/work").rglob("*.png")):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    assert process.wait() == 130 and b"Traceback" not in process.stderr.read()
+    assert not (tmp_path / "out/.prepare/work").exists()
+    lines = prepare(tmp_path / "videos", tmp_path / "out")[1]
+    assert [len(frames_of(tmp_path / "out", line)) for line in lines.values()] == [75, 75]
 
 
 def test_nothing_is_written_to_the_videos(tmp_path):
