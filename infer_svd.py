@@ -39,6 +39,7 @@ PIPELINE_OPTIONS = (
 )  # fmt: skip
 OPTIONS = (*PIPELINE_OPTIONS, "seed", "num_segments", "color_correction")  # ... and with what we do around it
 FORMATS = {"mp4": ".mp4", "gif": ".gif", "webp": ".webp", "frames": ""}
+LOW_VRAM_CHUNK = 4  # frames decoded at once: needs as much memory as the UNet at 1024x576
 IMAGE_SUFFIXES = (*common.IMAGE_SUFFIXES, ".tif", ".tiff")
 
 # --------------------------------------------------------------------------------------------------- Command line
@@ -90,6 +91,7 @@ def parse_args(argv=None):
     parser = build_parser()
     args = parser.parse_args(argv)
     args.fps = int(args.fps) if args.fps and args.fps % 1 == 0 else args.fps
+    args.motion_bucket_id = args.motion_bucket_id and list(dict.fromkeys(args.motion_bucket_id))
     for flag, low, high in (
         ("width", 8, None), ("height", 8, None), ("num_frames", 2, None), ("fps", 1, 240), ("motion_bucket_id", 0, 255),
         ("noise_aug_strength", 0, 10), ("num_inference_steps", 1, 1000), ("decode_chunk_size", 1, None),
@@ -116,7 +118,7 @@ def parse_args(argv=None):
         for path in (output, output.with_suffix(".json")):
             if path.exists():
                 parser.error(f"--output_video: {path} exists already; move it away or give another name")
-    elif output.suffix and not output.is_dir():
+    elif output.suffix.lower() in (*IMAGE_SUFFIXES, ".avi", ".mov", ".mkv", ".webm", ".m4v") and not output.is_dir():
         parser.error(f"--output_video must end in .mp4, .gif or .webp, or be a folder's name, got {output}")
     args.output_format = args.output_format or "mp4"
     if (args.compare_with or args.reference) and args.output_format in ("gif", "webp"):
@@ -140,11 +142,11 @@ def fill_in_defaults(args, folder, settings):
         ("num_frames", settings.get("num_frames", unet.get("num_frames") or 25)),
         ("fps", int(fps) if fps % 1 == 0 else fps),
         ("motion_bucket_id", [bucket]),
-        ("decode_chunk_size", 4 if args.low_vram else args.num_frames or 10**6),
     ):
         if getattr(args, name) is None:
             setattr(args, name, default)
-    args.decode_chunk_size = min(args.decode_chunk_size, args.num_frames)
+    chunk = args.decode_chunk_size or (LOW_VRAM_CHUNK if args.low_vram else args.num_frames)
+    args.decode_chunk_size = min(chunk, args.num_frames)
     low, high = settings.get("motion_bucket_id_range", (0, 255))
     margin = max(20, (high - low) / 2)
     for value in args.motion_bucket_id:
@@ -227,10 +229,13 @@ class ClipSet:
 
     def plan(self, jobs):
         """Fills in the jobs, and sets `todo` to those that are not made yet. Raises `UserError` for another's clips."""
-        digest = hashlib.sha256(common.weights_fingerprint(self.base, "unet").encode())
+        self.fingerprint = common.weights_fingerprint(self.base, "unet")
         if self.trained:
-            digest.update(self.trained.read_bytes())
-        self.fingerprint = digest.hexdigest()[:16]
+            digest = hashlib.sha256(self.fingerprint.encode())
+            with open(self.trained, "rb") as file:
+                while block := file.read(2**24):
+                    digest.update(block)
+            self.fingerprint = digest.hexdigest()[:16]
         self.jobs, made = [], {} if self.args.single else self.read_metadata()
         for job in jobs:
             for bucket in self.args.motion_bucket_id:
@@ -247,17 +252,21 @@ class ClipSet:
         self.todo = [job for job in self.jobs if job["name"] not in made]
 
     def read_metadata(self):
-        """{name: record} of the finished clips; a last line that was cut off goes."""
+        """{name: record} of the finished clips; a last line that a power failure cut off goes."""
         path, made = self.folder / "metadata.jsonl", {}
-        if path.exists():
-            text = path.read_text(encoding="utf-8")
-            for line in text[: text.rfind("\n") + 1].splitlines():
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        for number, line in enumerate(lines, 1):
+            try:
                 record = json.loads(line)
-                if "generated" not in record:
-                    raise UserError(f"{path}: not written by infer_svd.py (real clips?); give another --output_video")
                 made[record.get("file_name") or record["directory"]] = record
-            if not text.endswith("\n"):
-                common.write_file(path, text[: text.rfind("\n") + 1])
+                ours = "generated" in record
+            except (ValueError, KeyError, AttributeError):
+                if number < len(lines) or not made:
+                    raise UserError(f"{path} line {number}: damaged; repair or delete it") from None
+                common.write_file(path, "".join(line + "\n" for line in lines[:-1]))
+                break
+            if not ours:
+                raise UserError(f"{path}: not written by infer_svd.py (real clips?); give another --output_video")
         return made
 
     def mend(self, job, made):
@@ -322,15 +331,13 @@ class ClipSet:
             common.write_file(target.with_suffix(".json"), json.dumps(record, indent=1))
             return
         motion = common.clip_motion(frames, fps)
-        record = {"file_name": job["name"], **record, "motion": round(motion, 4)}
-        bucket = common.motion_bucket(motion)
+        record["motion"], bucket = round(motion, 4), common.motion_bucket(motion)
         if self.args.output_format == "frames":  # a dataset's own fields: what the clip is, not what was asked for
-            record["directory"] = record.pop("file_name")
-            record["source"] = record["source_image"]
-            record["requested"] = {name: record[name] for name in ("num_frames", "motion_bucket_id")}
-            record |= {"num_frames": len(frames), "motion_bucket_id": bucket}
+            asked = {name: record[name] for name in ("num_frames", "motion_bucket_id")}
+            record |= {"num_frames": len(frames), "motion_bucket_id": bucket, "requested": asked}
+            record = {"directory": job["name"], "source": record["source_image"], **record}
         else:
-            record["measured_motion_bucket_id"] = bucket
+            record = {"file_name": job["name"], **record, "measured_motion_bucket_id": bucket}
         pending = target.with_name(f".{target.name}.json")
         common.write_file(pending, json.dumps(record))
         write_clip(target, frames, fps, self.args.output_format)
@@ -341,10 +348,16 @@ class ClipSet:
 def write_clip(path, frames, fps, output_format):
     """Writes (T, H, W, 3) uint8 RGB as mp4, gif, webp or a folder of PNG; whole or not at all."""
     if output_format == "mp4":
-        common.write_video(path, frames, fps)
-        if len(common.read_video(path)) != len(frames):  # ffmpeg says nothing of a disk that fills up at its last write
-            path.unlink()
+        aside = path.with_name(f".{path.stem}.part.mp4")
+        common.write_video(aside, frames, fps)
+        try:  # ffmpeg does not tell of a disk that fills up with its last write
+            whole = len(common.read_video(aside)) == len(frames)
+        except UserError:
+            whole = False
+        if not whole:
+            aside.unlink()
             raise OSError(28, "not written whole; is the disk full?", str(path))
+        os.replace(aside, path)
     elif output_format == "frames":
         aside = path.with_name(f".{path.name}.part")
         aside.mkdir()
@@ -363,9 +376,9 @@ def write_clip(path, frames, fps, output_format):
 
 def read_clip(path):
     """What `write_clip` wrote as mp4 or frames."""
-    return (
-        np.stack([common.read_frame(p) for p in common.list_frames(path)]) if path.is_dir() else common.read_video(path)
-    )
+    if not path.is_dir():
+        return common.read_video(path)
+    return np.stack([common.read_frame(frame) for frame in common.list_frames(path)])
 
 
 # ---------------------------------------------------------------------------------------------------------- Model
@@ -400,13 +413,11 @@ def save_memory(unet):
         unet.forward_of_all, unet.forward = unet.forward, one_at_a_time(unet.forward)
 
 
-def load(model, args, device):
-    """The stock pipeline of `model`, placed and wrapped as the options say."""
-    import torch
+def prepare(pipe, args):
+    """Wraps a stock pipeline as the options say, in place."""
     from diffusers.models.attention import BasicTransformerBlock, TemporalBasicTransformerBlock
     from diffusers.models.resnet import SpatioTemporalResBlock
 
-    pipe, _ = common.load_pipeline(model, torch.float16 if device == "cuda" else torch.float32)
     pipe.set_progress_bar_config(disable=True)
     for module in pipe.unet.modules():
         block = isinstance(module, (BasicTransformerBlock, TemporalBasicTransformerBlock))
@@ -414,11 +425,10 @@ def load(model, args, device):
             module.attn2.set_processor(SingleTokenAttention())
         if args.compile and (block or isinstance(module, SpatioTemporalResBlock)):
             module.compile()
-    place(pipe, args, device)
-    return pipe
 
 
 def place(pipe, args, device):
+    """Puts a pipeline on the device: whole, or with --low_vram each part only while it works (diffusers' offload)."""
     if args.low_vram:
         save_memory(pipe.unet)
     if args.low_vram and device == "cuda":
@@ -463,33 +473,25 @@ def forecast_memory(folder, args):
         ids = torch.empty(2, 3, dtype=torch.half)
         z = torch.empty(chunk, vae.config.latent_channels, h, w, dtype=torch.half)
         frames = 4 * 3 * args.num_frames * args.width * args.height
-        denoise = peak(
-            unet, lambda x, token, ids: unet(x, torch.tensor(1.0), token, ids, return_dict=False), x, token, ids
-        )
+        time = torch.tensor(1.0)
+        denoise = peak(unet, lambda *inputs: unet(inputs[0], time, *inputs[1:], return_dict=False), x, token, ids)
         decode = peak(vae, lambda z: vae.decode(z, num_frames=chunk), z) + frames
     if not args.low_vram:
         denoise, decode = denoise + vae_size + clip_size, decode + unet_size + clip_size
     return max(denoise, decode, clip_size + vae_size) / 2**30
 
 
-def smaller_settings(args):
-    """What to try when memory is short, mildest first: {option: value}, each with less need than the one before."""
-    for change in ({"decode_chunk_size": 8}, {"low_vram": True, "decode_chunk_size": 4}, {"decode_chunk_size": 1}):
-        change["decode_chunk_size"] = min(change["decode_chunk_size"], args.decode_chunk_size)
+def take_smaller(args, reason):
+    """Changes `args` to the next smaller setting, saying so, and notes it for the record; False where there is none."""
+    for low_vram, chunk in ((args.low_vram, 8), (True, LOW_VRAM_CHUNK), (True, 1)):
+        change = {"low_vram": low_vram, "decode_chunk_size": min(chunk, args.decode_chunk_size)}
         change = {name: value for name, value in change.items() if getattr(args, name) != value}
         if change:
-            yield change
-
-
-def take_smaller(args, reason):
-    """Changes `args` to the next smaller setting, saying so, and notes it for the record."""
-    change = next(smaller_settings(args), None)
-    if change is None:
-        raise UserError(f"{reason}, with the smallest settings; fewer --num_frames or smaller --width and --height")
-    vars(args).update(change)
-    args.fallback = reason
-    flags = " ".join(f"--{name}" + ("" if value is True else f" {value}") for name, value in change.items())
-    tqdm.write(f"{reason}: going on with {flags}")
+            vars(args).update(change, fallback=reason)
+            flags = " ".join(f"--{name}" + ("" if value is True else f" {value}") for name, value in change.items())
+            tqdm.write(f"{reason}: going on with {flags}")
+            return True
+    return False
 
 
 def fit_memory(args, folder):
@@ -498,9 +500,8 @@ def fit_memory(args, folder):
 
     available = torch.cuda.mem_get_info()[0] / 2**30 - 0.5
     while (needed := forecast_memory(folder, args)) > available:
-        if not list(smaller_settings(args)):
+        if not take_smaller(args, f"needs {needed:.1f} GiB, {available:.1f} GiB are free"):
             break  # a forecast may err: let it try
-        take_smaller(args, f"needs {needed:.1f} GiB, {available:.1f} GiB are free")
 
 
 # ----------------------------------------------------------------------------------------------------- Generation
@@ -557,37 +558,43 @@ def make_clips(clips, args, device, progress, failed):
     """Makes what is still to be made of one ClipSet. A clip that fails is named and left out."""
     import torch
 
-    pipe = load(clips.model, args, device)
+    pipe, _ = common.load_pipeline(clips.model, torch.float16 if device == "cuda" else torch.float32)
+    prepare(pipe, args)
+    placed = False
     for job in clips.todo:
         image, started = common.fit_frame(common.read_image(job["path"]), args.width, args.height), time.perf_counter()
-        while True:
+        frames, done = None, progress.n
+        while frames is None:
             job["options"]["decode_chunk_size"] = args.decode_chunk_size
-            done = progress.n
             try:
+                if not placed:
+                    place(pipe, args, device)
+                    placed = True
                 frames, segments = generate(pipe, image, job["options"], progress.update)
-                break
             except UserError as error:
-                frames = None
+                if args.single:
+                    raise
                 failed.append(f"{job['name']}: {error}")
                 break
             except torch.cuda.OutOfMemoryError:
-                pass  # outside of `except`, where the traceback no longer holds the memory
-            progress.update(done - progress.n)
-            take_smaller(args, "out of GPU memory")
-            torch.cuda.empty_cache()
-            place(pipe, args, device)
+                placed = False  # and go on outside of `except`, whose traceback holds the memory
+            if not placed:
+                progress.update(done - progress.n)
+                torch.cuda.empty_cache()
+                if not take_smaller(args, "out of GPU memory"):
+                    raise UserError(
+                        "out of GPU memory with the smallest settings; fewer --num_frames, or a smaller size"
+                    )
         if frames is None:
             continue
-        more = {"seconds": round(time.perf_counter() - started, 2), "low_vram": args.low_vram}
+        more = {"seconds": round(time.perf_counter() - started, 2)}
         if args.num_segments > 1:
             more["segments"] = job["segments"] = segments
         if getattr(args, "fallback", None):
             more["fallback"] = args.fallback
         clips.save(job, frames, clips.record(job, **more))
-        seconds = f"{more['seconds']:.0f} s"
-        progress.write(
-            f"{job['target']}: seed {job['seed']}, {len(frames)} frames {args.width}x{args.height}, {seconds}"
-        )
+        shown = f"{len(frames)} frames {args.width}x{args.height}, {more['seconds']:.0f} s"
+        progress.write(f"{job['target']}: seed {job['seed']}, {shown}")
 
 
 # -------------------------------------------------------------------------------------------------------- Judging
@@ -650,17 +657,15 @@ def print_table(table, count):
 
 
 def report_drift(jobs):
-    """Prints how the segments differ from the first, the mean over the clips made now."""
-    reports = [job["segments"] for job in jobs if "segments" in job]
-    for k, of_segment in enumerate(zip(*reports)):
-        first = [report[0] for report in reports]
-        ratios = {
-            n: np.mean([(s[n] + 1e-9) / (f[n] + 1e-9) for s, f in zip(of_segment, first)])
-            for n in ("sharpness", "motion")
-        }
-        color = np.mean([np.subtract(s["color"], f["color"]) for s, f in zip(of_segment, first)], axis=0)
-        print(f"segment {k + 1}: sharpness x {ratios['sharpness']:.2f}, motion x {ratios['motion']:.2f}, colour "
-            + " ".join(f"{c:+.1f}" for c in color))  # fmt: skip
+    """Prints how the segments differ from the first: the mean over the clips made now."""
+    by_segment = list(zip(*(job["segments"] for job in jobs if "segments" in job)))
+    for number, reports in enumerate(by_segment, 1):
+        change = {}
+        for name in ("sharpness", "motion"):
+            change[name] = np.mean([(r[name] + 1e-9) / (f[name] + 1e-9) for r, f in zip(reports, by_segment[0])])
+        color = np.mean([np.subtract(r["color"], f["color"]) for r, f in zip(reports, by_segment[0])], axis=0)
+        shown = ", ".join(f"{name} x {value:.2f}" for name, value in change.items())
+        print(f"segment {number}: {shown}, colour " + " ".join(f"{channel:+.1f}" for channel in color))
 
 
 # ----------------------------------------------------------------------------------------------------------- Main
@@ -682,36 +687,44 @@ def find_real_clips(args, jobs):
     return clips
 
 
+def plan(args):
+    """Prints what there is to make and the memory that it needs: needs the configuration alone, no weights."""
+    if Path(args.model_dir).is_dir():
+        folder, settings, _ = common.resolve_checkpoint(args.model_dir)
+    else:
+        folder, settings = common.resolve_config(args.model_dir), {}
+    fill_in_defaults(args, folder, settings)
+    check_sizes(args, folder)
+    count = len(list_jobs(args)[0]) * len(args.motion_bucket_id) * (2 if args.compare_with else 1)
+    size, chunk = f"{args.width}x{args.height}", args.decode_chunk_size
+    print(f"{count} clips of {args.num_frames} frames, {size}, {chunk} frames decoded at once")
+    print(f"{forecast_memory(folder, args):.1f} GiB of GPU memory in fp16, and about 0.5 GiB for CUDA itself")
+    return 0
+
+
 def main(argv=None):
     args = parse_args(argv)
+    if args.dry_run:
+        return plan(args)
     jobs, failed = list_jobs(args)
-    folder, output = None, Path(args.output_video)
-    sets = [ClipSet(args, args.model_dir, output)]
+    sets = [ClipSet(args, args.model_dir, args.output_video)]
     if args.compare_with:  # hidden: neither train_svd.py nor datasets takes it for a part of the set
-        sets.append(ClipSet(args, args.compare_with, output / ".compare"))
+        sets.append(ClipSet(args, args.compare_with, Path(args.output_video) / ".compare"))
     fill_in_defaults(args, sets[0].base, sets[0].settings)
     for clips in sets:
         check_sizes(args, clips.base)
         clips.plan(jobs)
     real_clips = find_real_clips(args, jobs) if args.reference else {}
-    folder, todo = sets[0].base, sum(len(clips.todo) for clips in sets)
-    for text in failed:
-        print(f"left out: {text}", file=sys.stderr)
-    if args.dry_run:
-        needed = forecast_memory(folder, args)
-        print(f"{todo} clips to make; {needed:.1f} GiB of GPU memory in fp16, and about 0.5 GiB for CUDA itself")
-        return 0
 
     import torch
 
+    todo = sum(len(clips.todo) for clips in sets)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda" and todo:
-        fit_memory(args, folder)
     where = "the GPU in fp16" if device == "cuda" else "the CPU in fp32 (no CUDA GPU found)"
     print(f"{args.model_dir} on {where}" + (f", {todo} clips to make" if not args.single else ""))
-    steps = args.num_inference_steps * args.num_segments
-    unreadable = len(failed)
-    with tqdm(total=todo * steps, desc="generating", unit="step") as progress:
+    if device == "cuda" and todo:
+        fit_memory(args, sets[0].base)
+    with tqdm(total=todo * args.num_inference_steps * args.num_segments, desc="generating", unit="step") as progress:
         for clips in sets:
             if clips.todo:
                 make_clips(clips, args, device, progress, failed)
@@ -719,7 +732,7 @@ def main(argv=None):
         report_drift(sets[0].jobs)
     if args.compare_with or args.reference:
         judge(args, sets, real_clips)
-    for text in failed[unreadable:]:
+    for text in failed:
         print(f"left out: {text}", file=sys.stderr)
     return 1 if failed else 0
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import resource
 import shutil
 import signal
 import subprocess
@@ -424,30 +425,26 @@ def test_out_of_memory_falls_back_and_says_so(images, tmp_path, capsys, monkeypa
     assert all(line["decode_chunk_size"] == 4 and line["low_vram"] and line["fallback"] for line in lines_of(folder))
     assert "0 clips to make" in infer(capsys, *arguments, "--num_frames", 9)
     monkeypatch.setattr(infer_svd, "generate", lambda *_: (_ for _ in ()).throw(torch.cuda.OutOfMemoryError("CUDA")))
-    assert "smaller --width and --height" in infer(capsys, *arguments, "--seed", 7, ok=False)
+    assert "with the smallest settings" in infer(capsys, *arguments, "--seed", 7, ok=False)
 
 
 def test_single_token_shortcut_gives_the_same_bits():
-    stock = common.load_part(TINY, "unet", torch.float32)
-    ours = infer_svd.load(
-        TINY, infer_svd.parse_args(["--model_dir", "m", "--input_image", "i", "--output_video", "o.mp4"]), "cpu"
-    ).unet
+    pipes = [common.load_pipeline(TINY, torch.float32)[0] for _ in range(2)]
+    given = ["--model_dir", "m", "--input_image", "i", "--output_video", "o.mp4"]
+    infer_svd.prepare(pipes[1], infer_svd.parse_args(given))
     generator = torch.Generator().manual_seed(0)
-    inputs = (
-        torch.randn(2, 8, 8, 16, 24, generator=generator),
-        torch.tensor(0.3),
-        torch.randn(2, 1, 32, generator=generator),
-    )
+    sample, token = torch.randn(2, 8, 8, 16, 24, generator=generator), torch.randn(2, 1, 32, generator=generator)
+    ids = torch.tensor([[6.0, 127.0, 0.02]] * 2)
     with torch.no_grad():
-        outputs = [u(*inputs, added_time_ids=torch.tensor([[6.0, 127.0, 0.02]] * 2)).sample for u in (stock, ours)]
-    assert torch.equal(*outputs)
+        stock, ours = (pipe.unet(sample, torch.tensor(0.3), token, ids).sample for pipe in pipes)
+    assert torch.equal(stock, ours)
 
 
-def test_full_size_fits_8_gib_with_low_vram():
-    """SVD-XT's published configuration at 1024x576, 25 frames, as forecast; CUDA's own half a GiB comes on top."""
-    args = infer_svd.parse_args(["--model_dir", "m", "--input_image", "i", "--output_video", "o.mp4", "--low_vram"])
-    vars(args).update(width=1024, height=576, num_frames=25, decode_chunk_size=4)
-    assert infer_svd.forecast_memory(common.SVD_XT_CONFIG, args) < 7.0
+def test_dry_run_forecasts_1024x576_within_8_gib_from_the_configuration_alone(picture, tmp_path, capsys):
+    printed = infer(capsys, "--model_dir", "stabilityai/stable-video-diffusion-img2vid-xt", "--input_image", picture,
+        "--output_video", tmp_path / "set", "--num_videos_per_image", 3, "--low_vram", "--dry_run")  # fmt: skip
+    assert "3 clips of 25 frames, 1024x576" in printed and not (tmp_path / "set").exists()
+    assert 3 < float(printed.split(" GiB of GPU")[0].split()[-1]) < 7  # CUDA's own half a GiB comes on top
 
 
 # --------------------------------------------------------------------------------------------------------- judging
@@ -537,3 +534,27 @@ def test_combinations_that_cannot_work_are_refused_before_the_model_is_loaded(
     printed = infer(capsys, "--model_dir", TINY, "--input_image", picture, "--output_video", tmp_path / "out", *FAST,
         "--reference", dataset, ok=False)  # fmt: skip
     assert "no clip named first" in printed and not (tmp_path / "out").exists()
+
+
+def test_a_disk_that_fills_up_leaves_nothing_that_looks_finished(picture, tmp_path, capsys):
+    """A limit on the size of a file stands for the full disk: the clip is larger than that."""
+    command = ["--model_dir", TINY, "--input_image", picture, *QUICK, "--output_video"]
+    for target in (tmp_path / "one.mp4", tmp_path / "set"):
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (8192, limits[1]))
+        try:
+            printed = infer(capsys, *command, target, ok=False)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert "error: " in printed and "Traceback" not in printed
+    assert not [path for path in tmp_path.rglob("*.mp4")] and not (tmp_path / "set" / "metadata.jsonl").exists()
+    infer(capsys, *command, tmp_path / "set")  # and with room again it goes on
+    assert len(lines_of(tmp_path / "set")) == 1
+
+
+def test_a_damaged_metadata_file_of_someone_else_is_left_as_it_is(picture, tmp_path, capsys):
+    (tmp_path / "metadata.jsonl").write_text('{"note": "mine"')
+    printed = infer(capsys, "--model_dir", TINY, "--input_image", picture, "--output_video", tmp_path, *QUICK, ok=False)
+    assert (
+        "metadata.jsonl line 1: damaged" in printed and (tmp_path / "metadata.jsonl").read_text() == '{"note": "mine"'
+    )
