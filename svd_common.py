@@ -3,6 +3,7 @@
 torch and diffusers are imported inside the functions that use them, so that preparing a dataset needs neither.
 """
 
+import hashlib
 import json
 import os
 import re
@@ -111,6 +112,15 @@ def write_file(path, data):
         os.replace(aside, path)
     finally:
         aside.unlink(missing_ok=True)
+
+
+def file_digest(path):
+    """SHA-256 of a file's bytes, as hex."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def encode_png(frame):
@@ -509,8 +519,6 @@ def safetensors_header(file):
 
 def weights_fingerprint(folder, part):
     """A hash that tells two sets of weights apart, without reading gigabytes: the head of every tensor."""
-    import hashlib
-
     digest = hashlib.sha256()
     for file in weight_files(folder, part):
         with open(file, "rb") as opened:
@@ -526,6 +534,17 @@ def size_multiple(folder):
     """What width and height must be multiples of: the VAE's factor times the UNet's downsampling; 64 for SVD."""
     levels = [len(read_config(folder, part)["block_out_channels"]) - 1 for part in ("vae", "unet")]
     return 2 ** sum(levels)
+
+
+def check_sizes(args, folder):
+    """Refuses `--width` and `--height` that the model cannot take, from its configuration alone."""
+    multiple = size_multiple(folder)
+    for flag, value in (("--width", args.width), ("--height", args.height)):
+        if value % multiple:
+            near = max(multiple, round(value / multiple) * multiple)
+            raise UserError(
+                f"{flag} must be a multiple of {multiple} for this model, got {value}; the nearest is {near}"
+            )
 
 
 def load_part(folder, part, dtype):

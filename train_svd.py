@@ -23,6 +23,7 @@ import signal
 import statistics
 import sys
 import time
+import warnings
 import weakref
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
@@ -582,25 +583,21 @@ def free_memory(device):
 
 
 def cheapest_checkpointing(args, folder, weight_dtype, available):
-    """`auto`: the mode with the least recomputation whose forecast fits, and that forecast; `full` where none does."""
+    """`auto`: the mode with the least recomputation whose forecast fits; `full` where none does."""
     for mode in RECOMPUTED:
-        needed = forecast(args, folder, mode, weight_dtype)
-        if needed["peak_memory_gib"] <= available:
-            break
-    return mode, needed
+        if mode == "full" or forecast(args, folder, mode, weight_dtype)["peak_memory_gib"] <= available:
+            return mode
 
 
 def changes_that_fit(args, folder, weight_dtype, available):
     """The changes of the command line that would fit, cheapest first: [(flags, GiB)]. Each adds to the one before."""
     multiple, fitting, flags = common.size_multiple(folder), [], []
+    batch = args.train_batch_size * args.gradient_accumulation_steps
     smaller = {s: max(multiple, int(getattr(args, s) * 0.7) // multiple * multiple) for s in ("width", "height")}
     for change in (
         {"gradient_checkpointing": "full"},
-        {
-            "train_batch_size": 1,
-            "gradient_accumulation_steps": args.train_batch_size * args.gradient_accumulation_steps,
-        },
-        {"optimizer": "adamw8bit", "max_grad_norm": 0.0},
+        {"train_batch_size": 1, "gradient_accumulation_steps": batch},
+        {"optimizer": "adamw8bit", "max_grad_norm": 0},
         {"num_frames": min(14, args.num_frames)},
         smaller,
     ):
@@ -608,9 +605,7 @@ def changes_that_fit(args, folder, weight_dtype, available):
         if not change:
             continue
         args = argparse.Namespace(**{**vars(args), **change})
-        flags += [
-            f"--{name} {value:g}" if isinstance(value, float) else f"--{name} {value}" for name, value in change.items()
-        ]
+        flags += [f"--{name} {value}" for name, value in change.items()]
         needed = forecast(args, folder, "full", weight_dtype)["peak_memory_gib"]
         if needed <= available:
             fitting.append((" ".join(flags), needed))
@@ -622,20 +617,14 @@ def dry_run(args, folder, weight_dtype, device):
     available = free_memory(device) if device.type == "cuda" else math.inf
     mode = args.gradient_checkpointing
     if mode == "auto":
-        mode, _ = (
-            cheapest_checkpointing(args, folder, weight_dtype, available) if device.type == "cuda" else ("full", 0)
-        )
+        mode = cheapest_checkpointing(args, folder, weight_dtype, available) if device.type == "cuda" else "full"
     plan = forecast(args, folder, mode, weight_dtype, count_flops=True)
     unet, vae = common.read_config(folder, "unet"), common.read_config(folder, "vae")
     factor = 2 ** (len(vae["block_out_channels"]) - 1)
     frame = 2 * vae["latent_channels"] * (args.width // factor) * (args.height // factor) + unet["cross_attention_dim"]
-    frames = (
-        sum(len(clip["frames"]) for clip in common.list_clips(args.dataset_dir))
-        if Path(args.dataset_dir).is_dir()
-        else 0
-    )
-    copies = 1 + args.use_ema
-    states = plan["optimizer_gib"] + copies * plan["trainable_parameters"] * 4 / 2**30
+    clips = common.list_clips(args.dataset_dir) if Path(args.dataset_dir).is_dir() else ()
+    frames = sum(len(clip["frames"]) for clip in clips)
+    states = plan["optimizer_gib"] + (1 + args.use_ema) * plan["trainable_parameters"] * 4 / 2**30
     plan |= {"cache_gib": round(frames * frame * 4 / 2**30, 3), "checkpoint_gib": round(states, 3)}
     plan["output_gib"] = round(output_bytes(folder) / 2**30, 3)
     print(
@@ -656,10 +645,8 @@ def dry_run(args, folder, weight_dtype, device):
     elif plan["peak_memory_gib"] <= available:
         print(f"fits {torch.cuda.get_device_name()}: {available:.1f} GiB can be used")
     else:
-        print(
-            f"does not fit {torch.cuda.get_device_name()}: {available:.1f} GiB can be used. "
-            + advice(args, folder, weight_dtype, available)
-        )
+        print(f"does not fit {torch.cuda.get_device_name()}: {available:.1f} GiB can be used")
+        print(advice(args, folder, weight_dtype, available))
     print(json.dumps(plan))
 
 
@@ -667,11 +654,7 @@ def advice(args, folder, weight_dtype, available):
     """One sentence that names the changes that would fit, in order."""
     fitting = changes_that_fit(args, folder, weight_dtype, available)
     listed = "; or ".join(f"{flags} ({needed:.1f} GiB)" for flags, needed in fitting)
-    return (
-        f"What would fit, cheapest first: {listed}"
-        if fitting
-        else "No change of the options would fit; use a larger card"
-    )
+    return f"What would fit, cheapest first: {listed or 'nothing that the options can change; use a larger card'}"
 
 
 def output_bytes(folder):
@@ -742,7 +725,7 @@ def save_checkpoint(run, step):
             "optimizer": numbers,
             "scaler": run.scaler.state_dict() if run.scaler else None,
             "ema_step": run.ema.optimization_step if run.ema else None,
-            "files": {file.name: file.stat().st_size for file in aside.glob("*.safetensors")},
+            "files": {file.name: common.file_digest(file) for file in aside.glob("*.safetensors")},
         }
         common.write_file(aside / common.CHECKPOINT_STATE, json.dumps(state, indent=1))
         os.replace(aside, final)
@@ -787,10 +770,10 @@ def read_checkpoint(folder):
         raise UserError(f"{path}: missing; not a checkpoint of train_svd.py") from None
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{path}: damaged") from None
-    for name, size in files.items():
-        if not (Path(folder) / name).is_file() or (Path(folder) / name).stat().st_size != size:
-            raise UserError(f"{Path(folder) / name}: missing or cut off")
-        common.safetensors_header(Path(folder) / name)
+    for name, digest in files.items():
+        file = Path(folder) / name
+        if not file.is_file() or common.file_digest(file) != digest:
+            raise UserError(f"{file}: {'damaged' if file.is_file() else 'missing'}")
     return state
 
 
@@ -812,8 +795,10 @@ def load_checkpoint(run, unet, folder, state):
     folder = Path(folder)
     common.lay_over(unet, folder / "trained.safetensors")
     unflatten_state(run.optimizer, run.trained, load_file(folder / "optimizer.safetensors"), state["optimizer"])
-    for _ in range(state["step"]):  # the schedule is a function of the step
-        run.lr_scheduler.step()
+    with warnings.catch_warnings():  # torch expects optimizer steps in between
+        warnings.simplefilter("ignore")
+        for _ in range(state["step"]):  # the schedule is a function of the step
+            run.lr_scheduler.step()
     if run.ema:
         shadow = load_file(folder / "ema.safetensors")
         run.ema.shadow_params = [shadow[name] for name in run.trained]
@@ -868,9 +853,8 @@ def save_result(run, step):
             write_tensors(target, tensors, {"format": "pt"})
         for source in (base / part).glob("*.index*.json"):
             if all(file.name in source.read_text() for file in common.weight_files(base, part)):
-                common.write_file(
-                    aside / part / source.name.replace(".fp16", ""), source.read_text().replace(".fp16", "")
-                )
+                target = aside / part / source.name.replace(".fp16", "")
+                common.write_file(target, source.read_text().replace(".fp16", ""))
     (output / "model_index.json").unlink(missing_ok=True)  # from here until it is back, this is no finished result
     for part in common.PARTS:
         shutil.rmtree(output / part, ignore_errors=True)  # an earlier result of this same run, resumed to go further
@@ -1263,7 +1247,7 @@ def train(args, device):
     Path(args.output_dir).mkdir(parents=True, exist_ok=True)
     checkpointing = args.gradient_checkpointing
     if checkpointing == "auto":
-        checkpointing, _ = cheapest_checkpointing(args, run.base, weight_dtype, free_memory(device))
+        checkpointing = cheapest_checkpointing(args, run.base, weight_dtype, free_memory(device))
 
     # data: with the cache, training needs the VAE's encoder alone, and CLIP not at all
     pipe = None if args.cache_latents else load_encoders(run.base, device)
