@@ -156,18 +156,6 @@ def fill_in_defaults(args, folder, settings):
         print(f"warning: --fps {args.fps:g}: the model was fine-tuned on clips of about {fps:g} frames a second")
 
 
-def check_sizes(args, folder):
-    """Refuses sizes that the model cannot take, from its configuration alone."""
-    multiple = common.size_multiple(folder)
-    for flag in ("width", "height"):
-        value = getattr(args, flag)
-        if value % multiple:
-            near = max(multiple, round(value / multiple) * multiple)
-            raise UserError(
-                f"--{flag} must be a multiple of {multiple} for this model, got {value}; the nearest is {near}"
-            )
-
-
 # ----------------------------------------------------------------------------------------------------------- Jobs
 
 
@@ -244,7 +232,8 @@ class ClipSet:
                 target = Path(self.args.output_video) if self.args.single else self.folder / name
                 self.jobs.append({**job, "name": name, "target": target, "options": {k: options[k] for k in OPTIONS}})
         for job in self.jobs:
-            self.mend(job, made)
+            if not self.args.single:
+                self.mend(job, made)
             if job["name"] in made:
                 self.check_same(job, made[job["name"]])
             elif job["target"].exists():
@@ -271,9 +260,10 @@ class ClipSet:
 
     def mend(self, job, made):
         """Removes what a killed run left of this clip, or lists it if all but that was done."""
-        target, suffix = job["target"], FORMATS[self.args.output_format]
-        for left in target.parent.glob(f".{glob.escape(target.name.removesuffix(suffix))}.*"):
-            if left.name.endswith(".json") and target.exists() and job["name"] not in made:
+        target = job["target"]
+        stem = glob.escape(target.name.removesuffix(FORMATS[self.args.output_format]))
+        for left in [*target.parent.glob(f".{stem}.*part*"), *target.parent.glob(f".{glob.escape(target.name)}.json")]:
+            if left.suffix == ".json" and target.exists() and job["name"] not in made:
                 made[job["name"]] = json.loads(left.read_text(encoding="utf-8"))
                 self.append(made[job["name"]])
             shutil.rmtree(left) if left.is_dir() else left.unlink()
@@ -601,7 +591,10 @@ def make_clips(clips, args, device, progress, failed):
 
 
 def judge(args, sets, real_clips):
-    """Side-by-side videos of the sets (and the real clips); with real clips, scores in metrics.json and a table."""
+    """Side-by-side videos of the sets (and the real clips); with real clips, scores in metrics.json and a table.
+
+    An infinite PSNR (equal pictures) counts as 100 dB.
+    """
     labels = ["generated"] if len(sets) == 1 else [f"generated ({Path(s.model).resolve().name})" for s in sets]
     labels = labels if len(set(labels)) == len(sets) else [f"generated ({s.model})" for s in sets]
     scores = {}  # {label: {real clip: [scores]}}
@@ -612,11 +605,12 @@ def judge(args, sets, real_clips):
         if real_clips:
             paths = real_clips[jobs[0]["image"]]["frames"][: len(videos[labels[0]])]
             real = np.stack([common.fit_frame(common.read_frame(p), args.width, args.height) for p in paths])
+            copied = np.repeat(real[:1], len(real), axis=0)
+            for label, video in {"first frame copied": copied, **videos}.items():
+                found = common.video_metrics(video, real)
+                found |= {name: min(found[name], 100.0) for name in ("psnr", "psnr_moving") if found[name] is not None}
+                scores.setdefault(label, {}).setdefault(jobs[0]["image"], []).append(found)
             videos = {"real": real, **videos}
-            for label, video in {"first frame copied": np.repeat(real[:1], len(real), 0), **videos}.items():
-                if label != "real":
-                    found = scores.setdefault(label, {}).setdefault(jobs[0]["image"], [])
-                    found.append(common.video_metrics(video, real))
         if len(videos) > 1:
             target = Path(args.output_video) / "side_by_side" / f"{jobs[0]['name'].removesuffix('.mp4')}.mp4"
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -633,11 +627,11 @@ def bootstrap(scores, draws=2000):
     """{clip: [scores]} -> {metric: {mean, low, high}}: 95 % percentile bootstrap over the clips, fixed seed.
 
     The videos of one real clip (other seeds) are averaged first: they are no independent samples. A metric that a clip
-    does not have (it does not move) leaves the clip out; an infinite PSNR (equal pictures) counts as 100 dB.
+    does not have (it does not move) leaves the clip out.
     """
     result, rng = {}, np.random.default_rng(0)
     for metric in next(iter(scores.values()))[0]:
-        found = [[min(s[metric], 100.0) for s in clip if s[metric] is not None] for clip in scores.values()]
+        found = [[s[metric] for s in clip if s[metric] is not None] for clip in scores.values()]
         means = np.array([np.mean(values) for values in found if values])
         if len(means):
             draw = means[rng.integers(len(means), size=(draws, len(means)))].mean(1)
@@ -694,7 +688,7 @@ def plan(args):
     else:
         folder, settings = common.resolve_config(args.model_dir), {}
     fill_in_defaults(args, folder, settings)
-    check_sizes(args, folder)
+    common.check_sizes(args, folder)
     count = len(list_jobs(args)[0]) * len(args.motion_bucket_id) * (2 if args.compare_with else 1)
     size, chunk = f"{args.width}x{args.height}", args.decode_chunk_size
     print(f"{count} clips of {args.num_frames} frames, {size}, {chunk} frames decoded at once")
@@ -711,8 +705,10 @@ def main(argv=None):
     if args.compare_with:  # hidden: neither train_svd.py nor datasets takes it for a part of the set
         sets.append(ClipSet(args, args.compare_with, Path(args.output_video) / ".compare"))
     fill_in_defaults(args, sets[0].base, sets[0].settings)
+    for text in failed:
+        print(f"left out: {text}", file=sys.stderr)
     for clips in sets:
-        check_sizes(args, clips.base)
+        common.check_sizes(args, clips.base)
         clips.plan(jobs)
     real_clips = find_real_clips(args, jobs) if args.reference else {}
 
