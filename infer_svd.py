@@ -22,6 +22,7 @@ import shutil
 import sys
 import time
 from collections import Counter
+from importlib.metadata import version
 from pathlib import Path
 
 import svd_common as common  # isort: skip  (first: it quiets OpenCV, which reads that once)
@@ -80,7 +81,7 @@ def build_parser():
     add("--decode_chunk_size", type=int, help="frames decoded at once; fewer need less memory, flicker more"
         " (default: all; 4 with --low_vram)")  # fmt: skip
     add("--low_vram", action="store_true", help="parts of the model on the GPU only while they work: slower")
-    add("--compile", action="store_true", help="torch.compile the blocks: slow to start, faster in long runs")
+    add("--compile", action="store_true", help="torch.compile the blocks: minutes to start, for long runs on a GPU")
     add("--dry_run", action="store_true", help="print the clips and the GPU memory that they need, from the"
         " configuration alone")  # fmt: skip
     return parser
@@ -288,13 +289,11 @@ class ClipSet:
             raise UserError(f"{self.folder / job['name']}: made before with other settings ({', '.join(changed)}); give"
                 " another --output_video")  # fmt: skip
 
-    def record(self, job, **more):
-        """Everything that is needed to make the clip again."""
-        import diffusers
-        import torch
-
-        return {
-            **{name: value for name, value in vars(self.args).items() if name not in ("single", "fallback")},
+    def save(self, job, frames, **more):
+        """Writes the clip and all that is needed to make it again: into metadata.jsonl, or beside a single clip."""
+        target, output_format, fps = job["target"], self.args.output_format, job["options"]["fps"]
+        record = {
+            **{name: value for name, value in vars(self.args).items() if name != "single"},
             **job["options"],
             "model_dir": str(self.model),
             "model_fingerprint": self.fingerprint,
@@ -305,24 +304,16 @@ class ClipSet:
             "source_image_sha256": job["sha256"],
             "generated": True,
             **more,
-            "versions": {
-                "python": platform.python_version(),
-                "torch": torch.__version__,
-                "diffusers": diffusers.__version__,
-            },
+            "versions": {"python": platform.python_version(), **{n: version(n) for n in ("torch", "diffusers")}},
         }
-
-    def save(self, job, frames, record):
-        """Writes the clip and says so in metadata.jsonl, or in the .json beside a single clip."""
-        target, fps = job["target"], job["options"]["fps"]
         target.parent.mkdir(parents=True, exist_ok=True)
         if self.args.single:
-            write_clip(target, frames, fps, self.args.output_format)
+            write_clip(target, frames, fps, output_format)
             common.write_file(target.with_suffix(".json"), json.dumps(record, indent=1))
             return
         motion = common.clip_motion(frames, fps)
         record["motion"], bucket = round(motion, 4), common.motion_bucket(motion)
-        if self.args.output_format == "frames":  # a dataset's own fields: what the clip is, not what was asked for
+        if output_format == "frames":  # a dataset's own fields: what the clip is, not what was asked for
             asked = {name: record[name] for name in ("num_frames", "motion_bucket_id")}
             record |= {"num_frames": len(frames), "motion_bucket_id": bucket, "requested": asked}
             record = {"directory": job["name"], "source": record["source_image"], **record}
@@ -330,7 +321,7 @@ class ClipSet:
             record = {"file_name": job["name"], **record, "measured_motion_bucket_id": bucket}
         pending = target.with_name(f".{target.name}.json")
         common.write_file(pending, json.dumps(record))
-        write_clip(target, frames, fps, self.args.output_format)
+        write_clip(target, frames, fps, output_format)
         self.append(record)
         pending.unlink()
 
@@ -409,6 +400,10 @@ def prepare(pipe, args):
     from diffusers.models.resnet import SpatioTemporalResBlock
 
     pipe.set_progress_bar_config(disable=True)
+    if args.compile:
+        import torch._dynamo
+
+        torch._dynamo.config.cache_size_limit = 64  # SVD's blocks have more shapes than the default 8
     for module in pipe.unet.modules():
         block = isinstance(module, (BasicTransformerBlock, TemporalBasicTransformerBlock))
         if block and module.attn2 is not None:
@@ -552,11 +547,11 @@ def make_clips(clips, args, device, progress, failed):
     prepare(pipe, args)
     placed = False
     for job in clips.todo:
-        image, started = common.fit_frame(common.read_image(job["path"]), args.width, args.height), time.perf_counter()
-        frames, done = None, progress.n
+        frames, done, started = None, progress.n, time.perf_counter()
         while frames is None:
             job["options"]["decode_chunk_size"] = args.decode_chunk_size
             try:
+                image = common.fit_frame(common.read_image(job["path"]), args.width, args.height)
                 if not placed:
                     place(pipe, args, device)
                     placed = True
@@ -572,17 +567,13 @@ def make_clips(clips, args, device, progress, failed):
                 progress.update(done - progress.n)
                 torch.cuda.empty_cache()
                 if not take_smaller(args, "out of GPU memory"):
-                    raise UserError(
-                        "out of GPU memory with the smallest settings; fewer --num_frames, or a smaller size"
-                    )
+                    raise UserError("out of GPU memory with the smallest settings; take fewer --num_frames")
         if frames is None:
             continue
         more = {"seconds": round(time.perf_counter() - started, 2)}
         if args.num_segments > 1:
             more["segments"] = job["segments"] = segments
-        if getattr(args, "fallback", None):
-            more["fallback"] = args.fallback
-        clips.save(job, frames, clips.record(job, **more))
+        clips.save(job, frames, **more)
         shown = f"{len(frames)} frames {args.width}x{args.height}, {more['seconds']:.0f} s"
         progress.write(f"{job['target']}: seed {job['seed']}, {shown}")
 
