@@ -329,16 +329,7 @@ class ClipSet:
 def write_clip(path, frames, fps, output_format):
     """Writes (T, H, W, 3) uint8 RGB as mp4, gif, webp or a folder of PNG; whole or not at all."""
     if output_format == "mp4":
-        aside = path.with_name(f".{path.stem}.part.mp4")
-        common.write_video(aside, frames, fps)
-        try:  # ffmpeg does not tell of a disk that fills up with its last write
-            whole = len(common.read_video(aside)) == len(frames)
-        except UserError:
-            whole = False
-        if not whole:
-            aside.unlink()
-            raise OSError(28, "not written whole; is the disk full?", str(path))
-        os.replace(aside, path)
+        common.write_video(path, frames, fps)
     elif output_format == "frames":
         aside = path.with_name(f".{path.name}.part")
         aside.mkdir()

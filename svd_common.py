@@ -3,6 +3,7 @@
 torch and diffusers are imported inside the functions that use them, so that preparing a dataset needs neither.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -152,7 +153,11 @@ def write_video(path, frames, fps):
         for frame in frames:
             writer.send(np.ascontiguousarray(frame))
         writer.close()
+        if len(read_video(aside)) != len(frames):  # ffmpeg does not tell of a disk that fills up with its last write
+            raise UserError("incomplete")
         os.replace(aside, path)
+    except UserError:
+        raise OSError(errno.ENOSPC, "not written whole; is the disk full?", str(path)) from None
     finally:
         aside.unlink(missing_ok=True)
 
@@ -591,7 +596,10 @@ def resolve_checkpoint(name):
     if not state_file.is_file():
         folder = resolve_model(name)
         settings_file = folder / SETTINGS
-        return folder, json.loads(settings_file.read_text()) if settings_file.is_file() else {}, None
+        try:
+            return folder, json.loads(settings_file.read_text()) if settings_file.is_file() else {}, None
+        except ValueError:
+            raise UserError(f"{settings_file}: damaged; delete it, or copy the folder again") from None
     try:
         settings = json.loads(state_file.read_text())["settings"]
         base_name, fingerprint = settings["pretrained_model_name"], settings["base_fingerprint"]

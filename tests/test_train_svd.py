@@ -344,7 +344,7 @@ def test_dry_run_meets_the_memory_and_flop_targets(tmp_path):
 
 
 def test_memory_tracker_counts_a_known_step():
-    tracker = train_svd.MemoryTracker()
+    tracker = common.memory_tracker()
     with tracker:
         a = torch.empty(1000)
         b = a * 2

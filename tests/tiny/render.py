@@ -4,10 +4,12 @@ A Franka Panda over a table, with a cube, a distractor box and a green goal disc
 
     python tests/tiny/render.py --task reach --episodes 700 --cameras front side --output_dir .dev/tiny/reach
     python tests/tiny/render.py --task touch --episodes 260 --seed 2 --cameras front side --output_dir .dev/tiny/touch
+    python tests/tiny/render.py --task shove --episodes 240 --seed 3 --cameras front side --output_dir .dev/tiny/shove
     python tests/tiny/render.py --task push --episodes 200 --seed 1 --cameras front side --output_dir .dev/tiny/push
 
 `reach`: the arm moves smoothly through random waypoints and leaves the cube alone: the look and motion of the arm.
 `touch`: it goes to the distractor and halfway back, as the first frame foretells.
+`shove`: it pushes the cube straight away from its base, wherever the disc lies.
 `push`: it reaches behind the cube and pushes it onto the disc; the whole motion is spread over the clip, and what
 happens is a function of the first frame, so a generated video can be compared with the real one.
 
@@ -192,11 +194,13 @@ def render_episode(index, args):
     start = np.array(p.getLinkState(robot, FINGERTIP, computeForwardKinematics=1)[4])
     if args.task == "push":
         path = push_path(start, cube, goal, angle, duration)
+    elif args.task == "shove":
+        path = push_path(start, cube, cube + [0.18, 0], 0.0, duration)
     elif args.task == "touch":
         path = touch_path(start, distractor, duration)
     else:
         path = reach_path(rng, start, [cube, distractor], duration)
-    fingers_down = p.getQuaternionFromEuler([math.pi, 0, angle])
+    fingers_down = p.getQuaternionFromEuler([math.pi, 0, 0 if args.task == "shove" else angle])
 
     frames, joints, step = {camera: [] for camera in args.cameras}, [], 0
     for frame in range(args.frames):
@@ -225,7 +229,7 @@ def render_episode(index, args):
 
 def build_parser():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--task", choices=["reach", "touch", "push"], required=True)
+    parser.add_argument("--task", choices=["reach", "touch", "shove", "push"], required=True)
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--episodes", type=int, default=160)
     parser.add_argument("--first_episode", type=int, default=0, help="number of the first episode, to render in parts")
