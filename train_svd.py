@@ -12,6 +12,8 @@ Read it from top to bottom: the objective, the data, one step, memory, checkpoin
 
 import argparse
 import contextlib
+import datetime
+import errno
 import hashlib
 import importlib.util
 import json
@@ -39,7 +41,7 @@ import psutil
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from accelerate.utils import AutocastKwargs, DistributedDataParallelKwargs
+from accelerate.utils import AutocastKwargs, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from diffusers import AutoencoderKLTemporalDecoder, StableVideoDiffusionPipeline, UNetSpatioTemporalConditionModel
 from diffusers.models.attention import BasicTransformerBlock, TemporalBasicTransformerBlock
 from diffusers.models.resnet import SpatioTemporalResBlock
@@ -47,7 +49,7 @@ from diffusers.models.transformers.transformer_temporal import TransformerSpatio
 from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers.training_utils import EMAModel
 from PIL import Image
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
@@ -198,6 +200,9 @@ def load_clips(args, dataset_dir):
         unknown += "fps" not in clip
         clip["fps"] = clip.get("fps") or args.fps
         clip["motion_bucket_id"] = clip.get("motion_bucket_id", args.motion_bucket_id)
+        for name in ("fps", "motion_bucket_id"):
+            if not isinstance(clip[name], int | float):
+                raise UserError(f"metadata.jsonl: {name} of {clip['directory']} is {clip[name]!r}, not a number")
         clips.append(clip)
     for clip in short:
         print(f"left out: {clip['directory']} has {len(clip['frames'])} frames, --num_frames is {args.num_frames}")
@@ -324,14 +329,17 @@ def training_loss(unet, vae, batch, weight_dtype, loss="v"):
     return losses[loss], {f"loss_{name}": value.detach() for name, value in losses.items()}
 
 
-def add_latents(batch, pipe, device):
+def add_latents(batch, pipe, args, device):
     """Without a cache: encodes the frames of a batch here and now, as the cache would have."""
-    pixels = batch.pop("pixel_values")
-    frames = ((pixels + 1) * 127.5).round().byte().permute(0, 1, 3, 4, 2).cpu().numpy()
-    encoded = [encode_frames(pipe, clip, device) for clip in frames]
-    mean, std, embeddings = (torch.stack(part) for part in zip(*encoded))
-    batch["latents"] = (mean + std * batch.pop("posterior_noise")) * pipe.vae.config.scaling_factor
-    batch["image_embeddings"] = embeddings[:, 0]
+    pixels, chunk = batch.pop("pixel_values"), frames_at_once(args)
+    frames = ((pixels + 1) * 127.5).round().byte().permute(0, 1, 3, 4, 2).cpu().numpy()  # (B, T, H, W, 3)
+    with torch.no_grad():
+        posteriors = [pipe.vae.encode(part).latent_dist for part in pixels.flatten(0, 1).split(chunk)]
+        first = [Image.fromarray(clip[0]) for clip in frames]
+        batch["image_embeddings"] = pipe._encode_image(first, device, 1, False)
+    mean, std = (torch.cat([getattr(p, name) for p in posteriors]) for name in ("mean", "std"))
+    noise = batch.pop("posterior_noise")
+    batch["latents"] = (mean + std * noise.flatten(0, 1)).view_as(noise) * pipe.vae.config.scaling_factor
     return batch
 
 
@@ -409,7 +417,7 @@ def prepare_unet(unet, trainable, weight_dtype, checkpointing):
 
 def compile_blocks(unet):
     """Compiles each large block by itself, in place: the names in the state dict stay as they are."""
-    torch._dynamo.config.recompile_limit = 64  # the blocks come in more shapes than the default 8
+    torch._dynamo.config.cache_size_limit = 64  # the blocks come in more shapes than the default 8
     for module in unet.modules():
         if isinstance(module, (BasicTransformerBlock, TemporalBasicTransformerBlock, SpatioTemporalResBlock)):
             module.compile()
@@ -500,7 +508,7 @@ def forecast(args, folder, checkpointing, weight_dtype, count_flops=False):
         vae = AutoencoderKLTemporalDecoder.from_config(common.read_config(folder, "vae")).requires_grad_(False)
         vae.decoder = None
         trained = list(trained_parameters(unet).values())
-        freed_early = gradients_freed_early(args, num_processes=1)
+        freed_early = gradients_freed_early(args, int(os.environ.get("WORLD_SIZE", 1)))
         if args.optimizer == "adamw8bit":
             optimizer = EightBitStates([{"params": [parameter]} for parameter in trained])
         else:
@@ -514,7 +522,8 @@ def forecast(args, folder, checkpointing, weight_dtype, count_flops=False):
         batch |= {"sigmas": torch.ones(shape[0]), "keep": torch.ones(shape[0])}
         batch["conditioning_image"] = torch.empty(shape[0], 3, args.height, args.width)
         batch["image_embeddings"] = torch.empty(shape[0], 1, unet.config.cross_attention_dim)
-        weights = [*unet.parameters(), *vae.parameters()]
+        average = [torch.empty_like(parameter) for parameter in trained] if args.use_ema else []
+        weights = [*unet.parameters(), *vae.parameters(), *average]
 
         def step():
             loss, _ = training_loss(unet, vae, batch, weight_dtype)
@@ -652,12 +661,13 @@ def write_tensors(path, tensors, metadata=None):
     aside = Path(path).with_name(f".{Path(path).name}.{os.getpid()}.part")
     try:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, aside, metadata)
-        with open(aside, "rb") as file:
+        with open(aside, "r+b") as file:
             os.fsync(file.fileno())
         os.replace(aside, path)
-    except Exception as error:  # safetensors reports a full disk as its own kind of error
+    except SafetensorError as error:  # how safetensors reports a full disk
+        raise OSError(errno.ENOSPC, f"cannot be written ({error})", str(path)) from error
+    finally:
         aside.unlink(missing_ok=True)
-        raise OSError(getattr(error, "errno", None) or 28, f"cannot be written ({error})", str(path)) from error
 
 
 def flatten_state(optimizer, names):
@@ -665,6 +675,7 @@ def flatten_state(optimizer, names):
     tensors, numbers = {}, {}
     for name, parameter in names.items():
         for key, value in optimizer.state.get(parameter, {}).items():
+            value = value.clone() if key.startswith("qmap") else value  # bitsandbytes shares one table among all
             (tensors if torch.is_tensor(value) else numbers)[f"{name}|{key}"] = value
     return tensors, numbers
 
@@ -704,7 +715,8 @@ def save_checkpoint(run, step):
     except OSError:
         shutil.rmtree(aside, ignore_errors=True)  # a full disk leaves the last good checkpoint and no half of this one
         raise
-    for old in checkpoints_of(args.output_dir)[: -args.checkpoints_total_limit or None]:
+    done = [path for path in checkpoints_of(args.output_dir) if checkpoint_step(path) <= step]
+    for old in done[: -args.checkpoints_total_limit]:
         shutil.rmtree(old)
     return final
 
@@ -719,17 +731,21 @@ def save_weights(run, folder, step, extra):
     state = {"step": step, "settings": run.settings, **extra}
     common.write_file(aside / common.CHECKPOINT_STATE, json.dumps(state, indent=1))
     old = folder.with_name(f".{folder.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
+        shutil.rmtree(old, ignore_errors=True)
         os.replace(folder, old)
     os.replace(aside, folder)
     shutil.rmtree(old, ignore_errors=True)
 
 
+def checkpoint_step(folder):
+    return int(folder.name.rsplit("-", 1)[1])
+
+
 def checkpoints_of(output_dir):
     """The checkpoint folders of a run, oldest first."""
     found = [path for path in Path(output_dir).glob("checkpoint-*") if path.name.rsplit("-", 1)[1].isdigit()]
-    return sorted(found, key=lambda path: int(path.name.rsplit("-", 1)[1]))
+    return sorted(found, key=checkpoint_step)
 
 
 def read_checkpoint(folder):
@@ -737,6 +753,8 @@ def read_checkpoint(folder):
     path = Path(folder) / common.CHECKPOINT_STATE
     try:
         state = json.loads(path.read_text())
+        if "files" not in state:
+            raise UserError(f"{folder}: holds weights to generate with, no training to go on with")
         files = state["files"]
     except FileNotFoundError:
         raise UserError(f"{path}: missing; not a checkpoint of train_svd.py") from None
@@ -752,14 +770,26 @@ def read_checkpoint(folder):
 def find_checkpoint(args):
     """--resume_from_checkpoint -> (folder, state) or (None, None); `latest` takes the newest complete one."""
     if args.resume_from_checkpoint != "latest":
-        return args.resume_from_checkpoint, read_checkpoint(args.resume_from_checkpoint)
+        return Path(args.resume_from_checkpoint), read_checkpoint(args.resume_from_checkpoint)
     for folder in reversed(checkpoints_of(args.output_dir)):
         try:
             return folder, read_checkpoint(folder)
         except UserError as error:
             print(f"{error}; taking the checkpoint before it", file=sys.stderr)
+    if (Path(args.output_dir) / "model_index.json").exists():
+        raise UserError(f"{args.output_dir} holds a result and no checkpoint to go on from; give another --output_dir")
     print(f"--resume_from_checkpoint latest: no checkpoint in {args.output_dir}; starting from the beginning")
     return None, None
+
+
+def put_aside_newer(args, folder, step):
+    """Renames what lies beyond the resumed step to `damaged-checkpoint-N`, out of the way of the new ones."""
+    for newer in checkpoints_of(args.output_dir):
+        if checkpoint_step(newer) > step:
+            target = newer.with_name(f"damaged-{newer.name}")
+            if args.resume_from_checkpoint != "latest" or target.exists():
+                raise UserError(f"{newer} is beyond {folder or 'the beginning'}; move it away to go on from there")
+            os.replace(newer, target)
 
 
 def load_checkpoint(run, unet, folder, state):
@@ -837,10 +867,19 @@ def save_result(run, step):
     common.write_file(output / "model_index.json", (base / "model_index.json").read_text())
 
 
+def read_metrics(path):
+    """The lines of a metrics.jsonl, without those that a crash cut off."""
+    lines = []
+    for line in path.read_text().splitlines() if path.exists() else ():
+        with contextlib.suppress(ValueError):
+            lines.append(json.loads(line))
+    return lines
+
+
 def model_card(run, step):
     """What the result is, as a README in the hub's format: base, data, settings, last validation, samples."""
     settings, output = run.settings, Path(run.args.output_dir)
-    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    lines = read_metrics(output / "metrics.jsonl")
     scores = next((line for line in reversed(lines) if "validation_loss_v" in line), {})
     table = "".join(f"| {name.removeprefix('validation_')} | {value:.4g} |\n" for name, value in scores.items())
     videos = sorted((output / "validation").glob(f"step-{scores.get('step', 0):06d}/*.mp4"))
@@ -866,6 +905,8 @@ LOWER_IS_BETTER = ("loss_v", "flow_error")
 def split_clips(clips, args):
     """(training clips, held-out clips): whole episodes are held out, so that no camera of one is on the other side."""
     if args.validation_dir:
+        if not Path(args.validation_dir).is_dir():
+            raise UserError(f"--validation_dir {args.validation_dir}: no such folder; make it with prepare_dataset.py")
         return clips, load_clips(args, args.validation_dir)[: args.num_validation_videos or None]
     groups = {}
     for clip in clips:
@@ -890,7 +931,7 @@ class Validation:
         self.run, self.clips, self.vae, self.weight_dtype = run, clips, vae, weight_dtype
         self.dataset = ClipDataset(clips, run.args, vae.config, cached=True)
         self.folder = Path(run.args.output_dir) / "validation"
-        self.pipe, self.copied, self.best = None, None, None
+        self.pipe, self.copied, self.base, self.best = None, None, {}, None
         best = Path(run.args.output_dir) / "best" / common.CHECKPOINT_STATE
         if best.is_file():  # of this run, before it was resumed
             self.best = json.loads(best.read_text())["metrics"].get(run.args.validation_metric)
@@ -953,11 +994,9 @@ class Validation:
                 sheet = common.side_by_side({"real": real, f"generated, step {step}": generated})
                 common.write_video(target / f"{name}.mp4", sheet, clip["fps"])
             self.copied = mean_scores(copied)
-            return metrics | mean_scores(scores)
-        except torch.cuda.OutOfMemoryError:
-            tqdm.write(
-                "validation ran out of memory and was left out; training goes on (fewer --num_validation_videos?)"
-            )
+            return metrics | mean_scores(scores) | {f"copied_{name}": value for name, value in self.copied.items()}
+        except (RuntimeError, OSError) as error:  # out of memory has many names; nothing here is worth the run
+            tqdm.write(f"validation failed and was left out; training goes on ({str(error).splitlines()[0]})")
             return {}
         finally:
             if self.pipe:
@@ -974,7 +1013,7 @@ class Validation:
         tqdm.write(
             f"step {step}: " + ", ".join(f"{n} {metrics[n]:.3f}" for n in shown) + f" (first frame copied: {copied})"
         )
-        if (metrics.get("motion_ratio") or 1) < 0.5:
+        if metrics.get("motion_ratio", 1.0) < 0.5:
             tqdm.write(
                 f"warning: generated video moves {metrics['motion_ratio']:.2f} times as much as the real one. Try"
                 " --P_mean 1.0, fewer steps or a lower --learning_rate; check fps and motion in metadata.jsonl"
@@ -1062,6 +1101,7 @@ def build_parser():
         help="recompute activations: none, full, or the cheapest that fits (default auto)",
     )
 
+    add("--deterministic", action="store_true", help="on a GPU: slower kernels, the same bits every time")
     add("--compile", action="store_true", help="torch.compile the blocks: slow to start, faster to run on a GPU")
     add(
         "--dry_run",
@@ -1097,8 +1137,12 @@ def parse_args(argv=None):
         parser.error(f"--conditioning_dropout_prob must be 0..1, got {args.conditioning_dropout_prob:g}")
     if not 0 <= args.lr_warmup_steps <= args.max_train_steps:
         parser.error(f"--lr_warmup_steps must be 0..{args.max_train_steps}, got {args.lr_warmup_steps}")
+    if args.lr_warmup_steps and args.lr_scheduler == "constant":
+        args.lr_scheduler = "constant_with_warmup"  # diffusers' `constant` would ignore the warm-up
     if not args.ema_decay < 1:
         parser.error(f"--ema_decay must be under 1, got {args.ema_decay:g}")
+    if args.num_validation_videos < 0:
+        parser.error(f"--num_validation_videos must be at least 0, got {args.num_validation_videos}")
     if args.num_frames < 2:
         parser.error("--num_frames must be at least 2: one frame has no motion to learn")
     if args.max_grad_norm is None:
@@ -1108,6 +1152,8 @@ def parse_args(argv=None):
             parser.error(f"{'--report_to' if module == args.report_to else '--optimizer'} needs: pip install {module}")
     if (args.validation_dir or args.num_validation_videos) and not args.cache_latents:
         parser.error("validation reads the latent cache: leave out --no-cache_latents")
+    if args.optimizer == "adamw8bit" and not torch.cuda.is_available() and not args.dry_run:
+        parser.error("--optimizer adamw8bit needs a CUDA GPU; leave it out on the CPU")
     if not torch.cuda.is_available() and args.mixed_precision == "fp16" and not args.dry_run:
         parser.error("--mixed_precision fp16 needs a CUDA GPU; on the CPU use no or bf16")
     output = Path(args.output_dir)
@@ -1169,6 +1215,9 @@ def describe_run(args, base, clips, accelerator):
 def main(argv=None):
     args = parse_args(argv)
     cv2.setNumThreads(0)  # the loader has threads of its own
+    if args.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if args.dry_run:
         weight_dtype, folder = choose_precision(args, device), common.resolve_config(args.pretrained_model_name)
@@ -1197,7 +1246,11 @@ def train(args, device):
         # fp16 needs accelerate's gradient scaler, but never its autocast: prepare_unet has cast what is to be cast
         mixed_precision="fp16" if args.mixed_precision == "fp16" else "no",
         cpu=device.type == "cpu",
-        kwargs_handlers=[AutocastKwargs(enabled=False), DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
+        kwargs_handlers=[
+            AutocastKwargs(enabled=False),
+            DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+            InitProcessGroupKwargs(timeout=datetime.timedelta(hours=12)),  # the others wait while one validates
+        ],
         log_with=args.report_to,
         project_dir=args.output_dir,
     )
@@ -1205,6 +1258,10 @@ def train(args, device):
     run.settings = describe_run(args, run.base, clips, accelerator)
     if state:
         check_resume(run.settings, state["settings"], folder)
+        if state["step"] > args.max_train_steps:
+            raise UserError(f"{folder} is beyond --max_train_steps {args.max_train_steps}")
+    if args.resume_from_checkpoint and accelerator.is_main_process:
+        put_aside_newer(args, folder, state["step"] if state else 0)
     Path(args.output_dir).mkdir(parents=True, exist_ok=True)
     checkpointing = args.gradient_checkpointing
     if checkpointing == "auto":
@@ -1235,6 +1292,7 @@ def train(args, device):
     run.ema = EMAModel(run.trained.values(), decay=args.ema_decay, foreach=True) if args.use_ema else None
     first_step = load_checkpoint(run, unet, folder, state) if state else 0
     bare_unet, (unet, optimizer) = unet, accelerator.prepare(unet, run.optimizer)
+    bare_unet.__dict__.pop("forward", None)  # with fp16, accelerate's fp32 outputs would break the stock pipeline
     run.scaler = accelerator.scaler
     if state and run.scaler:
         run.scaler.load_state_dict(state["scaler"])
@@ -1266,7 +1324,7 @@ def train(args, device):
         for micro in range(accumulation):
             batch = log.timed(next, loader)
             if pipe:
-                batch = add_latents(batch, pipe, device)
+                batch = add_latents(batch, pipe, args, device)
             with contextlib.nullcontext() if micro == accumulation - 1 else accelerator.no_sync(unet):
                 loss, losses = training_loss(unet, vae, batch, weight_dtype, args.loss)
                 accelerator.backward(loss / accumulation)
@@ -1292,7 +1350,7 @@ def train(args, device):
         done = step + 1
 
         stopping = stop.requested(accelerator)
-        saving = done % args.checkpointing_steps == 0 or stopping
+        saving = done % args.checkpointing_steps == 0 or done == args.max_train_steps or stopping
         validating = held_out and (done % args.validation_steps == 0 or done == args.max_train_steps)
         if done % args.logging_steps == 0 or done == args.max_train_steps or saving or validating:
             log.stop_if_bad(bad_step, dataset)
@@ -1301,6 +1359,7 @@ def train(args, device):
         if saving and accelerator.is_main_process:
             save_checkpoint(run, done)
         if stopping:
+            accelerator.wait_for_everyone()  # a launcher ends the others as soon as one has ended
             accelerator.print(f"\nstopped after step {done}, saved; go on with --resume_from_checkpoint latest")
             return 128 + stopping
         if validating:
@@ -1316,7 +1375,7 @@ def train(args, device):
 
 
 class StopSignal:
-    """SIGINT and SIGTERM ask for a stop after the step; a second one stops at once."""
+    """SIGINT and SIGTERM ask for a stop after the step; a second Ctrl-C stops at once."""
 
     def __init__(self):
         self.signal = 0
@@ -1325,7 +1384,7 @@ class StopSignal:
 
     def receive(self, number, frame):
         self.signal = number
-        signal.signal(number, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # not SIGTERM: launchers send it twice
 
     def requested(self, accelerator):
         """The signal's number, or 0; the same answer on every process."""
@@ -1341,9 +1400,8 @@ class Log:
     def __init__(self, run, accelerator, first_step):
         self.run, self.accelerator, self.path = run, accelerator, Path(run.args.output_dir) / "metrics.jsonl"
         if accelerator.is_main_process:  # a resumed run writes the lines after its checkpoint again
-            lines = self.path.read_text().splitlines(keepends=True) if first_step and self.path.exists() else []
-            whole = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= first_step]
-            common.write_file(self.path, "".join(whole))
+            kept = [line for line in read_metrics(self.path) if line["step"] <= first_step and first_step]
+            common.write_file(self.path, "".join(json.dumps(line) + "\n" for line in kept))
         if run.args.report_to:
             accelerator.init_trackers(
                 "svd", {k: v for k, v in vars(run.args).items() if isinstance(v, int | float | str)}
@@ -1354,6 +1412,8 @@ class Log:
 
     def start(self, step):
         self.sums, self.counts, self.waited, self.since, self.step = {}, {}, 0.0, time.perf_counter(), step
+        if self.accelerator.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
 
     def timed(self, function, *args):
         """Calls it, and counts the time as waiting for data."""
@@ -1369,6 +1429,10 @@ class Log:
 
     def stop_if_bad(self, bad_step, dataset):
         """Ends the run with the names of the clips if a gradient was not finite; the weights are those before it."""
+        if self.accelerator.scaler and self.accelerator.scaler.get_scale() < 2**-14:
+            raise UserError(
+                "fp16 gradients overflow at every step; use --mixed_precision bf16 or a lower --learning_rate"
+            )
         if (step := bad_step.item()) >= 0:
             batch = self.run.args.global_batch_size
             names = sorted({dataset.clip_of(index)["directory"] for index in range(step * batch, (step + 1) * batch)})

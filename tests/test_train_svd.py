@@ -92,7 +92,9 @@ def test_training_feeds_the_unet_what_the_pipeline_feeds(dataset, tmp_path):
         clips[0], 1, torch.Generator().manual_seed(0)
     )
     strength = sample["added_time_ids"][2].item()
-    batch = train_svd.add_latents({name: value[None] for name, value in sample.items()}, pipe, torch.device("cpu"))
+    batch = train_svd.add_latents(
+        {name: value[None] for name, value in sample.items()}, pipe, args, torch.device("cpu")
+    )
     train_svd.training_loss(recorder, pipe.vae, batch, torch.float32)
 
     image = common.read_frame(clips[0]["frames"][1])
@@ -126,7 +128,9 @@ def test_dropout_zeroes_both_image_conditions_and_keeps_the_ids(dataset, tmp_pat
     pipe = StableVideoDiffusionPipeline.from_pretrained(TINY, torch_dtype=torch.float32)
     recorder = Recorder(pipe.unet)
     sample = train_svd.ClipDataset(train_svd.load_clips(args, dataset), args, pipe.vae.config, cached=False)[0]
-    batch = train_svd.add_latents({name: value[None] for name, value in sample.items()}, pipe, torch.device("cpu"))
+    batch = train_svd.add_latents(
+        {name: value[None] for name, value in sample.items()}, pipe, args, torch.device("cpu")
+    )
     train_svd.training_loss(recorder, pipe.vae, batch, torch.float32)
     fed, _, embedding, ids = recorder.calls[0]
     assert fed[:, :, 4:].abs().max() == 0 and embedding.abs().max() == 0 and ids[0, 0] == 6 and ids[0, 1] == 127
