@@ -1370,6 +1370,7 @@ def train(args, device):
     if accelerator.is_main_process:
         save_result(run, args.max_train_steps)
         print(f"done: {args.output_dir} is a diffusers pipeline; python infer_svd.py --model_dir {args.output_dir} ...")
+    accelerator.wait_for_everyone()  # a process that is gone would leave the others waiting at the end
     accelerator.end_training()
     return 0
 

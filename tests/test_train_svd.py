@@ -318,7 +318,7 @@ def test_two_processes_give_the_weights_of_one_with_twice_the_batch(dataset, tmp
     command += [str(ROOT / "train_svd.py"), *map(str, train_arguments(dataset, tmp_path / "two"))]
     for steps, more in ((2, []), (3, ["--resume_from_checkpoint", "latest"])):  # a resume works there too
         done = subprocess.run([*command, "--max_train_steps", str(steps), "--checkpointing_steps", "2", *more],
-            env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)  # fmt: skip
+            env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=400)  # fmt: skip
         assert done.returncode == 0, done.stdout
     before, one, two = weights(TINY), weights(tmp_path / "one"), weights(tmp_path / "two")
     moved = sum((one[n].float() - before[n].float()).abs().sum() for n in one)
