@@ -551,7 +551,12 @@ def start(video_dir, output_dir, *options):
         output_dir,
         *options,
     ]
-    return subprocess.Popen(list(map(os.fspath, command)), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+
+    def hear_ctrl_c():  # where the tests run in the background, their children would ignore it
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    command = list(map(os.fspath, command))
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, preexec_fn=hear_ctrl_c)
 
 
 def test_kills_at_any_moment_give_the_same_tree(tmp_path):
