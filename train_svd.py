@@ -1007,12 +1007,12 @@ class Validation:
                 run.ema.restore(run.trained.values())
 
     def report(self, metrics, step):
-        """Prints one line, warns of frozen video, and keeps the weights of the best step in `best/`."""
-        shown = [n for n in ("loss_v", "psnr_moving", "motion_ratio", "flow_error") if metrics.get(n) is not None]
-        copied = ", ".join(f"{n} {self.copied[n]:.3f}" for n in shown if self.copied.get(n) is not None)
-        tqdm.write(
-            f"step {step}: " + ", ".join(f"{n} {metrics[n]:.3f}" for n in shown) + f" (first frame copied: {copied})"
-        )
+        """Prints the scores, warns of frozen video, and keeps the weights of the best step in `best/`."""
+        self.base = self.base or metrics  # the first validation of a run is that of the base
+        rows = {f"step {step}": metrics, "first validation": self.base, "first frame copied": self.copied}
+        for label, row in rows.items():
+            names = [n for n in ("loss_v", "psnr_moving", "motion_ratio", "flow_error") if row.get(n) is not None]
+            tqdm.write(f"{label}: " + ", ".join(f"{name} {row[name]:.3f}" for name in names))
         if metrics.get("motion_ratio", 1.0) < 0.5:
             tqdm.write(
                 f"warning: generated video moves {metrics['motion_ratio']:.2f} times as much as the real one. Try"
