@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+os.environ.setdefault("OMP_NUM_THREADS", "2")  # before torch: with 4 threads its CPU kernels are not bitwise repeatable
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
