@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-os.environ.setdefault("OMP_NUM_THREADS", "2")  # before torch: with 4 threads its CPU kernels are not bitwise repeatable
+os.environ.setdefault("OMP_NUM_THREADS", "2")  # before torch; with 4, a clip alone differs from one in a batch: why?
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
