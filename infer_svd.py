@@ -192,7 +192,7 @@ def list_jobs(args):
                 raise
             failed.append(str(error))
             continue
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        digest = common.file_digest(path)
         for index in range(args.num_videos_per_image):
             jobs += [{"image": name, "path": path, "sha256": digest, "seed": args.seed + index}]
     if args.single and len(jobs) > 1:
