@@ -1101,7 +1101,7 @@ def build_parser():
         help="recompute activations: none, full, or the cheapest that fits (default auto)",
     )
 
-    add("--deterministic", action="store_true", help="on a GPU: slower kernels, the same bits every time")
+    add("--deterministic", action="store_true", help="slower kernels, one CPU thread, the same bits every time")
     add("--compile", action="store_true", help="torch.compile the blocks: slow to start, faster to run on a GPU")
     add(
         "--dry_run",
@@ -1218,6 +1218,7 @@ def main(argv=None):
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.set_num_threads(1)  # on a busy CPU several do not always add in the same order
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if args.dry_run:
         weight_dtype, folder = choose_precision(args, device), common.resolve_config(args.pretrained_model_name)

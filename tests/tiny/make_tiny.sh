@@ -1,6 +1,6 @@
 #!/bin/sh
 # Makes tests/tiny_svd again from nothing, into .dev/tiny_svd: render, VAE, image encoder, then the UNet by train_svd.py.
-# About two and a half hours on four CPU cores. What it printed, and how the bundled checkpoint was made: README.md here.
+# About three and a half hours on four CPU cores. What it printed, and how the bundled checkpoint was made: README.md here.
 set -eu
 PYTHON=${PYTHON:-python}
 OUT=.dev/tiny
@@ -10,21 +10,26 @@ CAMERAS="--cameras front side"
 $PYTHON tests/tiny/render.py --task reach --episodes 700 $CAMERAS --output_dir $OUT/reach
 $PYTHON tests/tiny/render.py --task touch --episodes 260 --seed 2 $CAMERAS --output_dir $OUT/touch
 $PYTHON tests/tiny/render.py --task shove --episodes 240 --seed 3 $CAMERAS --output_dir $OUT/shove
+$PYTHON tests/tiny/render.py --task deliver --episodes 350 --seed 4 $CAMERAS --output_dir $OUT/deliver
+$PYTHON tests/tiny/render.py --task point --episodes 150 --seed 5 $CAMERAS --output_dir $OUT/point
 $PYTHON tests/tiny/render.py --task push --episodes 200 --seed 1 $CAMERAS --output_dir $OUT/push
 mkdir -p $MODEL
 for stage in vae clip unet-init; do
     $PYTHON tests/tiny/make_tiny.py --stage $stage --output_dir $MODEL
 done
 
-# the UNet: random motion first, then motion that the first frame foretells, with a falling learning rate
+# the UNet: random motion first, then motion that the first frame foretells more and more, with a falling learning rate
 train() {
     $PYTHON train_svd.py --num_frames 8 --width 96 --height 64 --train_batch_size 4 --trainable all --use_ema \
         --gradient_checkpointing none "$@"
 }
-$PYTHON prepare_dataset.py --video_dir $OUT --exclude 'push/*' 'touch/*' 'shove/*' --output_dir $OUT-dataset-1
-$PYTHON prepare_dataset.py --video_dir $OUT --exclude 'push/*' 'reach/*[1-9]??.mp4' --output_dir $OUT-dataset-2
+$PYTHON prepare_dataset.py --video_dir $OUT --include 'reach/*' --output_dir $OUT-dataset-1
+$PYTHON prepare_dataset.py --video_dir $OUT --include 'touch/*' 'shove/*' 'reach/*0000[0-9]?.mp4' --output_dir $OUT-dataset-2
+$PYTHON prepare_dataset.py --video_dir $OUT --include 'deliver/*' 'point/*' 'reach/*0000[0-7]?.mp4' --output_dir $OUT-dataset-3
 train --pretrained_model_name $MODEL --dataset_dir $OUT-dataset-1 --output_dir $OUT-unet-1 --max_train_steps 3750 \
     --learning_rate 5e-4 --lr_scheduler constant_with_warmup --lr_warmup_steps 200 --ema_decay 0.999
 train --pretrained_model_name $OUT-unet-1 --dataset_dir $OUT-dataset-2 --output_dir $OUT-unet-2 --max_train_steps 5000 \
     --learning_rate 7e-4 --lr_scheduler cosine --lr_warmup_steps 50 --ema_decay 0.997 --P_mean 0.3
-echo "$OUT-unet-2 is the checkpoint; tests/tiny_svd is a copy of its five parts and model_index.json"
+train --pretrained_model_name $OUT-unet-2 --dataset_dir $OUT-dataset-3 --output_dir $OUT-unet-3 --max_train_steps 5500 \
+    --learning_rate 7e-4 --lr_scheduler cosine --lr_warmup_steps 50 --ema_decay 0.997 --P_mean 1.2
+echo "$OUT-unet-3 is the checkpoint; tests/tiny_svd is a copy of its five parts and model_index.json, in fp16"

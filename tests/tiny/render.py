@@ -5,11 +5,14 @@ A Franka Panda over a table, with a cube, a distractor box and a green goal disc
     python tests/tiny/render.py --task reach --episodes 700 --cameras front side --output_dir .dev/tiny/reach
     python tests/tiny/render.py --task touch --episodes 260 --seed 2 --cameras front side --output_dir .dev/tiny/touch
     python tests/tiny/render.py --task shove --episodes 240 --seed 3 --cameras front side --output_dir .dev/tiny/shove
+    python tests/tiny/render.py --task deliver --episodes 350 --seed 4 --cameras front side --output_dir .dev/tiny/deliver
+    python tests/tiny/render.py --task point --episodes 150 --seed 5 --cameras front side --output_dir .dev/tiny/point
     python tests/tiny/render.py --task push --episodes 200 --seed 1 --cameras front side --output_dir .dev/tiny/push
 
 `reach`: the arm moves smoothly through random waypoints and leaves the cube alone: the look and motion of the arm.
-`touch`: it goes to the distractor and halfway back, as the first frame foretells.
+`touch`, `point`: it goes to the distractor, or (where there is no cube) the disc, and halfway back.
 `shove`: it pushes the cube straight away from its base, wherever the disc lies.
+`deliver`: it pushes the cube to the distractor, wherever the disc lies.
 `push`: it reaches behind the cube and pushes it onto the disc; the whole motion is spread over the clip, and what
 happens is a function of the first frame, so a generated video can be compared with the real one.
 
@@ -54,15 +57,26 @@ SUPERSAMPLE = 3  # PyBullet's renderer does not antialias
 # Scene
 
 
-def draw_layout(rng):
-    """Where things are: cube and goal (x, y), the angle between them, the distractor, two different colours."""
+def direction_of(angle):
+    return np.array([math.cos(angle), math.sin(angle)])
+
+
+def draw_layout(rng, task):
+    """Where things are: cube and goal (x, y), the angle to push in, the distractor, two different colours."""
     cube = np.array([rng.uniform(0.42, 0.56), rng.uniform(-0.18, 0.18)])
     while True:
         angle = rng.uniform(-math.pi / 2, math.pi / 2)  # away from the arm's base, or sideways
-        goal = cube + rng.uniform(0.12, 0.20) * np.array([math.cos(angle), math.sin(angle)])
+        goal = cube + rng.uniform(0.12, 0.20) * direction_of(angle)
         if 0.40 < goal[0] < 0.70 and abs(goal[1]) < 0.28:
             break
     distractor = np.array([rng.uniform(0.45, 0.72), rng.choice([-1, 1]) * rng.uniform(0.30, 0.38)])
+    while task == "deliver":  # the distractor lies where the goal might, and the cube goes there
+        angle = rng.uniform(-math.pi / 2, math.pi / 2)
+        distractor = cube + rng.uniform(0.18, 0.26) * direction_of(angle)
+        if 0.40 < distractor[0] < 0.74 and abs(distractor[1]) < 0.36 and np.linalg.norm(distractor - goal) > 0.10:
+            break
+    if task == "point":
+        cube = np.array([-1.0, 0.0])  # behind the arm: a table without a cube foretells this task
     return cube, goal, angle, distractor, rng.sample(sorted(COLORS), 2)
 
 
@@ -98,7 +112,7 @@ def build_scene(rng, cube, goal, angle, distractor, colors):
 
 def push_path(start, cube, goal, angle, duration):
     """Over to the far side of the cube, down, and straight to the goal."""
-    direction = np.array([math.cos(angle), math.sin(angle)])
+    direction = direction_of(angle)
     behind = cube - 0.09 * direction
     return [
         (0, start),
@@ -108,9 +122,9 @@ def push_path(start, cube, goal, angle, duration):
     ]
 
 
-def touch_path(start, distractor, duration):
-    """Over to the distractor, and halfway back: as predictable as a push, but another task."""
-    above = np.array([*distractor, 0.14])
+def touch_path(start, there, duration):
+    """Over to a place on the table, and halfway back: as predictable as a push, but another task."""
+    above = np.array([*there, 0.14])
     return [(0, start), (0.55 * duration, above), (duration, (start + above) / 2)]
 
 
@@ -186,7 +200,7 @@ def render_episode(index, args):
     """Simulate and write one episode; returns how far the cube ends from the goal, in metres."""
     rng = random.Random(args.seed * 100003 + index)
     client = p.connect(p.DIRECT)
-    cube, goal, angle, distractor, colors = draw_layout(rng)
+    cube, goal, angle, distractor, colors = draw_layout(rng, args.task)
     robot, cube_id = build_scene(rng, cube, goal, angle, distractor, colors)
     light = [rng.uniform(-0.4, 1.2), rng.uniform(-0.8, 0.8), 1.6]
 
@@ -196,8 +210,10 @@ def render_episode(index, args):
         path = push_path(start, cube, goal, angle, duration)
     elif args.task == "shove":
         path = push_path(start, cube, cube + [0.18, 0], 0.0, duration)
-    elif args.task == "touch":
-        path = touch_path(start, distractor, duration)
+    elif args.task == "deliver":
+        path = push_path(start, cube, distractor - 0.06 * direction_of(angle), angle, duration)
+    elif args.task in ("touch", "point"):
+        path = touch_path(start, distractor if args.task == "touch" else goal, duration)
     else:
         path = reach_path(rng, start, [cube, distractor], duration)
     fingers_down = p.getQuaternionFromEuler([math.pi, 0, 0 if args.task == "shove" else angle])
@@ -229,7 +245,7 @@ def render_episode(index, args):
 
 def build_parser():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--task", choices=["reach", "touch", "shove", "push"], required=True)
+    parser.add_argument("--task", choices=["reach", "touch", "point", "shove", "deliver", "push"], required=True)
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--episodes", type=int, default=160)
     parser.add_argument("--first_episode", type=int, default=0, help="number of the first episode, to render in parts")
