@@ -1,6 +1,6 @@
 #!/bin/sh
-# Makes tests/tiny_svd again from nothing, into .dev/tiny_svd: render, VAE, image encoder, then the UNet by train_svd.py.
-# About three and a half hours on four CPU cores. What it printed, and how the bundled checkpoint was made: README.md here.
+# Makes tests/tiny_svd again from nothing, into .dev: render, VAE, image encoder, then the UNet by train_svd.py.
+# About three and a half hours on four CPU cores. What it printed, and how the bundled one was made: README.md here.
 set -eu
 PYTHON=${PYTHON:-python}
 OUT=.dev/tiny
@@ -23,9 +23,12 @@ train() {
     $PYTHON train_svd.py --num_frames 8 --width 96 --height 64 --train_batch_size 4 --trainable all --use_ema \
         --gradient_checkpointing none "$@"
 }
-$PYTHON prepare_dataset.py --video_dir $OUT --include 'reach/*' --output_dir $OUT-dataset-1
-$PYTHON prepare_dataset.py --video_dir $OUT --include 'touch/*' 'shove/*' 'reach/*0000[0-9]?.mp4' --output_dir $OUT-dataset-2
-$PYTHON prepare_dataset.py --video_dir $OUT --include 'deliver/*' 'point/*' 'reach/*0000[0-7]?.mp4' --output_dir $OUT-dataset-3
+prepare() {
+    $PYTHON prepare_dataset.py --video_dir $OUT --output_dir "$@"
+}
+prepare $OUT-dataset-1 --include 'reach/*'
+prepare $OUT-dataset-2 --include 'touch/*' 'shove/*' 'reach/*0000[0-9]?.mp4'
+prepare $OUT-dataset-3 --include 'deliver/*' 'point/*' 'reach/*0000[0-7]?.mp4'
 train --pretrained_model_name $MODEL --dataset_dir $OUT-dataset-1 --output_dir $OUT-unet-1 --max_train_steps 3750 \
     --learning_rate 5e-4 --lr_scheduler constant_with_warmup --lr_warmup_steps 200 --ema_decay 0.999
 train --pretrained_model_name $OUT-unet-1 --dataset_dir $OUT-dataset-2 --output_dir $OUT-unet-2 --max_train_steps 5000 \

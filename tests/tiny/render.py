@@ -1,12 +1,9 @@
 """Render the robot clips that the tiny SVD checkpoint and the demo are trained on.
 
-A Franka Panda over a table, with a cube, a distractor box and a green goal disc, in PyBullet's CPU renderer:
+A Franka Panda over a table, with a cube, a distractor box and a green goal disc, in PyBullet's CPU renderer. Two
+examples (make_tiny.sh has all):
 
     python tests/tiny/render.py --task reach --episodes 700 --cameras front side --output_dir .dev/tiny/reach
-    python tests/tiny/render.py --task touch --episodes 260 --seed 2 --cameras front side --output_dir .dev/tiny/touch
-    python tests/tiny/render.py --task shove --episodes 240 --seed 3 --cameras front side --output_dir .dev/tiny/shove
-    python tests/tiny/render.py --task deliver --episodes 350 --seed 4 --cameras front side --output_dir .dev/tiny/deliver
-    python tests/tiny/render.py --task point --episodes 150 --seed 5 --cameras front side --output_dir .dev/tiny/point
     python tests/tiny/render.py --task push --episodes 200 --seed 1 --cameras front side --output_dir .dev/tiny/push
 
 `reach`: the arm moves smoothly through random waypoints and leaves the cube alone: the look and motion of the arm.
