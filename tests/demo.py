@@ -19,8 +19,8 @@ import svd_common as common  # isort: skip
 import numpy as np
 
 TINY, DATA, DEMO = ROOT / "tests" / "tiny_svd", ROOT / "tests" / "data", ROOT / "demo"
-TRAINING = "--num_frames 8 --width 96 --height 64 --train_batch_size 4 --max_train_steps 500 --learning_rate 5e-4"
-TRAINING += " --P_mean 0 --lr_scheduler cosine --lr_warmup_steps 20 --use_ema --ema_decay 0.98"
+TRAINING = "--num_frames 8 --width 96 --height 64 --train_batch_size 4 --max_train_steps 600 --learning_rate 2e-3"
+TRAINING += " --P_mean 1.5 --lr_scheduler cosine --lr_warmup_steps 30 --use_ema --ema_decay 0.98"
 TRAINING += " --checkpointing_steps 100 --gradient_checkpointing none"
 
 
@@ -43,7 +43,8 @@ def main():
         script("train_svd.py", "--pretrained_model_name", TINY, "--dataset_dir", DEMO / "dataset",
             "--output_dir", model, *TRAINING.split(), *resume)  # fmt: skip
     script("infer_svd.py", "--model_dir", model, "--input_image", DEMO / "heldout",
-        "--output_video", DEMO / "generated", "--compare_with", TINY, "--reference", DEMO / "heldout")  # fmt: skip
+        "--output_video", DEMO / "generated", "--compare_with", TINY, "--reference", DEMO / "heldout",
+        "--num_inference_steps", 8, "--max_guidance_scale", 1.0)  # fmt: skip
 
     films = [common.read_video(path) for path in sorted((DEMO / "generated" / "side_by_side").glob("*.mp4"))]
     film = np.concatenate([np.concatenate(films[i : i + 2], axis=1) for i in (0, 2)])  # two clips, then two others
