@@ -44,7 +44,7 @@ def main():
             "--output_dir", model, *TRAINING.split(), *resume)  # fmt: skip
     script("infer_svd.py", "--model_dir", model, "--input_image", DEMO / "heldout",
         "--output_video", DEMO / "generated", "--compare_with", TINY, "--reference", DEMO / "heldout",
-        "--num_inference_steps", 6, "--max_guidance_scale", 1.0)  # fmt: skip
+        "--num_inference_steps", 4, "--max_guidance_scale", 1.0)  # fmt: skip
 
     films = [common.read_video(path) for path in sorted((DEMO / "generated" / "side_by_side").glob("*.mp4"))]
     film = np.concatenate([np.concatenate(films[i : i + 2], axis=1) for i in (0, 2)])  # two clips, then two others
