@@ -849,13 +849,10 @@ def write_preview(output, clips):
     clips = [clips[i * len(clips) // min(40, len(clips))] for i in range(min(40, len(clips)))]
     sheet = Image.new("RGB", (left + 6 * wide, high * len(clips)), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(12)
-    paths = []  # six of each clip
-    for clip in clips:
-        frames = common.list_frames(output / clip["directory"])
-        paths += [frames[place * (len(frames) - 1) // 5] for place in range(6)] if frames else [None] * 6
+    tiles = []  # where, and which frame
 
-    def thumbnail(path):
-        image = Image.fromarray(common.read_frame(path)) if path else Image.new("RGB", (1, 1), "white")
+    def thumbnail(tile):
+        image = Image.fromarray(common.read_frame(tile[1]))
         image.thumbnail((wide - 2, high - 2))
         return image
 
@@ -865,9 +862,12 @@ def write_preview(output, clips):
         lines += [f"{clip['num_frames']} frames, {clip['fps']:g} fps"]
         lines += [f"motion {clip['motion']:g}, bucket {clip['motion_bucket_id']}"]
         draw.multiline_text((4, row * high + 2), "\n".join(lines), "black", font, spacing=1)
+        paths = common.list_frames(output / clip["directory"])
+        for place in range(6 if paths else 0):
+            tiles += [((left + place * wide, row * high + 1), paths[place * (len(paths) - 1) // 5])]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for place, image in enumerate(pool.map(thumbnail, paths)):
-            sheet.paste(image, (left + place % 6 * wide, place // 6 * high + 1))
+        for (position, _), image in zip(tiles, pool.map(thumbnail, tiles)):
+            sheet.paste(image, position)
     data = cv2.imencode(".jpg", cv2.cvtColor(np.asarray(sheet), cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, 90])[1]
     common.write_file(output / "preview.jpg", data.tobytes())
 
