@@ -18,7 +18,6 @@ import dataclasses
 import fnmatch
 import functools
 import hashlib
-import importlib.util
 import itertools
 import json
 import math
@@ -34,7 +33,7 @@ import sys
 import tempfile
 import threading
 import unicodedata
-from concurrent.futures import ThreadPoolExecutor, as_completed, wait
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed, wait
 from pathlib import Path
 
 os.environ["OPENCV_FFMPEG_LOGLEVEL"] = "16"  # errors: `Complaints` hears them. Read when cv2 is imported
@@ -652,7 +651,12 @@ def write_clips(video, probe, frames, run):
 
     def submit():
         room.acquire()
-        jobs.append(run.encoders.submit(write, batch))
+        if size > 1 and run.waiting:  # other videos keep the cores busy: to hand over small frames only costs
+            job = Future()
+            job.set_result(write(batch))
+        else:
+            job = run.encoders.submit(write, batch)
+        jobs.append(job)
         run.bar.update(len(batch))
 
     try:
@@ -1023,8 +1027,11 @@ def parse_args(argv=None):
         parser.error("--clip_stride needs --clip_frames")
     if args.fast_png and args.image_format != "png":
         parser.error("--fast_png is for --image_format png")
-    if args.fast_png and importlib.util.find_spec("isal") is None:
-        parser.error("--fast_png needs: pip install isal")
+    if args.fast_png:
+        try:
+            import isal  # noqa: F401
+        except ImportError:
+            parser.error("--fast_png needs: pip install isal")
     args.min_frames, args.shard_name = args.min_frames or args.clip_frames or 1, ""
     if args.shard:
         match = re.fullmatch(r"(\d+)/([1-9]\d*)", args.shard)

@@ -413,6 +413,26 @@ def test_size_covers_and_crops(tmp_path):
         assert np.abs(frame.astype(int) - svd_common.fit_frame(whole, 64, 48)).mean() < 6, name
 
 
+def test_fast_png_writes_the_same_pixels(tmp_path):
+    pytest.importorskip("isal")
+    make(tmp_path / "videos/odd.mkv", "-c:v", "ffv1", picture="testsrc2=s=99x33:d=0.2")
+    plain = prepare(tmp_path / "videos", tmp_path / "plain")[1]["odd.mkv"]
+    fast = prepare(tmp_path / "videos", tmp_path / "fast", "--fast_png")[1]["odd.mkv"]
+    assert fast == plain
+    assert np.array_equal(frames_of(tmp_path / "fast", fast), frames_of(tmp_path / "plain", plain))
+    assert tree(tmp_path / "fast") != tree(tmp_path / "plain")  # and it was another encoder
+
+
+def test_fast_png_is_refused_for_jpg_and_without_isal(tmp_path):
+    (tmp_path / "videos").mkdir()
+    text = prepare(tmp_path / "videos", tmp_path / "out", "--fast_png", "--image_format", "jpg", status=2)[0]
+    assert "--fast_png is for --image_format png" in text
+    (tmp_path / "isal.py").write_text("raise ImportError")
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    text = prepare(tmp_path / "videos", tmp_path / "out", "--fast_png", status=2, env=environment)[0]
+    assert "--fast_png needs: pip install isal" in text
+
+
 def test_fps_by_timestamps(tmp_path):
     make(tmp_path / "videos/thirty.mp4", picture="testsrc2=s=96x64:r=30:d=2")
     make(tmp_path / "videos/slow.mp4", picture="testsrc2=s=96x64:r=5:d=2")
