@@ -211,10 +211,7 @@ class ClipSet:
 
     def __init__(self, args, model, folder):
         self.args, self.model, self.folder = args, model, Path(folder)
-        try:
-            self.base, self.settings, self.trained = common.resolve_checkpoint(model)
-        except ValueError as error:
-            raise UserError(f"{Path(model) / common.SETTINGS}: damaged ({error}); copy the folder again") from None
+        self.base, self.settings, self.trained = common.resolve_checkpoint(model)
 
     def plan(self, jobs):
         """Fills in the jobs, and sets `todo` to those that are not made yet. Raises `UserError` for another's clips."""
@@ -331,11 +328,9 @@ def write_clip(path, frames, fps, output_format):
     if output_format == "mp4":
         common.write_video(path, frames, fps)
     elif output_format == "frames":
-        aside = path.with_name(f".{path.name}.part")
-        aside.mkdir()
-        for index, frame in enumerate(frames):
-            common.write_file(aside / f"{index:05d}.png", common.encode_png(frame))
-        os.replace(aside, path)
+        with common.write_folder(path) as aside:
+            for index, frame in enumerate(frames):
+                common.write_file(aside / f"{index:05d}.png", common.encode_png(frame))
     else:  # whole milliseconds, hundredths in a GIF: spread so that the frame rate is right on the whole
         unit = 10 if output_format == "gif" else 1
         ends = [round(1000 * t / fps / unit) * unit for t in range(len(frames) + 1)]

@@ -3,11 +3,13 @@
 torch and diffusers are imported inside the functions that use them, so that preparing a dataset needs neither.
 """
 
+import contextlib
 import errno
 import hashlib
 import json
 import os
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -113,6 +115,23 @@ def write_file(path, data):
         os.replace(aside, path)
     finally:
         aside.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def write_folder(path):
+    """Gives a folder beside `path` to write into and renames it at the end: `path` is whole or not there.
+
+    What a killed run left there goes first; after an error (a full disk) nothing stays.
+    """
+    aside = path.with_name(f".{path.name}.part")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    try:
+        yield aside
+        os.replace(aside, path)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
 
 
 def file_digest(path):
@@ -482,8 +501,11 @@ def weight_files(folder, part):
     ):
         files = [folder / single] if (folder / single).exists() else []
         if (folder / index).exists():
-            shards = json.loads((folder / index).read_text())["weight_map"].values()
-            files = [folder / shard for shard in sorted(set(shards))]
+            try:
+                shards = json.loads((folder / index).read_text())["weight_map"].values()
+                files = [folder / shard for shard in sorted(set(shards))]
+            except (ValueError, KeyError, TypeError, AttributeError):
+                raise UserError(f"{folder / index}: damaged; download it again") from None
         if files:
             break
     else:

@@ -692,11 +692,8 @@ def save_checkpoint(run, step):
     """Writes `checkpoint-<step>/` aside and renames it; only then goes the oldest beyond --checkpoints_total_limit."""
     args, final = run.args, Path(run.args.output_dir) / f"checkpoint-{step}"
     if final.exists():
-        return final
-    aside = final.with_name(f".{final.name}.part")
-    shutil.rmtree(aside, ignore_errors=True)  # left by a killed run of ours
-    aside.mkdir(parents=True)
-    try:
+        return
+    with common.write_folder(final) as aside:
         tensors, numbers = flatten_state(run.optimizer, run.trained)
         write_tensors(aside / "trained.safetensors", {name: p.data for name, p in run.trained.items()})
         write_tensors(aside / "optimizer.safetensors", tensors)
@@ -711,30 +708,22 @@ def save_checkpoint(run, step):
             "files": {file.name: common.file_digest(file) for file in aside.glob("*.safetensors")},
         }
         common.write_file(aside / common.CHECKPOINT_STATE, json.dumps(state, indent=1))
-        os.replace(aside, final)
-    except OSError:
-        shutil.rmtree(aside, ignore_errors=True)  # a full disk leaves the last good checkpoint and no half of this one
-        raise
     done = [path for path in checkpoints_of(args.output_dir) if checkpoint_step(path) <= step]
     for old in done[: -args.checkpoints_total_limit]:
         shutil.rmtree(old)
-    return final
 
 
 def save_weights(run, folder, step, extra):
     """The trained weights alone, as infer_svd.py takes them, in place of what `folder` held before."""
-    aside = folder.with_name(f".{folder.name}.part")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    name, weights = ("ema", run.ema.shadow_params) if run.ema else ("trained", run.trained.values())
-    write_tensors(aside / f"{name}.safetensors", dict(zip(run.trained, weights)))
-    state = {"step": step, "settings": run.settings, **extra}
-    common.write_file(aside / common.CHECKPOINT_STATE, json.dumps(state, indent=1))
     old = folder.with_name(f".{folder.name}.old")
-    if folder.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        os.replace(folder, old)
-    os.replace(aside, folder)
+    name, weights = ("ema", run.ema.shadow_params) if run.ema else ("trained", run.trained.values())
+    with common.write_folder(folder) as aside:
+        write_tensors(aside / f"{name}.safetensors", dict(zip(run.trained, weights)))
+        state = {"step": step, "settings": run.settings, **extra}
+        common.write_file(aside / common.CHECKPOINT_STATE, json.dumps(state, indent=1))
+        if folder.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            os.replace(folder, old)
     shutil.rmtree(old, ignore_errors=True)
 
 
