@@ -181,6 +181,7 @@ def batches(dataset, index_batches, device, num_workers):
         batch = {key: torch.stack([sample[key] for sample in samples]) for key in samples[0]}
         return {key: value.pin_memory() for key, value in batch.items()} if device.type == "cuda" else batch
 
+    torch.zeros(()).exp()  # MKL's very first exp, if several threads call it at once, is now and then off by 7e-5
     with ThreadPoolExecutor(max(1, num_workers)) as pool:
         pending = deque()
         for indices in index_batches:
@@ -1208,7 +1209,7 @@ def main(argv=None):
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
-        torch.set_num_threads(1)  # on a busy CPU several do not always add in the same order
+        torch.set_num_threads(1)  # the order of sums must not depend on the number of cores
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if args.dry_run:
         weight_dtype, folder = choose_precision(args, device), common.resolve_config(args.pretrained_model_name)

@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-os.environ["OMP_NUM_THREADS"] = "1"  # before torch: on a busy machine several threads do not always give the same bits
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch: the tensors are small, and the threads of a busy machine fight
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
