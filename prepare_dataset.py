@@ -870,15 +870,17 @@ def write_preview(output, clips):
     sheet = np.full((high * len(clips), left + 4 * wide, 3), 255, np.uint8)
 
     def thumbnails(clip):
-        paths = common.list_frames(output / clip["directory"])
-        for path in (paths[place * (len(paths) - 1) // 3] for place in range(4 if paths else 0)):
-            frame = common.read_frame(path)
-            frame = frame[:: max(1, frame.shape[0] // (2 * high)), :: max(1, frame.shape[1] // (2 * wide))]
-            scale = min((wide - 2) / frame.shape[1], (high - 2) / frame.shape[0])
-            yield cv2.resize(frame, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
+        pictures, paths = [], common.list_frames(output / clip["directory"])
+        for place in range(4 if paths else 0):
+            frame = common.read_frame(paths[place * (len(paths) - 1) // 3])
+            scale = max(frame.shape[0] / (high - 2), frame.shape[1] / (wide - 2))
+            size = [max(1, round(n / scale)) for n in frame.shape[1::-1]]
+            step = max(1, int(scale / 2))  # every step-th pixel first: area averaging is slow
+            pictures.append(cv2.resize(frame[::step, ::step], size, interpolation=cv2.INTER_AREA))
+        return pictures
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        rows = pool.map(lambda clip: list(thumbnails(clip)), clips)
+        rows = pool.map(thumbnails, clips)
         for top, (clip, pictures) in zip(itertools.count(0, high), zip(clips, rows)):
             name = clip["directory"].encode("ascii", "replace").decode()
             lines = [name[i : i + 40] for i in range(0, min(len(name), 120), 40)]

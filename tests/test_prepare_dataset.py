@@ -558,6 +558,16 @@ def test_preview_and_summary(tmp_path):
         assert word in text
 
 
+def test_preview_keeps_the_aspect_ratio(tmp_path):
+    for name, size in (("1", "320x568"), ("2", "640x480"), ("3", "1920x16")):
+        make(tmp_path / f"videos/{name}.mkv", "-c:v", "ffv1", picture=f"color=red:s={size}:d=0.2")
+    prepare(tmp_path / "videos", tmp_path / "out")
+    sheet = svd_common.read_image(tmp_path / "out/preview.jpg")[:, 300:444].astype(int)
+    for row, (width, height) in enumerate([(44, 78), (104, 78), (142, 1)]):
+        red = sheet[80 * row : 80 * row + 80, :, 1] < 100
+        assert abs(red.any(0).sum() - width) <= 2 and abs(red.any(1).sum() - height) <= 2, row
+
+
 # ------------------------------------------------------------------------------------------------- kills and crowds
 
 
