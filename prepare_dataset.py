@@ -897,21 +897,12 @@ def write_preview(output, clips):
 
 
 @contextlib.contextmanager
-def lock_folder(state, shard_name):
-    """Refuses a second run on the same folder, or of the same shard; the lock ends with the process in any case."""
-    with open(state / "lock", "w") as whole, open(state / f"lock{shard_name}", "w") as part:
-        with contextlib.suppress(ImportError):  # no such locks on Windows
-            import fcntl
-
-            try:
-                fcntl.flock(whole, (fcntl.LOCK_SH if shard_name else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-                if shard_name:
-                    fcntl.flock(part, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise common.UserError(f"--output_dir {state.parent}: another run is at work on it") from None
-            except OSError:  # a file system without locks
-                pass
-        yield
+def lock_dataset(state, shard_name):
+    """Refuses a second run on the same folder, or of the same shard."""
+    busy = f"--output_dir {state.parent}: another run is at work on it"
+    with common.lock_file(state / "lock", busy, shared=bool(shard_name)):
+        with common.lock_file(state / f"lock{shard_name}", busy) if shard_name else contextlib.nullcontext():
+            yield
 
 
 def printable(name):
@@ -1092,7 +1083,7 @@ def main(argv=None):
     output = Path(args.output_dir)
     state = output / ".prepare"
     state.mkdir(parents=True, exist_ok=True)
-    with lock_folder(state, args.shard_name):
+    with lock_dataset(state, args.shard_name):
         old = read_records(state)
         other = next((r["options"] for r in old.values() if r["options"] != shaping_options(args)), None)
         if other and not args.overwrite:

@@ -13,7 +13,10 @@ import shutil
 import sys
 from pathlib import Path
 
-os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # read once, when cv2 is imported: no decoder chatter
+# Read once, when cv2, torch and transformers are imported; what the user has set stays.
+os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # no decoder chatter
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin while they wait: 10 times slower on a busy CPU
+os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # fewer fragments: 14.5 GiB, not 14.9
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # else: torchvision is missing, which SVD does not use
 
 import cv2
@@ -132,6 +135,25 @@ def write_folder(path):
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
+
+
+@contextlib.contextmanager
+def lock_file(path, busy, shared=False):
+    """Holds a lock on the file `path`, made where it is missing, until the block or the process ends in whatever way.
+
+    Raises `UserError(busy)` where another process holds it; `shared` locks bear each other.
+    """
+    with open(path, "a") as file:
+        with contextlib.suppress(ImportError):  # no such locks on Windows
+            import fcntl
+
+            try:
+                fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(busy) from None
+            except OSError:  # a file system without locks
+                pass
+        yield
 
 
 def file_digest(path):
@@ -572,6 +594,39 @@ def check_sizes(args, folder):
             raise UserError(
                 f"{flag} must be a multiple of {multiple} for this model, got {value}; the nearest is {near}"
             )
+
+
+def convolve(module, x, weight, bias):
+    """The forward pass of a convolution with these weights; in half precision SVD's 3-D ones become 2-D, equal.
+
+    All of SVD's 3-D kernels are (3, 1, 1): over (B, C, T, H * W) they are 2-D. cuDNN 9.8 to 9.14 has no fast 3-D
+    convolution in half precision (pytorch#166122), and oneDNN's bf16 backward pass on a CPU does not come to its end.
+    """
+    import torch
+
+    if x.ndim < 5 or x.dtype in (torch.float32, torch.float64) or module.kernel_size[1:] != (1, 1):
+        return module._conv_forward(x, weight, bias)
+    out = torch.nn.functional.conv2d(x.flatten(3), weight.flatten(3), bias, padding=(module.padding[0], 0))
+    return out.unflatten(3, x.shape[3:])
+
+
+def avoid_conv3d(model):
+    """Lets the 3-D convolutions of a UNet or VAE go through `convolve`, in place."""
+    from torch.nn import Conv3d
+
+    for module in model.modules():
+        if isinstance(module, Conv3d):
+            module.forward = lambda x, module=module: convolve(module, x, module.weight, module.bias)
+
+
+def is_out_of_memory(error):
+    """Whether the GPU's memory was not enough, which torch, cuBLAS and cuDNN say in different words."""
+    import torch
+
+    names = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "ALLOCATION_FAILED", "unable to find an engine")
+    return isinstance(error, torch.cuda.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and any(name in str(error) for name in names)
+    )
 
 
 def load_part(folder, part, dtype):
