@@ -4,6 +4,7 @@ torch and diffusers are imported inside the functions that use them, so that pre
 """
 
 import contextlib
+import difflib
 import errno
 import hashlib
 import io
@@ -21,7 +22,13 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin while t
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # fewer fragments: 14.5 GiB, not 14.9
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # else: torchvision is missing, which SVD does not use
 
-import cv2
+try:
+    import cv2
+except ImportError as error:  # most often libGL, which a server without a screen lacks
+    sys.exit(
+        f"error: OpenCV cannot be loaded ({error}). On a server without a screen: pip uninstall opencv-python, then"
+        " pip install opencv-python-headless; where it is missing: pip install -r requirements.txt"
+    )
 import numpy as np
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -35,14 +42,21 @@ class UserError(Exception):
 
 
 def run_script(main):
-    """Runs `main()`; a `UserError` or a full disk becomes one line and exit status 2 or 1, Ctrl-C 130."""
+    """Runs `main()`; a `UserError` or any `OSError` becomes one line and exit status 2 or 1, Ctrl-C 130.
+
+    A name that the terminal's encoding lacks is printed with backslashes.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     try:
         sys.exit(main())
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except OSError as error:
-        print(f"error: {error.filename or 'disk'}: {error.strerror or error}", file=sys.stderr)
+        where = f"{error.filename}: " if error.filename else ""
+        print("error:", where + " ".join((error.strerror or str(error)).split()), file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         print("\nstopped; run the same command again to go on", file=sys.stderr)
@@ -587,7 +601,11 @@ HUB_HELP = """{name}: {what}. Three ways to get the weights:
   1. accept the licence at https://huggingface.co/{name} , then: pip install -U huggingface_hub && hf auth login
   2. in mainland China: export HF_ENDPOINT=https://hf-mirror.com HF_TOKEN=hf_... , then run the same command again
   3. download the folder on another machine (hf download {name} --exclude "svd*.safetensors"), copy it here whole,
-     and give the folder's path in place of the name"""
+     and give the folder's path in place of the name (infer_svd.py, for a checkpoint: as --base_model)"""
+NEEDED = (
+    "what is needed is a whole diffusers folder of Stable Video Diffusion (model_index.json, unet/, vae/, ...): hf"
+    " download stabilityai/stable-video-diffusion-img2vid-xt --exclude 'svd*.safetensors' --local-dir svd"
+)
 
 
 def resolve_model(name):
@@ -595,16 +613,7 @@ def resolve_model(name):
 
     Raises `UserError` that says exactly what is missing and how to get it. Never reads pickled weights.
     """
-    folder = Path(name).expanduser()
-    if not folder.is_dir():
-        looks_local = folder.is_absolute() or str(name).startswith((".", "~")) or len(folder.parts) != 2
-        if looks_local or folder.exists() or folder.parent.is_dir():
-            raise UserError(f"{name}: no such model folder (and not a hub name, which has the form owner/name)")
-        folder = download_model(str(name))
-    if not (folder / "model_index.json").is_file():
-        checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda c: natural_key(c.name))
-        hint = f"; its newest checkpoint is {checkpoints[-1]}: use that" if checkpoints else ""
-        raise UserError(f"{folder}: no finished diffusers pipeline here (model_index.json is missing){hint}")
+    folder = local_folder(name) or download_model(str(name))
     for part in PARTS:
         if part in MODEL_PARTS:
             read_config(folder, part)
@@ -616,8 +625,8 @@ def resolve_model(name):
 
 def resolve_config(name):
     """A model name -> a folder (or, for SVD itself, a dict) with the configuration of its parts; needs no weights."""
-    folder = Path(name).expanduser()
-    if folder.is_dir():
+    folder = local_folder(name)
+    if folder:
         return folder
     from huggingface_hub import hf_hub_download
 
@@ -625,34 +634,108 @@ def resolve_config(name):
         local = str(name) in SVD_CONFIGS  # what the cache has, or what we know: no network needed to plan
         paths = [hf_hub_download(str(name), f"{part}/config.json", local_files_only=local) for part in MODEL_PARTS]
         return Path(paths[0]).parent.parent
-    except Exception as error:  # the hub's many errors, and names that it refuses
+    except hub_errors() as error:
         if str(name) in SVD_CONFIGS:
             return SVD_CONFIGS[str(name)]
-        raise UserError(HUB_HELP.format(name=name, what=f"no configuration ({type(error).__name__})")) from None
+        raise hub_error(name, error) from None
+
+
+def local_folder(name):
+    """The pipeline folder that `name` is, or None for a name of the hub. Raises `UserError` for any other thing."""
+    path = Path(name).expanduser()
+    looks_local = path.is_absolute() or str(name).startswith((".", "~")) or len(path.parts) != 2
+    if not (looks_local or path.exists() or path.parent.is_dir()):
+        return None
+    if not (path / "model_index.json").is_file():
+        raise UserError(f"{path}: {describe(path)}")
+    check_pipeline(path / "model_index.json", path)
+    return path
+
+
+def check_pipeline(index, name):
+    """Refuses the model_index.json of another pipeline (Stable Diffusion 1.5, SDXL, ...)."""
+    try:
+        found = json.loads(index.read_text(encoding="utf-8")).get("_class_name") or ""
+    except (ValueError, AttributeError):
+        raise UserError(f"{index}: damaged; copy the model folder again, whole") from None
+    if not str(found).startswith("StableVideoDiffusion"):
+        raise UserError(f"{name}: a {found or 'pipeline without a name'}, no StableVideoDiffusionPipeline; {NEEDED}")
+
+
+def describe(path):
+    """What a path that is no pipeline folder is, and what to give instead."""
+    if not path.exists():
+        return "no such model folder (and not a hub name, which has the form owner/name)"
+    if (path / CHECKPOINT_STATE).is_file():
+        return "a checkpoint of train_svd.py, not a whole model; go on from it with --resume_from_checkpoint"
+    for pattern in ("*", "snapshots/*", "*/snapshots/*"):  # the latter two: the hub's cache
+        for index in sorted(path.glob(f"{pattern}/model_index.json")):
+            return f"no pipeline, but there is one in it: give {index.parent}"
+    if (path.resolve().parent / "model_index.json").is_file():
+        return f"one part of a pipeline; give the whole folder, {path.parent}"
+    checkpoints = sorted(path.glob("checkpoint-*"), key=lambda c: natural_key(c.name))
+    if checkpoints and path.is_dir():
+        newest = f"; its newest checkpoint is {checkpoints[-1]}: use that"
+        return f"no finished diffusers pipeline here (model_index.json is missing){newest}"
+    weights = [path] if path.is_file() else [f for p in ("*", "*/*", "*/*/*") for f in sorted(path.glob(p))]
+    weights = [file for file in weights if file.suffix in (".safetensors", ".ckpt", ".pt", ".pth", ".bin")]
+    if not weights:
+        return f"no diffusers pipeline here (model_index.json is missing); {NEEDED}"
+    if weights[0].suffix != ".safetensors":
+        return f"pickled weights ({weights[0].name}), which are never loaded: unpickling runs code; {NEEDED}"
+    names = list(safetensors_header(weights[0]))
+    if any("lora" in name for name in names):
+        return f"a LoRA ({weights[0].name}), which adds to a model and is none; {NEEDED}"
+    if any("diffusion_model." in name for name in names):
+        return f"weights in one file ({weights[0].name}), as ComfyUI takes them; {NEEDED}"
+    return f"the weights of one part of a model ({weights[0].name}); {NEEDED}"
 
 
 def download_model(name):
     """Downloads (or finds in the cache) a pipeline of the hub: full-precision safetensors, or fp16 if it has no other.
 
-    Everything that can go wrong at the hub becomes one `UserError` with the three ways to get the weights.
+    Everything that can go wrong at the hub becomes one `UserError` that says what to do.
     """
-    from diffusers import DiffusionPipeline
+    from huggingface_hub import hf_hub_download
+
+    try:
+        check_pipeline(Path(hf_hub_download(name, "model_index.json")), name)  # before gigabytes of another model
+        from diffusers import DiffusionPipeline
+
+        try:
+            return Path(DiffusionPipeline.download(name, use_safetensors=True))
+        except OSError as error:
+            if "safetensors" not in str(error):
+                raise
+            return Path(DiffusionPipeline.download(name, variant="fp16", use_safetensors=True))
+    except hub_errors() as error:
+        raise hub_error(name, error) from None
+
+
+def hub_errors():
+    """What the hub's library raises: its own errors are among Python's, those of its httpx are not."""
+    return OSError, ValueError, getattr(sys.modules.get("httpx"), "HTTPError", OSError)
+
+
+def hub_error(name, error):
+    """What the hub's error means for the user, as a `UserError`; a full or read-only disk stays what it is."""
     from huggingface_hub import errors
 
-    for variant in (None, "fp16"):
-        try:
-            return Path(DiffusionPipeline.download(name, variant=variant, use_safetensors=True))
-        except errors.GatedRepoError:
-            what = "the weights are gated: no login, or its licence is not accepted yet"
-        except errors.RepositoryNotFoundError:
-            what = "no such model on the hub, or it is private and there is no login"
-        except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, OSError) as error:
-            what = f"the hub cannot be reached, and the model is not in the cache ({type(error).__name__})"
-            if variant is None and "safetensors" in str(error):
-                continue  # no full-precision safetensors: try the fp16 files
-        except ValueError as error:
-            what = f"not usable from the hub ({str(error).splitlines()[0]})"
-        raise UserError(HUB_HELP.format(name=name, what=what))
+    if isinstance(error, errors.GatedRepoError):
+        what = "the weights are gated: no login, or its licence is not accepted yet"
+    elif isinstance(error, errors.RepositoryNotFoundError):
+        near = difflib.get_close_matches(str(name), SVD_CONFIGS, n=1, cutoff=0.8)
+        hint = f"; is it {near[0]}?" if near else ""
+        return UserError(f"{name}: no folder here and no model of the hub, or a private one and no login{hint}")
+    elif isinstance(error, errors.EntryNotFoundError) and not isinstance(error, errors.LocalEntryNotFoundError):
+        return UserError(f"{name}: on the hub, but no diffusers pipeline; {NEEDED}")
+    elif isinstance(error, ValueError):
+        return UserError(f"{name}: not usable from the hub ({str(error).splitlines()[0]})")
+    elif getattr(error, "errno", None) in (errno.ENOSPC, errno.EROFS, errno.EACCES):
+        return error
+    else:
+        what = f"the hub cannot be reached, and the model is not in the cache ({type(error).__name__})"
+    return UserError(HUB_HELP.format(name=name, what=what))
 
 
 def read_config(folder, part):

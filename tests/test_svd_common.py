@@ -1,14 +1,16 @@
 """svd_common.py: frames, videos and metrics against independent computations."""
 
+import http.server
 import io
 import json
 import shutil
+import threading
 
 import cv2
 import imageio_ffmpeg
 import numpy as np
 import pytest
-from conftest import TINY, moving_square, write_clip
+from conftest import ROOT, TINY, moving_square, run, write_clip
 from PIL import Image
 
 import svd_common as common
@@ -219,6 +221,126 @@ def test_optical_flow_finds_a_known_shift():
     ground = cv2.GaussianBlur(np.random.default_rng(0).integers(0, 255, (128, 160), dtype=np.uint8), (0, 0), 2)
     flow = common.optical_flow(ground, np.roll(ground, 3, axis=1))
     assert abs(np.median(flow[..., 0]) - 3) < 0.2 and abs(np.median(flow[..., 1])) < 0.2
+
+
+# ------------------------------------------------------------------------------------------ what a script can meet
+
+
+@pytest.mark.parametrize("script", ["infer_svd.py", "train_svd.py"])
+def test_an_opencv_that_cannot_be_loaded_is_one_line(script, tmp_path):
+    why = "libGL.so.1: cannot open shared object file: No such file or directory"
+    (tmp_path / "cv2.py").write_text(f"raise ImportError({why!r})")
+    done = run(script, "--help", ok=False, env={"PYTHONPATH": str(tmp_path)})
+    assert done.stdout.count("\n") == 1 and "libGL" in done.stdout and "opencv-python-headless" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "body, status, message",
+    [
+        ("raise OSError(30, 'Read-only file system', '/data/x')", 1, "error: /data/x: Read-only file system"),
+        ("raise PermissionError(13, 'Permission denied', 'out')", 1, "error: out: Permission denied"),
+        ("raise OSError('two\\nlines')", 1, "error: two lines"),
+        ("raise common.UserError('\u89c6\u9891\\udcff')", 2, r"error: \u89c6\u9891\udcff"),
+        ("print('\u89c6\u9891\\udcff')", 0, r"\u89c6\u9891\udcff"),
+    ],
+)
+def test_errors_and_names_that_no_terminal_shows_are_one_line(body, status, message, tmp_path):
+    script = f"import svd_common as common\ndef main():\n    {body}\ncommon.run_script(main)\n"
+    (tmp_path / "script.py").write_text(script, encoding="utf-8")
+    env = {"PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "ascii"}
+    done = run(tmp_path / "script.py", ok=not status, env=env)
+    assert (done.returncode, done.stdout) == (status, message + "\n")
+
+
+# ----------------------------------------------------------------------------------------------------------- models
+
+
+def test_what_is_no_pipeline_is_called_what_it_is(trained, tmp_path):
+    from safetensors.numpy import save_file
+
+    def refused(path):
+        with pytest.raises(common.UserError) as error:
+            common.resolve_model(path)
+        assert str(path) in str(error.value) and "\n" not in str(error.value)
+        return str(error.value)
+
+    one = {"a": np.zeros(1, np.float32)}
+    comfy = tmp_path / "comfy" / "models" / "checkpoints"
+    comfy.mkdir(parents=True)
+    save_file({"model.diffusion_model.x": one["a"]}, comfy / "svd_xt.safetensors")
+    for path in (comfy / "svd_xt.safetensors", comfy, tmp_path / "comfy"):
+        assert "weights in one file (svd_xt.safetensors), as ComfyUI takes them" in refused(path)
+    (tmp_path / "old.ckpt").write_bytes(b"x")
+    assert "pickled" in refused(tmp_path / "old.ckpt")
+    (tmp_path / "lora").mkdir()
+    save_file({"unet.lora_A.weight": one["a"]}, tmp_path / "lora" / "adapter_model.safetensors")
+    assert "a LoRA" in refused(tmp_path / "lora")
+    shutil.copytree(TINY / "unet", tmp_path / "bare" / "unet")
+    assert "one part of a model" in refused(tmp_path / "bare" / "unet")
+    assert f"one part of a pipeline; give the whole folder, {TINY}" in refused(TINY / "unet")
+    shutil.copytree(TINY, tmp_path / "sd15")
+    index = tmp_path / "sd15" / "model_index.json"
+    assert f"give {tmp_path / 'sd15'}" in refused(tmp_path)
+    index.write_text(index.read_text().replace("StableVideo", "Stable"))
+    assert "a StableDiffusionPipeline, no StableVideoDiffusionPipeline" in refused(tmp_path / "sd15")
+    index.write_text("[]")
+    assert "damaged" in refused(tmp_path / "sd15")
+    assert "--resume_from_checkpoint" in refused(trained / "checkpoint-3")
+    (tmp_path / "empty").mkdir()
+    assert "no diffusers pipeline here" in refused(tmp_path / "empty")
+
+
+@pytest.fixture
+def hub(tmp_path):
+    """A hub that knows a gated model, another pipeline and a repository of single files, and no other."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            status, code, body = 401, "RepoNotFound", b""
+            if self.path.startswith("/stabilityai/gated/"):
+                status, code = 403, "GatedRepo"
+            elif self.path.startswith("/stabilityai/files/"):
+                status, code = 404, "EntryNotFound"
+            elif self.path.startswith("/stabilityai/sd15/"):
+                status, code, body = 200, "", b'{"_class_name": "StableDiffusionPipeline"}'
+            self.send_response(status)
+            for name, value in {"X-Error-Code": code, "Content-Length": len(body), "ETag": '"a"'}.items():
+                self.send_header(name, str(value))
+            self.send_header("X-Repo-Commit", "0" * 40)
+            self.end_headers()
+            if self.command == "GET":
+                self.wfile.write(body)
+
+        do_HEAD = do_GET
+
+        def log_message(self, *_):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield {
+        "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
+        "HF_HUB_CACHE": str(tmp_path / "hub"),
+        "HF_HUB_OFFLINE": "0",
+    }
+    server.shutdown()
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("stabilityai/stable-video-difusion-img2vid", "is it stabilityai/stable-video-diffusion-img2vid?"),
+        ("stabilityai/gated", "licence"),
+        ("stabilityai/files", "no diffusers pipeline"),
+        ("stabilityai/sd15", "a StableDiffusionPipeline, no StableVideoDiffusionPipeline"),
+        ("https://huggingface.co/stabilityai/gated", "owner/name"),
+    ],
+)
+def test_what_the_hub_answers_is_told_rightly(name, message, hub, tmp_path):
+    Image.new("RGB", (96, 64)).save(tmp_path / "x.png")
+    arguments = ["--input_image", tmp_path / "x.png", "--output_video", tmp_path / "x.mp4", "--model_dir", name]
+    done = run("infer_svd.py", *arguments, ok=False, env=hub)
+    assert message in done.stdout and ("HF_ENDPOINT" in done.stdout) == (name == "stabilityai/gated")
 
 
 # ------------------------------------------------------------------------------------------------------ checkpoints
