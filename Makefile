@@ -1,4 +1,4 @@
-# `make demo` and `make test` need nothing but Python 3.10 or newer and make.
+# `make demo` and `make test` need nothing but Python 3.9 or newer and make.
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
@@ -8,14 +8,14 @@ PIP_FLAGS ?=
 .DEFAULT_GOAL = demo
 
 $(VENV)/.installed: requirements.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
-		{ echo 'error: $(PYTHON) is older than 3.10; run make PYTHON=python3.12 (or another that you have)'; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 9))' || \
+		{ echo 'error: $(PYTHON) is older than 3.9; run make PYTHON=python3.12 (or another that you have)'; exit 1; }
 	@$(PYTHON) -m venv $(VENV) || { echo 'error: no venv here; on Debian or Ubuntu: apt install python3-venv'; exit 1; }
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -r requirements.txt
 	@touch $@
 
 $(VENV)/.installed-test: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) pytest ruff isal
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) pytest ruff isal scikit-image datasets
 	@touch $@
 
 # Prepares the bundled clips, fine-tunes the tiny checkpoint, generates from held-out first frames, scores: demo/

@@ -18,12 +18,12 @@ TINY = ROOT / "tests" / "tiny_svd"
 SIZE = ["--width", "96", "--height", "64", "--num_frames", "8"]
 
 
-def pytest_collection_modifyitems(items):
-    import torch
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("gpu"):
+        import torch  # not for the tests of preparing, which need none
 
-    for item in items:
-        if "gpu" in item.keywords and not torch.cuda.is_available():
-            item.add_marker(pytest.mark.skip(reason="no CUDA GPU here"))
+        if not torch.cuda.is_available():
+            pytest.skip("no CUDA GPU here")
 
 
 def run(script, *arguments, ok=True, **options):

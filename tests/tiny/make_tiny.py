@@ -242,6 +242,8 @@ def init_unet(args):
         scheduler=scheduler,
         feature_extractor=feature_extractor,
     ).save_pretrained(args.output_dir)
+    index = args.output_dir / "model_index.json"  # a class that old versions of transformers have, too
+    index.write_text(index.read_text().replace("CLIPImageProcessorPil", "CLIPImageProcessor"))
     size = sum(file.stat().st_size for file in args.output_dir.rglob("*") if file.is_file())
     parameters = sum(p.numel() for p in unet.parameters())
     print(f"UNet: {parameters / 1e6:.2f} M parameters; {args.output_dir}: {size / 1e6:.1f} MB")
