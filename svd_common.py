@@ -4,14 +4,17 @@ torch and diffusers are imported inside the functions that use them, so that pre
 """
 
 import contextlib
+import difflib
 import errno
 import hashlib
+import io
 import json
 import os
 import re
 import shutil
+import struct
 import sys
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 # Read once, when cv2, torch and transformers are imported; what the user has set stays.
 os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # no decoder chatter
@@ -19,7 +22,13 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin while t
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # fewer fragments: 14.5 GiB, not 14.9
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # else: torchvision is missing, which SVD does not use
 
-import cv2
+try:
+    import cv2
+except ImportError as error:  # most often libGL, which a server without a screen lacks
+    sys.exit(
+        f"error: OpenCV cannot be loaded ({error}). On a server without a screen: pip uninstall opencv-python, then"
+        " pip install opencv-python-headless; where it is missing: pip install -r requirements.txt"
+    )
 import numpy as np
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -33,14 +42,21 @@ class UserError(Exception):
 
 
 def run_script(main):
-    """Runs `main()`; a `UserError` or a full disk becomes one line and exit status 2 or 1, Ctrl-C 130."""
+    """Runs `main()`; a `UserError` or any `OSError` becomes one line and exit status 2 or 1, Ctrl-C 130.
+
+    A name that the terminal's encoding lacks is printed with backslashes.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     try:
         sys.exit(main())
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except OSError as error:
-        print(f"error: {error.filename or 'disk'}: {error.strerror or error}", file=sys.stderr)
+        where = f"{error.filename}: " if error.filename else ""
+        print("error:", where + " ".join((error.strerror or str(error)).split()), file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         print("\nstopped; run the same command again to go on", file=sys.stderr)
@@ -55,10 +71,80 @@ def natural_key(name):
     return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", str(name))]
 
 
+def sort_frames(names, folder):
+    """Image names of one clip folder -> (names in frame order, the two names around a gap or None).
+
+    Frames of one clip have the same name but for the case, the suffix and one running number, as in `00000.png`,
+    `img (1).jpg`, `2024-05-01_cam2_0001.png`. Of several numbers the one that runs has another value in every frame;
+    where more than one has, the evenest; `1305031102.175.png` counts as one number too. Its step may be any: a gap is
+    a step of more than one and a half times the usual one. Raises `UserError` where the frames would be wrong: one
+    number twice, names without a number, a second kind of name (masks, thumbnails, another series).
+    """
+    shapes = {}  # what stands around the numbers -> [(numbers, name)]
+    for name in names:
+        parts = re.split(r"(\d+)", name[: name.rindex(".")].lower())
+        shapes.setdefault(tuple(parts[::2]), []).append((parts[1::2], name))
+    if len(shapes) > 1:
+        usual, *_, odd = (min(shapes[s])[1] for s in sorted(shapes, key=lambda s: (-len(shapes[s]), len("".join(s)))))
+        raise UserError(
+            f"{folder}: {odd} beside {usual}; frames of a clip have the same name but for one running number: move"
+            " what is no frame of it (a mask, a thumbnail, another series) into a folder of its own"
+        )
+    ((around, rows),) = shapes.items() if shapes else (((), []),)
+    if len(rows) < 2:
+        return list(names), None
+    columns = list(zip(*([int(number) for number in numbers] for numbers, _ in rows)))
+    for place, text in enumerate(around[1:-1]):
+        if text == ".":
+            columns.append([float(".".join(numbers[place : place + 2])) for numbers, _ in rows])
+    orders = []
+    for column in columns:
+        values, ordered = zip(*sorted(zip(column, (name for _, name in rows))))
+        steps = [later - earlier for earlier, later in zip(values, values[1:])]
+        if min(steps) > 0:
+            usual, widest = sorted(steps)[(len(steps) - 1) // 2], max(steps)
+            orders.append((widest / usual, ordered, steps.index(widest)))
+    if not orders:
+        rows.sort(key=lambda row: ([int(number) for number in row[0]], row[1]))
+        for (first, one), (second, other) in zip(rows, rows[1:]):
+            if [*map(int, first)] == [*map(int, second)]:
+                raise UserError(f"{folder}: {one} and {other} are the same frame; move one of each pair away")
+        raise UserError(f"{folder}: {rows[0][1]} to {rows[-1][1]} are several series; give each a folder of its own")
+    unevenness, ordered, place = min(orders, key=lambda order: order[0])
+    return list(ordered), (ordered[place], ordered[place + 1]) if unevenness > 1.5 else None
+
+
 def list_frames(folder):
-    """The image files of one clip folder, in frame order."""
+    """The image files of one clip folder, in frame order. Raises `UserError` as `sort_frames` does."""
     names = [entry.name for entry in os.scandir(folder) if not entry.name.startswith(".")]
-    return [Path(folder) / n for n in sorted(names, key=natural_key) if n.lower().endswith(IMAGE_SUFFIXES)]
+    names, _ = sort_frames([name for name in names if name.lower().endswith(IMAGE_SUFFIXES)], folder)
+    return [Path(folder) / name for name in names]
+
+
+def is_plain(data):
+    """Whether these bytes are a PNG or JPEG of 8-bit RGB that nothing turns or makes transparent.
+
+    OpenCV decodes such a file to the same pixels as PIL does, in half the time.
+    """
+    if data[:8] == b"\x89PNG\r\n\x1a\n" and data[24:26] == b"\x08\x02":
+        at = 8
+        while at + 8 <= len(data):
+            size, kind = struct.unpack_from(">I4s", data, at)
+            is_exif_text = kind in (b"tEXt", b"zTXt", b"iTXt") and data[at + 8 : at + 11] in (b"Raw", b"XML")
+            if is_exif_text or kind in (b"eXIf", b"tRNS", b"acTL"):
+                return False
+            at += size + 12
+        return True
+    at, is_rgb = 2, False
+    while data[:2] == b"\xff\xd8" and at + 10 <= len(data) and data[at] == 0xFF:
+        marker, size = struct.unpack_from(">xBH", data, at)
+        if marker == 0xDA:  # the picture begins
+            return is_rgb
+        if marker in (0xE1, 0xEE):  # EXIF or XMP, which may turn it; Adobe's colour spaces
+            return False
+        is_rgb |= marker in (0xC0, 0xC1, 0xC2) and data[at + 4] == 8 and data[at + 9] == 3
+        at += 2 + size
+    return False
 
 
 def read_image(path):
@@ -69,7 +155,12 @@ def read_image(path):
     from PIL import Image, ImageOps
 
     try:
-        with Image.open(path) as opened:
+        with open(path, "rb") as file:
+            data = file.read()
+        frame = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED) if is_plain(data) else None
+        if frame is not None:
+            return cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)
+        with Image.open(io.BytesIO(data)) as opened:
             image = ImageOps.exif_transpose(opened)
             if image.mode.startswith("I;16") or image.mode == "I":  # 16-bit grey: PIL would clip, not scale
                 image = Image.fromarray((np.asarray(image, np.float64) / 257).clip(0, 255).astype(np.uint8))
@@ -79,17 +170,12 @@ def read_image(path):
             return np.array(image.convert("RGB"))
     except FileNotFoundError:
         raise UserError(f"{path}: no such image file") from None
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(f"{path}: not a readable image ({error})") from None
+    except (OSError, ValueError, SyntaxError, EOFError, struct.error, Image.DecompressionBombError) as error:
+        reason = getattr(error, "strerror", None) or re.sub(" <.*>", "", str(error))
+        raise UserError(f"{path}: not a readable image ({reason})") from None
 
 
-def read_frame(path):
-    """Reads one frame of a clip as (H, W, 3) uint8 RGB: fast for plain PNG and JPEG, `read_image` for the rest."""
-    data = np.fromfile(path, np.uint8)
-    frame = cv2.imdecode(data, cv2.IMREAD_UNCHANGED) if data.size else None
-    if frame is None or frame.dtype != np.uint8 or frame.ndim != 3 or frame.shape[2] != 3:
-        return read_image(path)
-    return cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)
+read_frame = read_image  # one reader for frames and single images: two would disagree on some file
 
 
 def fit_frame(frame, width, height):
@@ -242,38 +328,123 @@ def side_by_side(videos, min_width=256):
 
 
 def read_metadata(dataset_dir):
-    """`metadata.jsonl` of a prepared dataset as `{directory: record}`; empty where there is none (plain folders)."""
+    """`metadata.jsonl` of a prepared dataset as `{directory: record}`; empty where there is none (plain folders).
+
+    Lines without `directory` (sets of mp4) are passed over; so are `fps` and `motion_bucket_id` that are null. Raises
+    `UserError` that names file, line and field for text that is not UTF-8, no JSON object, or no sensible value.
+    """
     path, records = Path(dataset_dir) / "metadata.jsonl", {}
     if not path.exists():
         return records
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        text = "\0"
+    if "\0" in text:  # UTF-16 without its mark
+        raise UserError(f"{path}: not UTF-8 text; open it in an editor and save it as UTF-8")
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
         try:
-            record = json.loads(line) if line.strip() else None
-            if record and "directory" in record:
-                records[record["directory"]] = record
-        except (json.JSONDecodeError, TypeError):
-            raise UserError(
-                f"{path} line {number}: not a JSON object; repair it or prepare the dataset again"
-            ) from None
+            record = json.loads(line)
+        except (ValueError, RecursionError):
+            record = None
+        if not isinstance(record, dict):
+            raise UserError(f"{path} line {number}: not a JSON object; repair it or prepare the dataset again")
+        if "directory" not in record:
+            continue
+        directory, fps, bucket = (record.get(field) for field in ("directory", "fps", "motion_bucket_id"))
+        for field, value, good, wanted in (
+            ("directory", directory, isinstance(directory, str), "the path of a clip's folder"),
+            ("fps", fps, fps is None or (is_number(fps) and 0 < fps < 1e6), "frames a second, more than 0"),
+            ("motion_bucket_id", bucket, bucket is None or (is_number(bucket) and 0 <= bucket <= 255), "0 to 255"),
+        ):
+            if not good:
+                raise UserError(f"{path} line {number}: {field} is {json.dumps(value)[:60]}; it must be {wanted}")
+        if "\\" in directory and not (path.parent / directory).is_dir():  # written on Windows
+            directory = directory.replace("\\", "/")
+        record = {key: value for key, value in record.items() if value is not None}
+        records[PurePosixPath(directory).as_posix()] = record
     return records
+
+
+def is_number(value):
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+SYSTEM_FOLDERS = ("@eaDir", "#recycle", "$RECYCLE.BIN", "System Volume Information", "lost+found", "__MACOSX")
+
+
+def find_folders(root):
+    """Every folder below `root`, links followed: `{directory: names of the images in it}`, and warnings (texts).
+
+    A folder that can be reached by two ways is taken once, by the one without a link if there is one; so links to a
+    folder above them end nowhere. Hidden folders and those of NAS, Windows and macOS are passed over.
+    """
+    top = os.path.realpath(root)
+    folders, links, seen, found, warnings = [(top, "")], [], set(), {}, []
+    while folders or links:
+        if not folders:
+            folders, links = sorted(links, key=lambda link: natural_key(link[1]), reverse=True), []
+        real, directory = folders.pop()
+        if real in seen:
+            warnings.append(f"{root}/{directory}: a link to what is in the dataset already; left out")
+            continue
+        seen.add(real)
+        try:
+            entries = list(os.scandir(real))
+        except OSError as error:
+            warnings.append(f"{root}/{directory}: cannot be looked at ({error.strerror}); left out")
+            continue
+        found[directory] = images = []
+        for entry in entries:
+            inside = f"{directory}/{entry.name}".lstrip("/")
+            if entry.name.startswith(".") or entry.name in SYSTEM_FOLDERS:
+                continue
+            if entry.is_dir(follow_symlinks=False):
+                folders.append((entry.path, inside))
+            elif entry.name.lower().endswith(IMAGE_SUFFIXES):
+                images.append(entry.name)
+            elif entry.is_symlink():
+                target = os.path.realpath(entry.path)
+                above = Path(top).is_relative_to(target) or Path(real).is_relative_to(target)
+                if os.path.isdir(target) and not above:
+                    links.append((target, inside))
+                elif not os.path.isfile(target):
+                    warnings.append(f"{root}/{inside}: a link to nowhere or to a folder above it; left out")
+    return found, warnings
 
 
 def list_clips(dataset_dir):
     """Every clip of a dataset folder: records with `directory`, `frames` (paths) and `root`, in name order.
 
     A clip is any folder that holds images. `metadata.jsonl` gives fps and motion where it has a line for the folder.
-    Raises `UserError` where there is no such folder or no clip in it.
+    Raises `UserError` where there is no such folder, no clip in it, or where images are not a clip's frames; warns of
+    gaps between frames and of what cannot be looked at.
     """
     root = Path(dataset_dir)
     if not root.is_dir():
         raise UserError(f"--dataset_dir {root}: no such folder; make it with prepare_dataset.py")
-    metadata, clips = read_metadata(root), []
-    for folder, subfolders, _ in os.walk(root):
-        subfolders[:] = sorted((s for s in subfolders if not s.startswith(".")), key=natural_key)
-        directory = Path(folder).relative_to(root).as_posix()
-        frames = list_frames(folder)
-        if folder != str(root) and frames:
-            clips.append({**metadata.get(directory, {}), "directory": directory, "frames": frames, "root": root})
+    metadata, clips, wrong = read_metadata(root), [], []
+    found, warnings = find_folders(root)
+    for directory in sorted(found, key=lambda name: ([natural_key(part) for part in name.split("/")], name)):
+        if not directory or not found[directory]:
+            continue
+        try:
+            names, gap = sort_frames(found[directory], root / directory)
+        except UserError as error:
+            wrong.append(str(error))
+            continue
+        if gap:
+            warnings.append(f"{root / directory}: {gap[1]} follows {gap[0]}; the clip jumps where frames are missing")
+        frames = [root / directory / name for name in names]
+        clips.append({**metadata.get(directory, {}), "directory": directory, "frames": frames, "root": root})
+    if wrong:
+        raise UserError(wrong[0] + (f" (and {len(wrong) - 1} more such folders)" if len(wrong) > 1 else ""))
+    for text in warnings[:5]:
+        print(f"warning: {text}", file=sys.stderr)
+    if len(warnings) > 5:
+        print(f"warning: and {len(warnings) - 5} more like these", file=sys.stderr)
     if not clips:
         raise UserError(
             f"{root}: holds no folder of frames; expected {root}/<video>/00000.png, from prepare_dataset.py"
@@ -430,7 +601,11 @@ HUB_HELP = """{name}: {what}. Three ways to get the weights:
   1. accept the licence at https://huggingface.co/{name} , then: pip install -U huggingface_hub && hf auth login
   2. in mainland China: export HF_ENDPOINT=https://hf-mirror.com HF_TOKEN=hf_... , then run the same command again
   3. download the folder on another machine (hf download {name} --exclude "svd*.safetensors"), copy it here whole,
-     and give the folder's path in place of the name"""
+     and give the folder's path in place of the name (infer_svd.py, for a checkpoint: as --base_model)"""
+NEEDED = (
+    "what is needed is a whole diffusers folder of Stable Video Diffusion (model_index.json, unet/, vae/, ...): hf"
+    " download stabilityai/stable-video-diffusion-img2vid-xt --exclude 'svd*.safetensors' --local-dir svd"
+)
 
 
 def resolve_model(name):
@@ -438,16 +613,7 @@ def resolve_model(name):
 
     Raises `UserError` that says exactly what is missing and how to get it. Never reads pickled weights.
     """
-    folder = Path(name).expanduser()
-    if not folder.is_dir():
-        looks_local = folder.is_absolute() or str(name).startswith((".", "~")) or len(folder.parts) != 2
-        if looks_local or folder.exists() or folder.parent.is_dir():
-            raise UserError(f"{name}: no such model folder (and not a hub name, which has the form owner/name)")
-        folder = download_model(str(name))
-    if not (folder / "model_index.json").is_file():
-        checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda c: natural_key(c.name))
-        hint = f"; its newest checkpoint is {checkpoints[-1]}: use that" if checkpoints else ""
-        raise UserError(f"{folder}: no finished diffusers pipeline here (model_index.json is missing){hint}")
+    folder = local_folder(name) or download_model(str(name))
     for part in PARTS:
         if part in MODEL_PARTS:
             read_config(folder, part)
@@ -459,8 +625,8 @@ def resolve_model(name):
 
 def resolve_config(name):
     """A model name -> a folder (or, for SVD itself, a dict) with the configuration of its parts; needs no weights."""
-    folder = Path(name).expanduser()
-    if folder.is_dir():
+    folder = local_folder(name)
+    if folder:
         return folder
     from huggingface_hub import hf_hub_download
 
@@ -468,34 +634,108 @@ def resolve_config(name):
         local = str(name) in SVD_CONFIGS  # what the cache has, or what we know: no network needed to plan
         paths = [hf_hub_download(str(name), f"{part}/config.json", local_files_only=local) for part in MODEL_PARTS]
         return Path(paths[0]).parent.parent
-    except Exception as error:  # the hub's many errors, and names that it refuses
+    except hub_errors() as error:
         if str(name) in SVD_CONFIGS:
             return SVD_CONFIGS[str(name)]
-        raise UserError(HUB_HELP.format(name=name, what=f"no configuration ({type(error).__name__})")) from None
+        raise hub_error(name, error) from None
+
+
+def local_folder(name):
+    """The pipeline folder that `name` is, or None for a name of the hub. Raises `UserError` for any other thing."""
+    path = Path(name).expanduser()
+    looks_local = path.is_absolute() or str(name).startswith((".", "~")) or len(path.parts) != 2
+    if not (looks_local or path.exists() or path.parent.is_dir()):
+        return None
+    if not (path / "model_index.json").is_file():
+        raise UserError(f"{path}: {describe(path)}")
+    check_pipeline(path / "model_index.json", path)
+    return path
+
+
+def check_pipeline(index, name):
+    """Refuses the model_index.json of another pipeline (Stable Diffusion 1.5, SDXL, ...)."""
+    try:
+        found = json.loads(index.read_text(encoding="utf-8")).get("_class_name") or ""
+    except (ValueError, AttributeError):
+        raise UserError(f"{index}: damaged; copy the model folder again, whole") from None
+    if not str(found).startswith("StableVideoDiffusion"):
+        raise UserError(f"{name}: a {found or 'pipeline without a name'}, no StableVideoDiffusionPipeline; {NEEDED}")
+
+
+def describe(path):
+    """What a path that is no pipeline folder is, and what to give instead."""
+    if not path.exists():
+        return "no such model folder (and not a hub name, which has the form owner/name)"
+    if (path / CHECKPOINT_STATE).is_file():
+        return "a checkpoint of train_svd.py, not a whole model; go on from it with --resume_from_checkpoint"
+    for pattern in ("*", "snapshots/*", "*/snapshots/*"):  # the latter two: the hub's cache
+        for index in sorted(path.glob(f"{pattern}/model_index.json")):
+            return f"no pipeline, but there is one in it: give {index.parent}"
+    if (path.resolve().parent / "model_index.json").is_file():
+        return f"one part of a pipeline; give the whole folder, {path.parent}"
+    checkpoints = sorted(path.glob("checkpoint-*"), key=lambda c: natural_key(c.name))
+    if checkpoints and path.is_dir():
+        newest = f"; its newest checkpoint is {checkpoints[-1]}: use that"
+        return f"no finished diffusers pipeline here (model_index.json is missing){newest}"
+    weights = [path] if path.is_file() else [f for p in ("*", "*/*", "*/*/*") for f in sorted(path.glob(p))]
+    weights = [file for file in weights if file.suffix in (".safetensors", ".ckpt", ".pt", ".pth", ".bin")]
+    if not weights:
+        return f"no diffusers pipeline here (model_index.json is missing); {NEEDED}"
+    if weights[0].suffix != ".safetensors":
+        return f"pickled weights ({weights[0].name}), which are never loaded: unpickling runs code; {NEEDED}"
+    names = list(safetensors_header(weights[0]))
+    if any("lora" in name for name in names):
+        return f"a LoRA ({weights[0].name}), which adds to a model and is none; {NEEDED}"
+    if any("diffusion_model." in name for name in names):
+        return f"weights in one file ({weights[0].name}), as ComfyUI takes them; {NEEDED}"
+    return f"the weights of one part of a model ({weights[0].name}); {NEEDED}"
 
 
 def download_model(name):
     """Downloads (or finds in the cache) a pipeline of the hub: full-precision safetensors, or fp16 if it has no other.
 
-    Everything that can go wrong at the hub becomes one `UserError` with the three ways to get the weights.
+    Everything that can go wrong at the hub becomes one `UserError` that says what to do.
     """
-    from diffusers import DiffusionPipeline
+    from huggingface_hub import hf_hub_download
+
+    try:
+        check_pipeline(Path(hf_hub_download(name, "model_index.json")), name)  # before gigabytes of another model
+        from diffusers import DiffusionPipeline
+
+        try:
+            return Path(DiffusionPipeline.download(name, use_safetensors=True))
+        except OSError as error:
+            if "safetensors" not in str(error):
+                raise
+            return Path(DiffusionPipeline.download(name, variant="fp16", use_safetensors=True))
+    except hub_errors() as error:
+        raise hub_error(name, error) from None
+
+
+def hub_errors():
+    """What the hub's library raises: its own errors are among Python's, those of its httpx are not."""
+    return OSError, ValueError, getattr(sys.modules.get("httpx"), "HTTPError", OSError)
+
+
+def hub_error(name, error):
+    """What the hub's error means for the user, as a `UserError`; a full or read-only disk stays what it is."""
     from huggingface_hub import errors
 
-    for variant in (None, "fp16"):
-        try:
-            return Path(DiffusionPipeline.download(name, variant=variant, use_safetensors=True))
-        except errors.GatedRepoError:
-            what = "the weights are gated: no login, or its licence is not accepted yet"
-        except errors.RepositoryNotFoundError:
-            what = "no such model on the hub, or it is private and there is no login"
-        except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, OSError) as error:
-            what = f"the hub cannot be reached, and the model is not in the cache ({type(error).__name__})"
-            if variant is None and "safetensors" in str(error):
-                continue  # no full-precision safetensors: try the fp16 files
-        except ValueError as error:
-            what = f"not usable from the hub ({str(error).splitlines()[0]})"
-        raise UserError(HUB_HELP.format(name=name, what=what))
+    if isinstance(error, errors.GatedRepoError):
+        what = "the weights are gated: no login, or its licence is not accepted yet"
+    elif isinstance(error, errors.RepositoryNotFoundError):
+        near = difflib.get_close_matches(str(name), SVD_CONFIGS, n=1, cutoff=0.8)
+        hint = f"; is it {near[0]}?" if near else ""
+        return UserError(f"{name}: no folder here and no model of the hub, or a private one and no login{hint}")
+    elif isinstance(error, errors.EntryNotFoundError) and not isinstance(error, errors.LocalEntryNotFoundError):
+        return UserError(f"{name}: on the hub, but no diffusers pipeline; {NEEDED}")
+    elif isinstance(error, ValueError):
+        return UserError(f"{name}: not usable from the hub ({str(error).splitlines()[0]})")
+    elif getattr(error, "errno", None) in (errno.ENOSPC, errno.EROFS, errno.EACCES):
+        return error
+    else:
+        what = f"the hub cannot be reached, and the model is not in the cache ({type(error).__name__})"
+    return UserError(HUB_HELP.format(name=name, what=what))
 
 
 def read_config(folder, part):
@@ -651,23 +891,26 @@ def load_part(folder, part, dtype):
         raise UserError(f"{folder}/{part}: cannot be loaded ({str(error).strip().splitlines()[0]})") from error
 
 
-def load_pipeline(name, dtype):
+def load_pipeline(name, dtype, base=None):
     """A stock `StableVideoDiffusionPipeline` on the CPU in `dtype`, and what it was trained with.
 
-    name: a hub name, a pipeline folder, or a checkpoint of train_svd.py, which is laid over the base that it names.
-    Returns (pipeline, settings); settings is {} for a model that was not trained here.
+    name: a hub name, a pipeline folder, or a checkpoint of train_svd.py, which is laid over the base that it names, or
+    over `base`. Returns (pipeline, settings); settings is {} for a model that was not trained here.
     """
     from diffusers import StableVideoDiffusionPipeline
 
-    folder, settings, trained = resolve_checkpoint(name)
+    folder, settings, trained = resolve_checkpoint(name, base)
     parts = {part: load_part(folder, part, dtype) for part in PARTS}
     if trained is not None:
         lay_over(parts["unet"], trained)
     return StableVideoDiffusionPipeline(**parts), settings
 
 
-def resolve_checkpoint(name):
-    """A model name -> (pipeline folder, training settings, trained-weights file or None): reads no weights."""
+def resolve_checkpoint(name, base=None):
+    """A model name -> (pipeline folder, training settings, trained-weights file or None): reads no weights.
+
+    base: hub name or folder in place of the base that a checkpoint names; a whole pipeline needs none.
+    """
     folder = Path(name).expanduser()
     state_file = folder / CHECKPOINT_STATE
     if not state_file.is_file():
@@ -679,17 +922,38 @@ def resolve_checkpoint(name):
             raise UserError(f"{settings_file}: damaged; delete it, or copy the folder again") from None
     try:
         settings = json.loads(state_file.read_text())["settings"]
-        base_name, fingerprint = settings["pretrained_model_name"], settings["base_fingerprint"]
+        recorded, fingerprint = settings["pretrained_model_name"], settings["base_fingerprint"]
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{state_file}: damaged; use another checkpoint") from None
-    base = resolve_model(base_name)
-    if weights_fingerprint(base, "unet") != fingerprint:
-        raise UserError(f"{folder}: was trained on another base than what is now in {base}; restore that model there")
     trained = folder / ("ema.safetensors" if settings["use_ema"] else "trained.safetensors")
     if not trained.is_file():
         raise UserError(f"{trained}: missing; use another checkpoint")
     safetensors_header(trained)
-    return base, settings, trained
+    found = resolve_model(base or find_base(folder, recorded, fingerprint))
+    if weights_fingerprint(found, "unet") != fingerprint:
+        raise UserError(f"{folder}: was trained on another base than what is in {found}; give that one as --base_model")
+    return found, settings, trained
+
+
+def find_base(folder, recorded, fingerprint):
+    """The base that a checkpoint names, or where it lies now: what was moved together keeps the end of its path.
+
+    recorded: a hub name, or the folder's path when the run began. Candidates are judged by their weights, so a
+    fine-tuned result of the same name is not taken. Raises `UserError` where there is none.
+    """
+    if os.path.isdir(recorded) or re.fullmatch(r"[\w.-]+/[\w.-]+", recorded):
+        return recorded
+    parts = [part for part in re.split(r"[\\/]", recorded) if part]
+    for parent in (*folder.resolve().parents, Path.cwd()):
+        for start in range(len(parts)):
+            candidate = parent.joinpath(*parts[start:])
+            with contextlib.suppress(UserError):
+                if os.path.isdir(candidate / "unet") and weights_fingerprint(candidate, "unet") == fingerprint:
+                    return candidate
+    raise UserError(
+        f"{folder}: its base model is neither in {recorded} any more nor beside the run; give its folder or hub name"
+        " as --base_model"
+    )
 
 
 def lay_over(unet, trained_file):
