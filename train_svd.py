@@ -14,17 +14,24 @@ import argparse
 import contextlib
 import datetime
 import errno
+import fnmatch
+import functools
 import gc
 import hashlib
 import importlib.util
+import io
+import itertools
 import json
 import math
 import os
 import platform
+import re
+import shlex
 import shutil
 import signal
 import statistics
 import sys
+import tempfile
 import time
 import warnings
 from collections import deque
@@ -42,7 +49,13 @@ import psutil
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from accelerate.utils import AutocastKwargs, DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate.utils import (
+    AutocastKwargs,
+    DistributedDataParallelKwargs,
+    DistributedType,
+    GradientAccumulationPlugin,
+    InitProcessGroupKwargs,
+)
 from diffusers import AutoencoderKLTemporalDecoder, StableVideoDiffusionPipeline, UNetSpatioTemporalConditionModel
 from diffusers.models.attention import BasicTransformerBlock, TemporalBasicTransformerBlock
 from diffusers.models.resnet import SpatioTemporalResBlock
@@ -54,7 +67,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 from tqdm.auto import tqdm
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
@@ -107,6 +120,12 @@ def random_generator(*key):
     return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "little"))
 
 
+@functools.lru_cache(maxsize=4)  # the loader's threads may be in two epochs at once
+def shuffled(count, *key):
+    """0 .. count - 1 in an order that depends on `key` alone."""
+    return torch.randperm(count, generator=random_generator(*key)).tolist()
+
+
 class ClipDataset:
     """Random windows of consecutive frames, with every random number of a training step already drawn.
 
@@ -121,22 +140,21 @@ class ClipDataset:
         factor = 2 ** (len(vae_config.block_out_channels) - 1)
         self.scaling_factor = vae_config.scaling_factor
         self.latent_shape = (vae_config.latent_channels, args.height // factor, args.width // factor)
-        self._order = (None, None)
 
     def clip_of(self, index):
+        """The clip that `dataset[index]` is cut from."""
         epoch, place = divmod(index, len(self.clips))
-        if self._order[0] != epoch:
-            generator = random_generator(self.args.seed, "order", epoch)
-            self._order = (epoch, torch.randperm(len(self.clips), generator=generator).tolist())
-        order = self._order  # one read: another thread may be in another epoch
-        if order[0] != epoch:
-            return self.clip_of(index)
-        return self.clips[order[1][place]]
+        return self.clips[shuffled(len(self.clips), self.args.seed, "order", epoch)[place]]
 
     def __getitem__(self, index):
+        """Raises `UserError` that names the clip where a file of it cannot be read any more."""
         clip, generator = self.clip_of(index), random_generator(self.args.seed, "sample", index)
         last_start = len(clip["frames"]) - self.args.num_frames
-        return self.sample(clip, int(torch.randint(last_start + 1, (), generator=generator)), generator)
+        try:
+            return self.sample(clip, int(torch.randint(last_start + 1, (), generator=generator)), generator)
+        except (UserError, OSError, SafetensorError) as error:
+            cure = f"mend it, or go on without this clip: --exclude {shlex.quote(clip['directory'])}"
+            raise UserError(f"{clip['root'] / clip['directory']}: {error}; {cure}") from error
 
     def sample(self, clip, start, generator):
         """The window of `clip` from frame `start`, with everything random drawn from `generator`."""
@@ -165,87 +183,148 @@ class ClipDataset:
         return sample
 
 
+def read_frames(paths, width, height):
+    """Frames as (T, H, W, 3) uint8, fitted to the size as infer_svd.py fits its image."""
+    return np.stack([common.fit_frame(common.read_frame(path), width, height) for path in paths])
+
+
+def to_pixels(frames):
+    """(T, H, W, 3) uint8 -> (T, 3, H, W) float32 in [-1, 1]; by way of [0, 1], as in the pipeline, to the last bit."""
+    return torch.from_numpy(frames.astype(np.float32) / 255.0 * 2.0 - 1.0).permute(0, 3, 1, 2)
+
+
 def load_pixels(paths, width, height):
-    """Frames as (T, 3, H, W) float32 in [-1, 1], fitted to the size as infer_svd.py fits its image."""
-    frames = np.stack([common.fit_frame(common.read_frame(path), width, height) for path in paths])
-    # to [0, 1] first, then [-1, 1]: the pipeline's order, so that its numbers are met to the last bit
-    return torch.from_numpy(frames.astype(np.float32) / 255.0 * 2.0 - 1.0).permute(0, 3, 1, 2).contiguous()
+    """Frames as (T, 3, H, W) float32 in [-1, 1]."""
+    return to_pixels(read_frames(paths, width, height)).contiguous()
 
 
-def batches(dataset, index_batches, device, num_workers):
-    """Yields collated batches on `device`, prepared ahead by threads (OpenCV, safetensors and torch release the GIL;
-    a forked worker would deadlock in OpenCV)."""
+def batches(dataset, index_batches, pin_memory, num_workers):
+    """Yields a collated batch on the CPU for each list of indices: {name: (B, ...)}, as ClipDataset.
+
+    Threads prepare them ahead: OpenCV, safetensors and torch release the GIL, and a forked worker would deadlock in
+    OpenCV. An error of a sample is raised in its turn.
+    """
 
     def load(indices):
         samples = [dataset[index] for index in indices]
         batch = {key: torch.stack([sample[key] for sample in samples]) for key in samples[0]}
-        return {key: value.pin_memory() for key, value in batch.items()} if device.type == "cuda" else batch
+        return {key: value.pin_memory() for key, value in batch.items()} if pin_memory else batch
 
     torch.zeros(()).exp()  # MKL's very first exp, if several threads call it at once, is now and then off by 7e-5
-    with ThreadPoolExecutor(max(1, num_workers)) as pool:
-        pending = deque()
-        for indices in index_batches:
-            pending.append(pool.submit(load, indices))
-            if len(pending) > 2 * max(1, num_workers):
-                yield {key: value.to(device, non_blocking=True) for key, value in pending.popleft().result().items()}
-        while pending:
-            yield {key: value.to(device, non_blocking=True) for key, value in pending.popleft().result().items()}
+    with ThreadPoolExecutor(num_workers) as pool:
+        jobs = (pool.submit(load, indices) for indices in index_batches)
+        ahead = deque(itertools.islice(jobs, 2 * num_workers))
+        while ahead:
+            batch = ahead.popleft().result()
+            ahead.extend(itertools.islice(jobs, 1))
+            yield batch
 
 
 def load_clips(args, dataset_dir):
     """The clips that can be trained on, with `fps` and `motion_bucket_id` filled in; short ones are named."""
-    clips, short, unknown = [], [], 0
-    for clip in common.list_clips(dataset_dir):
-        if len(clip["frames"]) < args.num_frames:
-            short.append(clip)
-            continue
-        unknown += "fps" not in clip
-        clip["fps"] = clip.get("fps") or args.fps
-        clip["motion_bucket_id"] = clip.get("motion_bucket_id", args.motion_bucket_id)
-        for name in ("fps", "motion_bucket_id"):
-            if not isinstance(clip[name], int | float):
-                raise UserError(f"metadata.jsonl: {name} of {clip['directory']} is {clip[name]!r}, not a number")
-        clips.append(clip)
-    for clip in short:
+    found = common.list_clips(dataset_dir)
+    clips = [clip for clip in found if len(clip["frames"]) >= args.num_frames]
+    short = [clip for clip in found if len(clip["frames"]) < args.num_frames]
+    for clip in short[:10]:
         print(f"left out: {clip['directory']} has {len(clip['frames'])} frames, --num_frames is {args.num_frames}")
+    if len(short) > 10:
+        print(f"left out: {len(short) - 10} more clips of fewer frames than --num_frames {args.num_frames}")
     if not clips:
         longest = max(len(clip["frames"]) for clip in short)
         raise UserError(f"--num_frames {args.num_frames}: no clip is that long; the longest has {longest} frames")
     generated = sum(bool(clip.get("generated")) for clip in clips)
     if generated:
         print(f"{generated} of {len(clips)} clips are generated by a model, not recorded")
+    unknown = sum("fps" not in clip for clip in clips)
     if unknown:
         print(f"{unknown} clips without metadata: --fps {args.fps:g}, --motion_bucket_id {args.motion_bucket_id:g}")
+    for clip in clips:
+        clip["fps"] = clip.get("fps") or args.fps
+        clip["motion_bucket_id"] = clip.get("motion_bucket_id", args.motion_bucket_id)
     return clips
+
+
+def clip_group(clip):
+    """What must stay together when clips are held out: all cameras of one LeRobot episode, else the video itself."""
+    source = str(clip.get("group") or clip.get("source") or clip["directory"])
+    episode = re.match(r"(.*?)videos/(chunk-\d+)/[^/]+/(episode_\d+)", source)
+    return "/".join(episode.groups()) if episode else source
+
+
+def split_clips(clips, args):
+    """(training clips, held-out clips): whole episodes are held out, so that no camera of one is on the other side.
+
+    What --exclude names is left out last, so that the others stay on the side where they are without it.
+    """
+    if args.validation_dir:
+        if not Path(args.validation_dir).is_dir():
+            raise UserError(f"--validation_dir {args.validation_dir}: no such folder; make it with prepare_dataset.py")
+        held_out = load_clips(args, args.validation_dir)[: args.num_validation_videos or None]
+        return leave_out(clips, args.exclude), held_out
+    groups = {}
+    for clip in clips:
+        groups.setdefault(clip_group(clip), []).append(clip)
+    names, held_out, videos = list(groups), set(), 0
+    for place in shuffled(len(groups), args.seed, "held out"):
+        if videos >= args.num_validation_videos:
+            break
+        held_out.add(names[place])
+        videos += len(groups[names[place]])
+    if held_out and len(held_out) == len(groups):
+        raise UserError(f"--num_validation_videos {args.num_validation_videos}: no episode would be left to train on")
+    validation = [clip for name in names if name in held_out for clip in groups[name]][: args.num_validation_videos]
+    training = leave_out([clip for clip in clips if clip_group(clip) not in held_out], args.exclude)
+    return training, [clip for clip in validation if not is_named(clip, args.exclude)]
+
+
+def is_named(clip, patterns):
+    return any(pattern == clip["directory"] or fnmatch.fnmatch(clip["directory"], pattern) for pattern in patterns)
+
+
+def leave_out(clips, patterns):
+    """The clips without those that --exclude names."""
+    left = [clip for clip in clips if not is_named(clip, patterns)]
+    if not left:
+        raise UserError(f"--exclude {' '.join(patterns)}: no clip is left to train on")
+    if patterns:
+        print(f"--exclude: {len(clips) - len(left)} of {len(clips)} clips left out")
+    return left
 
 
 # Cache: the frozen VAE's posterior and CLIP's embedding of every frame, one file a clip, computed once.
 
 
+def clip_digest(clip):
+    """Tells a clip's frames from others, wherever they lie, without reading them whole: sizes and last 4 KB of files.
+
+    A PNG ends with a checksum of its pixels, and other compressed files change in length; a BMP is read whole.
+    """
+    digest = hashlib.sha256()
+    for path in clip["frames"]:
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            file.seek(0 if path.suffix.lower() == ".bmp" else max(0, size - 4096))
+            digest.update(size.to_bytes(8, "little") + file.read())
+    return digest.hexdigest()[:16]
+
+
 def encode_frames(pipe, frames, device):
     """(N, H, W, 3) uint8 frames -> posterior mean and std (N, 4, h, w), CLIP embeddings (N, 1, D); fp32."""
-    pixels = torch.from_numpy(frames.astype(np.float32) / 255.0 * 2.0 - 1.0).permute(0, 3, 1, 2)
     with torch.no_grad():
-        posterior = pipe.vae.encode(pixels.to(device)).latent_dist
+        posterior = pipe.vae.encode(to_pixels(frames).to(device)).latent_dist
         embeddings = pipe._encode_image([Image.fromarray(frame) for frame in frames], device, 1, False)
     return posterior.mean, posterior.std, embeddings
 
 
 def frames_at_once(args):
-    """How many frames the VAE takes at a time: bounds its activations to about 3 GiB."""
+    """How many frames the VAE encodes at a time: bounds its activations to about 3 GiB."""
     return max(1, 512 * 320 * 8 // (args.width * args.height))
 
 
-def cache_key(clip, args, model_fingerprint):
-    """Everything that a cached clip depends on; a changed frame has another size or time."""
-    files = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in clip["frames"]]
-    return hashlib.sha256(repr((files, args.width, args.height, model_fingerprint)).encode()).hexdigest()
-
-
-def cache_is_current(path, key):
+def cache_is_current(path, digest):
     try:
         with safe_open(path, "pt") as cached:
-            return (cached.metadata() or {}).get("key") == key
+            return (cached.metadata() or {}).get("key") == digest
     except Exception:  # safetensors raises its own kinds for a missing or damaged file: either way it is made again
         return False
 
@@ -266,40 +345,42 @@ def load_encoders(base, device):
     return StableVideoDiffusionPipeline(unet=None, **parts)
 
 
-def build_cache(clips, args, pipe_loader, base, accelerator):
-    """Fills `clip["cache"]` for every clip, encoding those that have no current file; ranks share the work.
-
-    pipe_loader() gives the fp32 VAE and CLIP on the device, called only where something is missing.
-    """
+def build_cache(clips, args, base, accelerator):
+    """Fills `clip["cache"]` for every clip, encoding those that have no current file; the processes share the work."""
     fingerprint = "-".join(common.weights_fingerprint(base, part)[:8] for part in ("vae", "image_encoder"))
-    missing = []
     for clip in clips:
-        root = clip["root"] / ".cache"
+        root, name = clip["root"] / ".cache", clip["directory"]
         if args.cache_dir:  # may be shared by several datasets
-            root = Path(args.cache_dir) / hashlib.sha256(str(clip["root"].resolve()).encode()).hexdigest()[:8]
-        clip["cache"] = root / f"{args.width}x{args.height}-{fingerprint}" / f"{clip['directory']}.safetensors"
-        key = cache_key(clip, args, fingerprint)
-        if not cache_is_current(clip["cache"], key):
-            missing.append((clip, key))
-    accelerator.wait_for_everyone()  # every rank has looked before one of them writes
+            root, name = Path(args.cache_dir), f"{name}-{clip['digest']}"
+        clip["cache"] = root / f"{args.width}x{args.height}-{fingerprint}" / f"{name}.safetensors"
+    missing = [clip for clip in clips if not cache_is_current(clip["cache"], clip["digest"])]
+    for folder in {clip["cache"].parent for clip in missing[:1000]}:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()
+        except OSError as error:
+            cure = "name a folder that can by --cache_dir, or train without: --no-cache_latents"
+            raise UserError(f"{folder}: the cache cannot be written there ({error.strerror}); {cure}") from None
+    accelerator.wait_for_everyone()  # every process has looked before one of them writes
     mine = missing[accelerator.process_index :: accelerator.num_processes]
     if mine:
-        pipe = pipe_loader()
-        chunk = frames_at_once(args)
-        total = sum(len(clip["frames"]) for clip, _ in mine)
-        progress = tqdm(total=total, desc="caching latents", unit="frame", disable=not accelerator.is_main_process)
-        for clip, key in mine:
+        encode_clips(mine, args, load_encoders(base, accelerator.device), accelerator)
+    accelerator.wait_for_everyone()
+
+
+def encode_clips(clips, args, pipe, accelerator):
+    """Writes the cache file of every clip."""
+    total, chunk = sum(len(clip["frames"]) for clip in clips), frames_at_once(args)
+    with tqdm(total=total, desc="caching latents", unit="frame", disable=not accelerator.is_main_process) as progress:
+        for clip in clips:
             parts = []
             for i in range(0, len(clip["frames"]), chunk):
-                paths = clip["frames"][i : i + chunk]
-                frames = [common.fit_frame(common.read_frame(path), args.width, args.height) for path in paths]
-                parts.append([part.cpu() for part in encode_frames(pipe, np.stack(frames), accelerator.device)])
-                progress.update(len(paths))
+                frames = read_frames(clip["frames"][i : i + chunk], args.width, args.height)
+                parts.append([part.cpu() for part in encode_frames(pipe, frames, accelerator.device)])
+                progress.update(len(frames))
             tensors = dict(zip(("mean", "std", "image_embeddings"), (torch.cat(part) for part in zip(*parts))))
             clip["cache"].parent.mkdir(parents=True, exist_ok=True)
-            write_tensors(clip["cache"], tensors, {"key": key})
-        progress.close()
-    accelerator.wait_for_everyone()
+            write_tensors(clip["cache"], tensors, {"key": clip["digest"]})
 
 
 # ------------------------------------------------------------------------------------------------------- One step
@@ -353,18 +434,18 @@ TRAINABLE = {
     "temporal_attention": ("temporal_transformer_blocks",),
     "all": ("",),
 }
-# SVD's cross-attention sees one token, so its softmax is 1 whatever the query: these never get a gradient.
-DEAD = ("attn2.to_q.", "attn2.to_k.", ".norm2.")
+# SVD's cross-attention sees one token, so its softmax is 1 whatever the query is: these never get a gradient.
+WITHOUT_GRADIENT = ("attn2.to_q.", "attn2.to_k.", ".norm2.")
 
 
 def is_trained(name, trainable):
     """Whether the UNet parameter `name` is trained under --trainable."""
-    dead = any(part in name for part in DEAD) and "transformer_blocks" in name
-    return any(group in name for group in TRAINABLE[trainable]) and not dead
+    idle = any(part in name for part in WITHOUT_GRADIENT) and "transformer_blocks" in name
+    return any(group in name for group in TRAINABLE[trainable]) and not idle
 
 
-# What is recomputed in the backward pass. 512x320x25, AdamW: 37.0 GiB and 41.5 TFLOP with none, 17.7 and 50.5 with
-# transformers, 14.1 and 57.3 with full; recomputing the resnets alone would save little memory.
+# What is recomputed in the backward pass. 512x320x25, AdamW: 37.0 GiB and 45.8 TFLOP with none, 17.7 and 56.0 with
+# transformers, 14.1 and 62.7 with full; recomputing the resnets alone would save little memory.
 RECOMPUTED = {
     "none": (),
     "transformers": (TransformerSpatioTemporalModel,),
@@ -397,7 +478,7 @@ def forward_in_input_dtype(module):
             return F.group_norm(x, module.num_groups, weight, bias, module.eps)
         if isinstance(module, torch.nn.LayerNorm):
             return F.layer_norm(x, module.normalized_shape, weight, bias, module.eps)
-        return module._conv_forward(x, weight, bias)
+        return common.convolve(module, x, weight, bias)
 
     return forward
 
@@ -407,6 +488,7 @@ def prepare_unet(unet, trainable, weight_dtype, checkpointing):
     for name, parameter in unet.named_parameters():
         parameter.requires_grad_(is_trained(name, trainable))
         parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else weight_dtype)
+    common.avoid_conv3d(unet)
     for module in unet.modules():
         if weight_dtype != torch.float32 and any(p.requires_grad for p in module.parameters(recurse=False)):
             module.forward = forward_in_input_dtype(module)
@@ -441,6 +523,9 @@ def trained_parameters(unet):
     return {name: parameter for name, parameter in unet.named_parameters() if parameter.requires_grad}
 
 
+# ----------------------------------------------------------------------------------------- Optimizer and its state
+
+
 def gradients_freed_early(args, num_processes):
     """Whether each gradient can be used and freed as soon as it is there: nothing needs all of them at once."""
     alone = args.gradient_accumulation_steps == num_processes == 1
@@ -458,110 +543,248 @@ def build_optimizer(args, parameters, each_alone=False):
     return torch.optim.AdamW(groups, fused=True, **options)
 
 
+def take_step(optimizer, groups, bad):
+    """One step over these parameter groups; where the device scalar `bad` is set it changes nothing.
+
+    Neither kind makes the CPU wait for the GPU: fused AdamW looks at `found_inf` on the device; of bitsandbytes the
+    parts are called, since its own step() waits after every tensor, and what it changed is put back on the device.
+    """
+    if not hasattr(optimizer, "update_step"):
+        all_groups, optimizer.param_groups = optimizer.param_groups, groups
+        optimizer.found_inf = bad.float()
+        optimizer.step()
+        optimizer.param_groups = all_groups
+        return
+    for group in groups:
+        for parameter in group["params"]:
+            state = optimizer.state[parameter]
+            if not state:
+                optimizer.init_state(group, parameter, 0, 0)
+            changing = [parameter.data, *(state[name] for name in state if name.startswith(("state", "absmax")))]
+            before = [value.clone() for value in changing]
+            optimizer.update_step(group, parameter, 0, 0)
+            for value, old in zip(changing, before):
+                value.copy_(torch.where(bad, old, value))
+
+
 def step_in_backward(optimizer, bad):
     """Updates each parameter in the backward pass and frees its gradient at once, so that they are never all there.
 
-    bad: a device scalar, set where a gradient was not finite; such values are zeroed before they reach a weight.
+    bad: a device scalar, set where a gradient was not finite; neither that parameter nor any after it changes then.
     """
 
     def hook(parameter, group):
         torch.logical_or(bad, ~torch.isfinite(parameter.grad).all(), out=bad)
-        parameter.grad.nan_to_num_(0.0, 0.0, 0.0)
-        groups, optimizer.param_groups = optimizer.param_groups, [group]
-        optimizer.step()
-        optimizer.param_groups = groups
+        take_step(optimizer, [group], bad)
         parameter.grad = None
 
     for group in optimizer.param_groups:
         group["params"][0].register_post_accumulate_grad_hook(partial(hook, group=group))
 
 
+class TrainingState:
+    """What is trained, and all that a checkpoint holds: fp32 parameters, optimizer, schedule, average, scaler.
+
+    unet: as `prepare_unet` leaves it, on its device. `self.unet` is what to call: several processes wrap it.
+    clips: {directory: digest, fps and motion} of what is trained on, for a resumption to compare.
+    """
+
+    def __init__(self, unet, args, accelerator, settings, clips):
+        self.args, self.accelerator, self.settings, self.clips = args, accelerator, settings, clips
+        self.bare_unet, self.trained, self.steps, self.checkpoint = unet, trained_parameters(unet), 0, None
+        self.freed_early = gradients_freed_early(args, accelerator.num_processes)
+        self.optimizer = build_optimizer(args, self.trained.values(), self.freed_early)
+        self.lr_scheduler = get_scheduler(args.lr_scheduler, self.optimizer, num_warmup_steps=args.lr_warmup_steps,
+            num_training_steps=args.max_train_steps)  # fmt: skip
+        self.ema = EMAModel(self.trained.values(), decay=args.ema_decay) if args.use_ema else None
+        self.unet, self.scaled_optimizer = accelerator.prepare(unet, self.optimizer)
+        unet.__dict__.pop("forward", None)  # with fp16, accelerate's fp32 outputs would break the stock pipeline
+        self.scaler = accelerator.scaler
+        # A loss or gradient that is not finite sets `bad`, on the device: to look at every step would stall the GPU.
+        self.bad = torch.zeros((), dtype=torch.bool, device=accelerator.device)
+        self.bad_step = torch.full((), -1, dtype=torch.int64, device=accelerator.device)  # the first of them
+        self.whole = True  # not in the middle of a step that changes weights as it goes
+        if self.freed_early:
+            step_in_backward(self.optimizer, self.bad)
+
+    def load(self, folder, saved):
+        """Puts a checkpoint's weights, optimizer, schedule, average and scaler in place."""
+        common.lay_over(self.bare_unet, folder / "trained.safetensors")
+        unflatten_state(self.optimizer, self.trained, load_file(folder / "optimizer.safetensors"), saved["optimizer"])
+        for _ in range(saved["step"]):  # the schedule is a function of the step
+            self.lr_scheduler.step()
+        if self.ema:
+            average = load_file(folder / "ema.safetensors")
+            self.ema.shadow_params = [average[name].to(self.accelerator.device) for name in self.trained]
+            self.ema.optimization_step = saved["ema_step"]
+        if self.scaler:
+            self.scaler.load_state_dict(saved["scaler"])
+        self.steps, self.checkpoint = saved["step"], folder
+
+    @contextlib.contextmanager
+    def synchronized(self, last):
+        """Around the micro-batches of a step: processes exchange gradients in the last one alone."""
+        with contextlib.nullcontext() if last else self.accelerator.no_sync(self.unet):
+            yield
+
+    def backward(self, loss):
+        """Adds the gradients of `loss`; where each is used at once, that is the update too."""
+        bad = ~torch.isfinite(loss.detach())
+        if self.scaler and self.accelerator.num_processes > 1:  # there no gradient norm tells the others of it
+            bad = self.accelerator.reduce(bad.float()) > 0
+        torch.logical_or(self.bad, bad, out=self.bad)
+        self.whole = not self.freed_early
+        self.accelerator.backward(loss)
+
+    def update(self, look):
+        """One optimizer step with the gradients that are there. Returns False if a step was bad, which only shows
+        when the CPU may wait for the GPU to `look`; the weights are then those before it, and so is `self.steps`."""
+        if not self.freed_early:
+            norm = self.accelerator.clip_grad_norm_(self.trained.values(), self.args.max_grad_norm or math.inf)
+            if not self.scaler:  # with fp16 an overflow is the scaler's business: it skips that step
+                torch.logical_or(self.bad, ~torch.isfinite(norm), out=self.bad)
+            self.grad_norm = norm
+        self.bad_step = torch.where(self.bad & (self.bad_step < 0), self.steps, self.bad_step)
+        if self.scaler:
+            self.scaled_optimizer.step()
+        elif not self.freed_early:
+            take_step(self.optimizer, self.optimizer.param_groups, self.bad)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.whole = True
+        if look and self.bad_step >= 0:
+            self.steps = self.bad_step.item()
+            return False
+        if look and self.overflows():
+            return False
+        self.lr_scheduler.step()
+        if self.ema:
+            self.ema.optimization_step += 1  # its own step() would hold a copy of all weights for a moment
+            decay = self.ema.get_decay(self.ema.optimization_step)
+            torch._foreach_lerp_(self.ema.shadow_params, [p.data for p in self.trained.values()], 1 - decay)
+        self.steps += 1
+        return True
+
+    def overflows(self):
+        """Whether fp16's scaler has fallen so low that no step gets through; waits for the GPU."""
+        return bool(self.scaler) and self.scaler.get_scale() < 2**-14
+
+    def save_if_new(self):
+        """As `save`, where a step was done since the last one."""
+        if self.steps and not (self.checkpoint and checkpoint_step(self.checkpoint) == self.steps):
+            self.save()
+
+    def save(self):
+        """Writes `checkpoint-<steps>/`; only then goes the oldest beyond --checkpoints_total_limit."""
+        output, self.checkpoint = Path(self.args.output_dir), Path(self.args.output_dir) / f"checkpoint-{self.steps}"
+        if not self.checkpoint.exists():
+            save_checkpoint(self.checkpoint, self)
+        done = [path for path in checkpoints_of(output) if checkpoint_step(path) <= self.steps]
+        for old in done[: -self.args.checkpoints_total_limit]:
+            shutil.rmtree(old)
+
+
 # ------------------------------------------------------------------------------------------------------- Forecast
 # What a run needs, from the model's configuration alone: the real step, run on tensors that have a shape but no data.
 
+ATTENTION_ON_CPU = {  # torch's counter has formulas for the GPU's kernels of attention only
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda grad, q, k, v, *_, **__: (
+        sdpa_backward_flop_count(grad, q, k, v)
+    ),
+}
 
-class EightBitStates(torch.optim.Optimizer):
-    """AdamW8bit's memory without bitsandbytes: two bytes a parameter and two scales for every 256."""
 
-    def __init__(self, parameters):
-        super().__init__(parameters, {})
-
-    def step(self):
-        for parameter in (p for group in self.param_groups for p in group["params"]):
-            if parameter not in self.state:
-                small = parameter.numel() < 4096
-                shapes = (2, parameter.numel()), (2, 1 if small else parameter.numel() // 256)
-                dtypes = (torch.float32 if small else torch.uint8), torch.float32
-                self.state[parameter] = {
-                    str(i): torch.empty(s, dtype=d) for i, (s, d) in enumerate(zip(shapes, dtypes))
-                }
+def fake_batch(args, count, unet_config, vae_config):
+    """A batch of `count` samples as the cache and the loader give them."""
+    factor = 2 ** (len(vae_config.block_out_channels) - 1)
+    shape = (count, args.num_frames, vae_config.latent_channels, args.height // factor, args.width // factor)
+    return {
+        "latents": torch.empty(shape),
+        "noise": torch.empty(shape),
+        "sigmas": torch.ones(count),
+        "keep": torch.ones(count),
+        "added_time_ids": torch.empty(count, 3),
+        "conditioning_image": torch.empty(count, 3, args.height, args.width),
+        "image_embeddings": torch.empty(count, 1, unet_config.cross_attention_dim),
+    }
 
 
 def forecast(args, folder, checkpointing, weight_dtype, count_flops=False):
     """Runs the real training step on fake tensors; nothing is loaded or computed.
 
     Returns GiB by part (`peak_memory_gib`, `weights_gib`, `gradients_gib`, `optimizer_gib`, `activations_gib`: what the
-    peak holds beside the others), `trainable_parameters` and, if asked, `flops_per_step`.
+    peak holds beside the others; `training_gib` and `validation_gib`, of which the peak is the larger),
+    `trainable_parameters` and, if asked, `flops_per_step`.
     """
-    tracker = common.memory_tracker()
+    processes, peak = int(os.environ.get("WORLD_SIZE", 1)), {}
+    freed_early = gradients_freed_early(args, processes)
     with FakeTensorMode(allow_non_fake_inputs=True):
-        unet = UNetSpatioTemporalConditionModel.from_config(common.read_config(folder, "unet"))
-        prepare_unet(unet, args.trainable, weight_dtype, checkpointing)
-        vae = AutoencoderKLTemporalDecoder.from_config(common.read_config(folder, "vae")).requires_grad_(False)
-        vae.decoder = None
-        trained = list(trained_parameters(unet).values())
-        freed_early = gradients_freed_early(args, int(os.environ.get("WORLD_SIZE", 1)))
-        if args.optimizer == "adamw8bit":
-            optimizer = EightBitStates([{"params": [parameter]} for parameter in trained])
-        else:
-            optimizer = build_optimizer(args, trained, freed_early)
-        if freed_early:
-            step_in_backward(optimizer, torch.zeros((), dtype=torch.bool))
-        factor = 2 ** (len(vae.config.block_out_channels) - 1)
-        shape = (args.train_batch_size, args.num_frames, vae.config.latent_channels)
-        shape += (args.height // factor, args.width // factor)
-        batch = {"latents": torch.empty(shape), "noise": torch.empty(shape), "added_time_ids": torch.empty(shape[0], 3)}
-        batch |= {"sigmas": torch.ones(shape[0]), "keep": torch.ones(shape[0])}
-        batch["conditioning_image"] = torch.empty(shape[0], 3, args.height, args.width)
-        batch["image_embeddings"] = torch.empty(shape[0], 1, unet.config.cross_attention_dim)
-        average = [torch.empty_like(parameter) for parameter in trained] if args.use_ema else []
-        weights = [*unet.parameters(), *vae.parameters(), *average]
+        with common.memory_tracker() as tracker:
+            unet = UNetSpatioTemporalConditionModel.from_config(common.read_config(folder, "unet"))
+            prepare_unet(unet, args.trainable, weight_dtype, checkpointing)
+            vae = AutoencoderKLTemporalDecoder.from_config(common.read_config(folder, "vae")).requires_grad_(False)
+            vae.decoder = None
+            trained = list(trained_parameters(unet).values())
+            count = sum(p.numel() for p in trained)
+            # AdamW: two fp32 numbers a parameter; in 8 bits two bytes, and two fp32 scales for every 256 parameters
+            states = torch.empty(count * 8 if args.optimizer == "adamw" else count * (2 + 8 / 256), dtype=torch.uint8)
+            average = [torch.empty_like(p) for p in trained] if args.use_ema else []
+            batch = fake_batch(args, args.train_batch_size, unet.config, vae.config)
+            for parameter in trained if freed_early else ():
+                parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
 
-        def step():
-            loss, _ = training_loss(unet, vae, batch, weight_dtype)
-            loss.backward()
-            del loss
-            if not freed_early:
-                torch.nn.utils.clip_grad_norm_(trained, 1.0)
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
+            def train(micro_batches):
+                for _ in range(micro_batches):
+                    training_loss(unet, vae, batch, weight_dtype)[0].backward()
+                if not freed_early:
+                    torch.nn.utils.clip_grad_norm_(trained, 1.0)
 
-        with tracker:
-            for tensor in [*weights, *batch.values()]:
-                tracker.track(tensor)
-            step()  # makes the optimizer's states
             tracker.peak = tracker.now
-            step()
-        result = {
-            "peak_memory_gib": tracker.peak,
-            "weights_gib": sum(p.numel() * p.element_size() for p in weights),
-            "gradients_gib": (max if freed_early else sum)(p.numel() * 4 for p in trained),
-            "optimizer_gib": sum(s.numel() * s.element_size() for p in trained for s in optimizer.state[p].values()),
-        }
-        result["activations_gib"] = 2 * result["peak_memory_gib"] - sum(result.values())
-        result = {name: round(size / 2**30, 3) for name, size in result.items()}
-        if count_flops:  # a second pass: the counter keeps recomputed activations alive
-            with FlopCounterMode(display=False) as counter:
-                step()
-            result["flops_per_step"] = counter.get_total_flops() * args.gradient_accumulation_steps
-    result["trainable_parameters"] = sum(p.numel() for p in trained)
-    return result
+            # gradients of an earlier micro-batch, or those that several processes share, are there all the time
+            train(1 if processes == args.gradient_accumulation_steps == 1 else 2)
+            peak["training_gib"] = tracker.peak
+            if processes == 1:
+                unet.zero_grad(set_to_none=True)
+            tracker.peak = tracker.now
+            generate_fake(args, folder, unet, batch, weight_dtype)
+            peak["validation_gib"] = tracker.peak
+        weights = sum(p.numel() * p.element_size() for p in [*unet.parameters(), *vae.parameters(), *average])
+        flops = None
+        if count_flops:  # apart: the counter keeps recomputed activations alive
+            with FlopCounterMode(display=False, custom_mapping=ATTENTION_ON_CPU) as counter:
+                train(1)
+            flops = counter.get_total_flops() * args.gradient_accumulation_steps
+    validates = args.validation_dir or args.num_validation_videos
+    result = {
+        "peak_memory_gib": max(peak.values()) if validates else peak["training_gib"],
+        "weights_gib": weights,
+        "gradients_gib": (max if freed_early else sum)(p.numel() * 4 for p in trained),
+        "optimizer_gib": states.numel(),
+    }
+    result["activations_gib"] = 2 * result["peak_memory_gib"] - sum(result.values())
+    result = {name: round(size / 2**30, 3) for name, size in {**result, **peak}.items()}
+    return {**result, "trainable_parameters": count, **({"flops_per_step": flops} if count_flops else {})}
 
 
-def free_memory(device):
-    """GiB that a run may use: what is free now, less what no forecast sees (CUDA's context, workspaces, fragments)."""
+@torch.no_grad()
+def generate_fake(args, folder, unet, batch, weight_dtype):
+    """What validation does of the things that take memory: guidance's pair through the UNet, and decoding."""
+    latents = torch.cat([batch["latents"][:1], batch["latents"][:1]], dim=2).repeat(2, 1, 1, 1, 1).to(weight_dtype)
+    embeddings = batch["image_embeddings"][:1].repeat(2, 1, 1).to(weight_dtype)
+    unet(latents, torch.tensor(1.0), embeddings, batch["added_time_ids"][:1].repeat(2, 1), return_dict=False)
+    decoder = AutoencoderKLTemporalDecoder.from_config(common.read_config(folder, "vae"))
+    decoder.encoder = None
+    frames = torch.empty(args.num_frames, 3, args.height, args.width)
+    count = min(args.num_frames, frames_to_decode(args))
+    decoder.decode(batch["latents"][0, :count].float(), num_frames=count)
+    del frames
+
+
+def usable_memory(device):
+    """GiB that a run may use: what is free now, less what no forecast sees: CUDA's context and workspaces (0.6), and
+    fragments (5 %; 12 % on Windows, where torch has no expandable segments)."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0] / 2**30 * 0.95 - 0.6
+        return torch.cuda.mem_get_info(device)[0] / 2**30 * (0.88 if os.name == "nt" else 0.95) - 0.6
     return psutil.virtual_memory().available / 2**30 * 0.95 - 0.6
 
 
@@ -595,21 +818,17 @@ def changes_that_fit(args, folder, weight_dtype, available):
     return fitting
 
 
-def dry_run(args, folder, weight_dtype, device):
+def dry_run(args, device):
     """Prints the plan of a run; its last line is one JSON object."""
-    available = free_memory(device) if device.type == "cuda" else math.inf
-    mode = args.gradient_checkpointing
+    folder, weight_dtype = common.resolve_config(args.pretrained_model_name), DTYPES[args.mixed_precision]
+    common.check_sizes(args, folder)
+    available, mode = usable_memory(device) if device.type == "cuda" else math.inf, args.gradient_checkpointing
     if mode == "auto":
         mode = cheapest_checkpointing(args, folder, weight_dtype, available) if device.type == "cuda" else "full"
     plan = forecast(args, folder, mode, weight_dtype, count_flops=True)
-    unet, vae = common.read_config(folder, "unet"), common.read_config(folder, "vae")
-    factor = 2 ** (len(vae["block_out_channels"]) - 1)
-    frame = 2 * vae["latent_channels"] * (args.width // factor) * (args.height // factor) + unet["cross_attention_dim"]
     clips = common.list_clips(args.dataset_dir) if Path(args.dataset_dir).is_dir() else ()
     frames = sum(len(clip["frames"]) for clip in clips)
-    states = plan["optimizer_gib"] + (1 + args.use_ema) * plan["trainable_parameters"] * 4 / 2**30
-    plan |= {"cache_gib": round(frames * frame * 4 / 2**30, 3), "checkpoint_gib": round(states, 3)}
-    plan["output_gib"] = round(output_bytes(folder) / 2**30, 3)
+    plan |= disk_space(args, folder, frames, plan)
     print(
         f"trains {plan['trainable_parameters'] / 1e6:.1f} M parameters ({args.trainable}) of"
         f" {args.pretrained_model_name}, {args.width}x{args.height}, {args.num_frames} frames, batch"
@@ -618,13 +837,14 @@ def dry_run(args, folder, weight_dtype, device):
     for name in ("weights", "gradients", "optimizer", "activations"):
         print(f"  {name:12s} {plan[f'{name}_gib']:8.2f} GiB" + (" at the peak" if name == "activations" else ""))
     print(f"  peak         {plan['peak_memory_gib']:8.2f} GiB, and about 0.6 GiB for CUDA itself")
+    print(f"  validation   {plan['validation_gib']:8.2f} GiB, where there is one")
     print(f"  a step       {plan['flops_per_step'] / 1e12:8.2f} TFLOP")
     print(
         f"  disk: cache {plan['cache_gib']:.2f} GiB for {frames} frames, {plan['checkpoint_gib']:.2f} GiB a checkpoint"
         f" (up to {args.checkpoints_total_limit + 1} at once), result {plan['output_gib']:.2f} GiB"
     )
     if device.type != "cuda":
-        print("no CUDA GPU here to compare with: choose a card with more memory than the peak")
+        print(f"no CUDA GPU to compare with ({why_no_cuda()}): choose a card with more memory than the peak")
     elif plan["peak_memory_gib"] <= available:
         print(f"fits {torch.cuda.get_device_name()}: {available:.1f} GiB can be used")
     else:
@@ -638,6 +858,17 @@ def advice(args, folder, weight_dtype, available):
     fitting = changes_that_fit(args, folder, weight_dtype, available)
     listed = "; or ".join(f"{flags} ({needed:.1f} GiB)" for flags, needed in fitting)
     return f"What would fit, cheapest first: {listed or 'nothing that the options can change; use a larger card'}"
+
+
+def disk_space(args, folder, frames, plan):
+    """GiB on disk of the cache, of one checkpoint and of the result."""
+    unet, vae = common.read_config(folder, "unet"), common.read_config(folder, "vae")
+    factor = 2 ** (len(vae["block_out_channels"]) - 1)
+    frame = 2 * vae["latent_channels"] * (args.width // factor) * (args.height // factor) + unet["cross_attention_dim"]
+    weights = (1 + args.use_ema) * plan["trainable_parameters"] * 4 / 2**30
+    sizes = {"cache_gib": frames * frame * 4 / 2**30, "checkpoint_gib": plan["optimizer_gib"] + weights}
+    sizes["output_gib"] = output_bytes(folder) / 2**30
+    return {name: round(size, 3) for name, size in sizes.items()}
 
 
 def output_bytes(folder):
@@ -673,7 +904,7 @@ def write_tensors(path, tensors, metadata=None):
 
 
 def flatten_state(optimizer, names):
-    """Optimizer state -> ({"name.key": tensor}, {"name.key": number}), by parameter name instead of by position."""
+    """Optimizer state -> ({"name|key": tensor}, {"name|key": number}), by parameter name instead of by position."""
     tensors, numbers = {}, {}
     for name, parameter in names.items():
         for key, value in optimizer.state.get(parameter, {}).items():
@@ -690,41 +921,27 @@ def unflatten_state(optimizer, names, tensors, numbers):
         optimizer.state[parameter][key] = value.to(parameter.device) if torch.is_tensor(value) else value
 
 
-def save_checkpoint(run, step):
-    """Writes `checkpoint-<step>/` aside and renames it; only then goes the oldest beyond --checkpoints_total_limit."""
-    args, final = run.args, Path(run.args.output_dir) / f"checkpoint-{step}"
-    if final.exists():
-        return
-    with common.write_folder(final) as aside:
-        tensors, numbers = flatten_state(run.optimizer, run.trained)
-        write_tensors(aside / "trained.safetensors", {name: p.data for name, p in run.trained.items()})
-        write_tensors(aside / "optimizer.safetensors", tensors)
-        if run.ema:
-            write_tensors(aside / "ema.safetensors", dict(zip(run.trained, run.ema.shadow_params)))
-        state = {
-            "step": step,
-            "settings": run.settings,
-            "optimizer": numbers,
-            "scaler": run.scaler.state_dict() if run.scaler else None,
-            "ema_step": run.ema.optimization_step if run.ema else None,
-            "files": {file.name: common.file_digest(file) for file in aside.glob("*.safetensors")},
-        }
-        common.write_file(aside / common.CHECKPOINT_STATE, json.dumps(state, indent=1))
-    done = [path for path in checkpoints_of(args.output_dir) if checkpoint_step(path) <= step]
-    for old in done[: -args.checkpoints_total_limit]:
-        shutil.rmtree(old)
+def save_checkpoint(folder, state, resumable=True, **more):
+    """Writes `folder` aside and renames it: all of `state`, or only the weights to generate with and what is in `more`.
 
-
-def save_weights(run, folder, step, extra):
-    """The trained weights alone, as infer_svd.py takes them, in place of what `folder` held before."""
-    old = folder.with_name(f".{folder.name}.old")
-    name, weights = ("ema", run.ema.shadow_params) if run.ema else ("trained", run.trained.values())
+    An earlier folder of that name goes once the new one is whole.
+    """
     with common.write_folder(folder) as aside:
-        write_tensors(aside / f"{name}.safetensors", dict(zip(run.trained, weights)))
-        state = {"step": step, "settings": run.settings, **extra}
-        common.write_file(aside / common.CHECKPOINT_STATE, json.dumps(state, indent=1))
+        if resumable or not state.ema:
+            write_tensors(aside / "trained.safetensors", {name: p.data for name, p in state.trained.items()})
+        if state.ema:
+            write_tensors(aside / "ema.safetensors", dict(zip(state.trained, state.ema.shadow_params)))
+        saved = {"step": state.steps, "settings": state.settings, **more}
+        if resumable:
+            tensors, numbers = flatten_state(state.optimizer, state.trained)
+            write_tensors(aside / "optimizer.safetensors", tensors)
+            saved |= {"optimizer": numbers, "scaler": state.scaler.state_dict() if state.scaler else None}
+            saved |= {"ema_step": state.ema.optimization_step if state.ema else None, "clips": state.clips}
+            saved["files"] = {file.name: common.file_digest(file) for file in aside.glob("*.safetensors")}
+        common.write_file(aside / common.CHECKPOINT_STATE, json.dumps(saved, indent=1))
+        old = folder.with_name(f".{folder.name}.old")
+        shutil.rmtree(old, ignore_errors=True)
         if folder.exists():
-            shutil.rmtree(old, ignore_errors=True)
             os.replace(folder, old)
     shutil.rmtree(old, ignore_errors=True)
 
@@ -741,35 +958,39 @@ def checkpoints_of(output_dir):
 
 def read_checkpoint(folder):
     """The state of a complete checkpoint. Raises `UserError` that names the damaged or missing file."""
-    path = Path(folder) / common.CHECKPOINT_STATE
+    path = folder / common.CHECKPOINT_STATE
     try:
-        state = json.loads(path.read_text())
-        if "files" not in state:
+        saved = json.loads(path.read_text())
+        if "files" not in saved:
             raise UserError(f"{folder}: holds weights to generate with, no training to go on with")
-        files = state["files"]
+        files = saved["files"]
     except FileNotFoundError:
         raise UserError(f"{path}: missing; not a checkpoint of train_svd.py") from None
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{path}: damaged") from None
     for name, digest in files.items():
-        file = Path(folder) / name
+        file = folder / name
         if not file.is_file() or common.file_digest(file) != digest:
             raise UserError(f"{file}: {'damaged' if file.is_file() else 'missing'}")
-    return state
+    return saved
 
 
 def find_checkpoint(args):
-    """--resume_from_checkpoint -> (folder, state) or (None, None); `latest` takes the newest complete one."""
-    if args.resume_from_checkpoint != "latest":
-        return Path(args.resume_from_checkpoint), read_checkpoint(args.resume_from_checkpoint)
-    for folder in reversed(checkpoints_of(args.output_dir)):
+    """--resume_from_checkpoint -> (folder, saved state) or (None, None); `latest` takes the newest complete one."""
+    output, given = Path(args.output_dir), args.resume_from_checkpoint
+    if not given:
+        return None, None
+    if given != "latest":
+        folder = Path(given) if Path(given).is_dir() else output / given  # checkpoint-500: the one of this run
+        return folder, read_checkpoint(folder)
+    for folder in reversed(checkpoints_of(output)):
         try:
             return folder, read_checkpoint(folder)
         except UserError as error:
             print(f"{error}; taking the checkpoint before it", file=sys.stderr)
-    if (Path(args.output_dir) / "model_index.json").exists():
-        raise UserError(f"{args.output_dir} holds a result and no checkpoint to go on from; give another --output_dir")
-    print(f"--resume_from_checkpoint latest: no checkpoint in {args.output_dir}; starting from the beginning")
+    if (output / "model_index.json").exists():
+        raise UserError(f"{output} holds a result and no checkpoint to go on from; give another --output_dir")
+    print(f"--resume_from_checkpoint latest: no checkpoint in {output}; starting from the beginning")
     return None, None
 
 
@@ -783,104 +1004,116 @@ def put_aside_newer(args, folder, step):
             os.replace(newer, target)
 
 
-def load_checkpoint(run, unet, folder, state):
-    """Puts a checkpoint's weights, optimizer, schedule and average in place; returns the number of steps done."""
-    folder = Path(folder)
-    common.lay_over(unet, folder / "trained.safetensors")
-    unflatten_state(run.optimizer, run.trained, load_file(folder / "optimizer.safetensors"), state["optimizer"])
-    with warnings.catch_warnings():  # torch expects optimizer steps in between
-        warnings.simplefilter("ignore")
-        for _ in range(state["step"]):  # the schedule is a function of the step
-            run.lr_scheduler.step()
-    if run.ema:
-        shadow = load_file(folder / "ema.safetensors")
-        run.ema.shadow_params = [shadow[name] for name in run.trained]
-        run.ema.optimization_step = state["ema_step"]
-    return state["step"]
-
-
 # Settings that may differ between a checkpoint and its resumption: they do not change the result.
-FREE = """output_dir dataset_dir pretrained_model_name resume_from_checkpoint checkpointing_steps
-checkpoints_total_limit cache_latents cache_dir dataloader_num_workers logging_steps report_to compile dry_run
-gradient_checkpointing gradient_accumulation_steps train_batch_size max_train_steps versions step
-validation_dir validation_steps validation_metric""".split()
+MAY_DIFFER_ON_RESUME = """output_dir dataset_dir pretrained_model_name resume_from_checkpoint checkpointing_steps
+checkpoints_total_limit cache_latents cache_dir dataloader_num_workers logging_steps report_to compile dry_run exclude
+gradient_checkpointing gradient_accumulation_steps train_batch_size max_train_steps versions step num_clips median_fps
+median_motion_bucket_id motion_bucket_id_range validation_dir validation_steps validation_metric""".split()
 
 
-def check_resume(settings, saved, folder):
-    """Refuses, by name, settings that would make the resumed run another run."""
-    changed = [key for key in settings if key not in FREE and settings[key] != saved.get(key, settings[key])]
-    if settings["max_train_steps"] != saved["max_train_steps"] and "constant" not in settings["lr_scheduler"]:
+def check_resume(settings, clips, saved, folder):
+    """Refuses, by name, settings and frames that would make the resumed run another run.
+
+    Clips that are gone are named, and the run goes on without them: that is how one that cannot be read is left out.
+    """
+    before = saved["settings"]
+    free = {*MAY_DIFFER_ON_RESUME, *(["num_validation_videos"] if settings["validation_dir"] else [])}
+    changed = [key for key in settings if key not in free and settings[key] != before.get(key, settings[key])]
+    if settings["max_train_steps"] != before["max_train_steps"] and "constant" not in settings["lr_scheduler"]:
         changed.append("max_train_steps")  # it shapes the learning-rate schedule
     if changed:
-        pairs = ", ".join(f"{key} was {saved[key]!r}, is {settings[key]!r}" for key in changed)
+        pairs = ", ".join(f"{key} was {before[key]!r}, is {settings[key]!r}" for key in changed)
         raise UserError(f"{folder}: {pairs}; use the checkpoint's, or start a new run in another --output_dir")
+    if saved["step"] > settings["max_train_steps"]:
+        raise UserError(f"{folder} is beyond --max_train_steps {settings['max_train_steps']}")
+    if "clips" not in saved:
+        return print(f"warning: {folder} is of an older version and does not say which frames it was trained on")
+    known = saved["clips"]
+    changed = [name for name in clips if name in known and known[name] != clips[name]]
+    new, gone = sorted(clips.keys() - known.keys()), sorted(known.keys() - clips.keys())
+    if changed or new:
+        what = (
+            f"{listed(changed)} changed (frames, fps or motion)" if changed else f"{listed(new)} not trained on before"
+        )
+        cure = "put back what was there, leave them out by --exclude, or start a new run in another --output_dir"
+        raise UserError(f"{folder}: {what}; {cure}")
+    if gone:
+        print(f"going on without {listed(gone)}, which the checkpoint was trained on")
 
 
-def save_result(run, step):
+def listed(names):
+    """A few names and how many more there are."""
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def save_result(state, base):
     """The fine-tuned pipeline as a standard diffusers folder: the base's own files, the trained tensors replaced.
 
     Frozen weights are copied from the base on disk, so they stay bitwise the same whatever dtype they were trained in,
-    and no second model is built. Every file keeps the base's precision. model_index.json is written last.
+    and no second model is built. Every file keeps the base's precision. model_index.json is written last. (diffusers'
+    save_pretrained would write the local path into config.json, and shards of its own.)
     """
-    base, output = Path(run.base), Path(run.args.output_dir)
-    weights = dict(zip(run.trained, run.ema.shadow_params)) if run.ema else run.trained
+    output = Path(state.args.output_dir)
+    weights = dict(zip(state.trained, state.ema.shadow_params)) if state.ema else state.trained
     aside = output / ".result.part"
     shutil.rmtree(aside, ignore_errors=True)
     for part in common.PARTS:
         (aside / part).mkdir(parents=True)
+        stored = common.weight_files(base, part) if part in common.MODEL_PARTS else []
         for source in (base / part).glob("*.json"):
+            text = source.read_text(encoding="utf-8")
             if ".index" not in source.name:
-                shutil.copyfile(source, aside / part / source.name)
+                common.write_file(aside / part / source.name, text)
+            elif all(file.name in text for file in stored):
+                common.write_file(aside / part / source.name.replace(".fp16", ""), text.replace(".fp16", ""))
         if part == "image_encoder":  # else transformers, given no dtype, loads fp16 beside diffusers' fp32
             config = {**common.read_config(base, part), "dtype": "float32"}
             common.write_file(aside / part / "config.json", json.dumps(config, indent=2))
-        for source in common.weight_files(base, part) if part in common.MODEL_PARTS else ():
+        for source in stored:
             target = aside / part / source.name.replace(".fp16", "")
-            if part != "unet":
+            if part == "unet":
+                tensors = load_file(source)
+                for name in tensors.keys() & weights.keys():
+                    tensors[name] = weights[name].detach().to("cpu", tensors[name].dtype)
+                write_tensors(target, tensors, {"format": "pt"})
+            else:
                 shutil.copyfile(source, target)
-                continue
-            with safe_open(source, "pt") as stored:
-                tensors = {name: stored.get_tensor(name) for name in stored.keys()}
-            for name in tensors.keys() & weights.keys():
-                tensors[name] = weights[name].detach().to("cpu", tensors[name].dtype)
-            write_tensors(target, tensors, {"format": "pt"})
-        for source in (base / part).glob("*.index*.json"):
-            if all(file.name in source.read_text() for file in common.weight_files(base, part)):
-                target = aside / part / source.name.replace(".fp16", "")
-                common.write_file(target, source.read_text().replace(".fp16", ""))
     (output / "model_index.json").unlink(missing_ok=True)  # from here until it is back, this is no finished result
     for part in common.PARTS:
         shutil.rmtree(output / part, ignore_errors=True)  # an earlier result of this same run, resumed to go further
         os.replace(aside / part, output / part)
     aside.rmdir()
-    common.write_file(output / common.SETTINGS, json.dumps({**run.settings, "step": step}, indent=1))
-    common.write_file(output / "README.md", model_card(run, step))
+    common.write_file(output / common.SETTINGS, json.dumps({**state.settings, "step": state.steps}, indent=1))
+    common.write_file(output / "README.md", model_card(state))
     common.write_file(output / "model_index.json", (base / "model_index.json").read_text())
 
 
-def read_metrics(path):
-    """The lines of a metrics.jsonl, without those that a crash cut off."""
-    lines = []
+def read_metrics(output_dir):
+    """The lines of a run's metrics.jsonl, without those that a crash cut off."""
+    path, lines = Path(output_dir) / "metrics.jsonl", []
     for line in path.read_text().splitlines() if path.exists() else ():
         with contextlib.suppress(ValueError):
             lines.append(json.loads(line))
     return lines
 
 
-def model_card(run, step):
+def model_card(state):
     """What the result is, as a README in the hub's format: base, data, settings, last validation, samples."""
-    settings, output = run.settings, Path(run.args.output_dir)
-    lines = read_metrics(output / "metrics.jsonl")
-    scores = next((line for line in reversed(lines) if "validation_loss_v" in line), {})
+    settings, output = state.settings, Path(state.args.output_dir)
+    scores = next((line for line in reversed(read_metrics(output)) if "validation_loss_v" in line), {})
     table = "".join(f"| {name.removeprefix('validation_')} | {value:.4g} |\n" for name, value in scores.items())
     videos = sorted((output / "validation").glob(f"step-{scores.get('step', 0):06d}/*.mp4"))
     samples = "".join(f"- [{video.name}]({video.relative_to(output).as_posix()})\n" for video in videos)
-    what = f"{settings['num_clips']} clips, {step} steps of {settings['global_batch_size']}, {settings['width']}x"
+    what = (
+        f"{settings['num_clips']} clips, {state.steps} steps of {settings['global_batch_size']}, {settings['width']}x"
+    )
     what += f"{settings['height']}, {settings['num_frames']} frames; trained: {settings['trainable']}. Median fps "
     what += f"{settings['median_fps']:g}, median motion_bucket_id {settings['median_motion_bucket_id']:g}: use these."
+    base = settings["base_model_name"]
     return (
-        f"---\nbase_model: {run.args.pretrained_model_name}\npipeline_tag: image-to-video\n"
-        "library_name: diffusers\n---\n"
+        "---\n"
+        + (f"base_model: {base}\n" if base else "")
+        + "pipeline_tag: image-to-video\nlibrary_name: diffusers\n---\n"
         f"\n# Stable Video Diffusion, fine-tuned\n\n{what} All settings: {common.SETTINGS}.\n"
         + (f"\n| held-out clips | real beside generated |\n|---|---|\n{table}\n{samples}" if scores else "")
     )
@@ -893,127 +1126,90 @@ VALIDATION_SIGMAS = (0.1, 0.5, 2.0, 10.0, 100.0)  # 8 of the 25 inference steps 
 LOWER_IS_BETTER = ("loss_v", "flow_error")
 
 
-def split_clips(clips, args):
-    """(training clips, held-out clips): whole episodes are held out, so that no camera of one is on the other side."""
-    if args.validation_dir:
-        if not Path(args.validation_dir).is_dir():
-            raise UserError(f"--validation_dir {args.validation_dir}: no such folder; make it with prepare_dataset.py")
-        return clips, load_clips(args, args.validation_dir)[: args.num_validation_videos or None]
-    groups = {}
-    for clip in clips:
-        groups.setdefault(common.clip_group(clip), []).append(clip)
-    order = torch.randperm(len(groups), generator=random_generator(args.seed, "held out")).tolist()
-    names, held_out, videos = list(groups), set(), 0
-    for place in order:
-        if videos >= args.num_validation_videos:
-            break
-        held_out.add(names[place])
-        videos += len(groups[names[place]])
-    if held_out and len(held_out) == len(groups):
-        raise UserError(f"--num_validation_videos {args.num_validation_videos}: no episode would be left to train on")
-    validation = [clip for name in names if name in held_out for clip in groups[name]]
-    return [clip for clip in clips if common.clip_group(clip) not in held_out], validation[: args.num_validation_videos]
+def frames_to_decode(args):
+    """How many frames validation decodes at a time: so few that it never needs more memory than training."""
+    return max(1, frames_at_once(args) // 4)
 
 
 class Validation:
-    """Scores the model as it stands on held-out clips, with generators of its own: it changes nothing of the run."""
+    """Scores the model as it stands on held-out clips, with generators of its own: it changes nothing of the run.
 
-    def __init__(self, run, clips, vae, weight_dtype):
-        self.run, self.clips, self.vae, self.weight_dtype = run, clips, vae, weight_dtype
-        self.dataset = ClipDataset(clips, run.args, vae.config, cached=True)
-        self.folder = Path(run.args.output_dir) / "validation"
-        self.pipe, self.copied, self.base, self.best = None, None, {}, None
-        best = Path(run.args.output_dir) / "best" / common.CHECKPOINT_STATE
-        if best.is_file():  # of this run, before it was resumed
-            self.best = json.loads(best.read_text())["metrics"].get(run.args.validation_metric)
+    vae: the run's own, on the GPU; its decoder stays on the CPU until latents are decoded. CLIP is not needed: the
+    cache holds what it says of each first frame.
+    """
+
+    def __init__(self, args, base, clips, vae, decoder, weight_dtype):
+        self.args, self.clips, self.vae, self.decoder, self.weight_dtype = args, clips, vae, decoder, weight_dtype
+        self.dataset = ClipDataset(clips, args, vae.config, cached=True)
+        parts = {part: common.load_part(base, part, None) for part in ("scheduler", "feature_extractor")}
+        self.pipe = StableVideoDiffusionPipeline(unet=None, vae=vae, image_encoder=None, **parts)
+        self.pipe.set_progress_bar_config(disable=True)
+        self.folder = Path(args.output_dir) / "validation"
 
     def losses(self, unet, device):
         """Mean v loss by noise level, on the first window of every clip, with the same noise every time."""
         sums = dict.fromkeys(VALIDATION_SIGMAS, 0.0)
-        for place in range(len(self.clips)):
-            sample = self.dataset.sample(self.clips[place], 0, random_generator("validation", place))
+        for place, clip in enumerate(self.clips):
+            sample = self.dataset.sample(clip, 0, random_generator("validation", place))
             batch = {name: value[None].to(device) for name, value in sample.items()}
             batch["keep"] = torch.ones_like(batch["keep"])
             for sigma in VALIDATION_SIGMAS:
                 batch["sigmas"] = torch.full_like(batch["sigmas"], sigma)
                 loss, _ = training_loss(unet, self.vae, batch, self.weight_dtype)
                 sums[sigma] += loss.item() / len(self.clips)
-        return {f"loss_v_sigma_{sigma:g}": value for sigma, value in sums.items()} | {
-            "loss_v": sum(sums.values()) / len(sums)
-        }
+        by_sigma = {f"loss_v_sigma_{sigma:g}": value for sigma, value in sums.items()}
+        return {**by_sigma, "loss_v": sum(sums.values()) / len(sums)}
 
-    def generate(self, unet, clip, device):
+    def generate(self, clip, device):
         """The continuation of the clip's first frame by the stock pipeline: (T, H, W, 3) uint8."""
-        args, pipe = self.run.args, self.pipe
-        first = common.fit_frame(common.read_frame(clip["frames"][0]), args.width, args.height)
+        args, pipe = self.args, self.pipe
+        first = read_frames(clip["frames"][:1], args.width, args.height)[0]
+        embedding = read_cached(clip["cache"], 0, 1)[2][None].to(device, self.weight_dtype)  # (1, 1, D)
+        pipe._encode_image = lambda *_: torch.cat([torch.zeros_like(embedding), embedding])
         latents = pipe(
             Image.fromarray(first), width=args.width, height=args.height, num_frames=args.num_frames,
             fps=round(clip["fps"]), motion_bucket_id=clip["motion_bucket_id"], output_type="latent",
             generator=torch.Generator().manual_seed(0),
         ).frames  # fmt: skip
-        frames = pipe.decode_latents(latents.float(), args.num_frames, frames_at_once(args))  # the VAE stays in fp32
+        self.vae.decoder = self.decoder.to(device)
+        try:
+            frames = pipe.decode_latents(latents.float(), args.num_frames, frames_to_decode(args))
+        finally:
+            self.vae.decoder = None
+            self.decoder.to("cpu")
         return (pipe.video_processor.postprocess_video(frames, "np")[0] * 255).round().astype(np.uint8)
 
     @torch.no_grad()
-    def __call__(self, unet, step, device):
-        """{metric: mean over clips} of this step; writes `validation/step-N/<clip>.mp4`, real beside generated."""
-        args, run = self.run.args, self.run
-        if run.ema:
-            run.ema.store(run.trained.values())
-            run.ema.copy_to(run.trained.values())
+    def __call__(self, state):
+        """{metric: mean over clips} of the state as it is; writes `validation/step-N/<clip>.mp4`, real and generated.
+
+        {} where it failed, with a line that says so: nothing here is worth the run.
+        """
+        device = state.accelerator.device
+        if state.ema:
+            state.ema.store(state.trained.values())
+            state.ema.copy_to(state.trained.values())
         try:
-            metrics, scores, copied = self.losses(unet, device), [], []
-            if self.pipe is None:
-                parts = {
-                    part: common.load_part(run.base, part, torch.float32) for part in common.PARTS if part != "unet"
-                }
-                self.pipe = StableVideoDiffusionPipeline(unet=unet, **parts)
-                self.pipe.set_progress_bar_config(disable=True)
-            self.pipe.vae.to(device)
-            self.pipe.image_encoder.to(device, self.weight_dtype)
-            target = self.folder / f"step-{step:06d}"
+            self.pipe.unet = state.bare_unet
+            metrics, scores, copied = self.losses(state.bare_unet, device), [], []
+            target = self.folder / f"step-{state.steps:06d}"
             target.mkdir(parents=True, exist_ok=True)
             for clip in self.clips:
-                real = [
-                    common.fit_frame(common.read_frame(p), args.width, args.height)
-                    for p in clip["frames"][: args.num_frames]
-                ]
-                real, generated = np.stack(real), self.generate(unet, clip, device)
+                real = read_frames(clip["frames"][: self.args.num_frames], self.args.width, self.args.height)
+                generated = self.generate(clip, device)
                 scores.append(common.video_metrics(generated, real))
                 copied.append(common.video_metrics(np.repeat(real[:1], len(real), axis=0), real))
-                name = clip["directory"].replace("/", "_")
-                sheet = common.side_by_side({"real": real, f"generated, step {step}": generated})
-                common.write_video(target / f"{name}.mp4", sheet, clip["fps"])
-            self.copied = mean_scores(copied)
-            return metrics | mean_scores(scores) | {f"copied_{name}": value for name, value in self.copied.items()}
-        except (RuntimeError, OSError) as error:  # out of memory has many names; nothing here is worth the run
+                sheet = common.side_by_side({"real": real, f"generated, step {state.steps}": generated})
+                common.write_video(target / f"{clip['directory'].replace('/', '_')}.mp4", sheet, clip["fps"])
+            copied = {f"copied_{name}": value for name, value in mean_scores(copied).items()}
+            return {**metrics, **mean_scores(scores), **copied}
+        except (RuntimeError, OSError, UserError) as error:  # out of memory has many names
             tqdm.write(f"validation failed and was left out; training goes on ({str(error).splitlines()[0]})")
             return {}
         finally:
-            if self.pipe:
-                self.pipe.vae.to("cpu")
-                self.pipe.image_encoder.to("cpu")
             torch.cuda.empty_cache()
-            if run.ema:
-                run.ema.restore(run.trained.values())
-
-    def report(self, metrics, step):
-        """Prints the scores, warns of frozen video, and keeps the weights of the best step in `best/`."""
-        self.base = self.base or metrics  # the first validation of a run is that of the base
-        rows = {f"step {step}": metrics, "first validation": self.base, "first frame copied": self.copied}
-        for label, row in rows.items():
-            names = [n for n in ("loss_v", "psnr_moving", "motion_ratio", "flow_error") if row.get(n) is not None]
-            tqdm.write(f"{label}: " + ", ".join(f"{name} {row[name]:.3f}" for name in names))
-        if metrics.get("motion_ratio", 1.0) < 0.5:
-            tqdm.write(
-                f"warning: generated video moves {metrics['motion_ratio']:.2f} times as much as the real one. Try"
-                " --P_mean 1.0, fewer steps or a lower --learning_rate; check fps and motion in metadata.jsonl"
-            )
-        value = metrics.get(self.run.args.validation_metric)
-        sign = -1 if self.run.args.validation_metric in LOWER_IS_BETTER else 1
-        if value is not None and (self.best is None or sign * value > sign * self.best):
-            self.best = value
-            save_weights(self.run, Path(self.run.args.output_dir) / "best", step, {"metrics": metrics})
+            if state.ema:
+                state.ema.restore(state.trained.values())
 
 
 def mean_scores(scores):
@@ -1022,7 +1218,36 @@ def mean_scores(scores):
     return {name: float(np.mean(given)) for name, given in values.items() if given}
 
 
+def report_scores(metrics, state):
+    """Prints the scores beside those of the base and of a copied first frame; warns of video that does not move."""
+    base = next((line for line in read_metrics(state.args.output_dir) if "validation_loss_v" in line), None)
+    rows = {f"step {state.steps}": metrics}
+    if base and base["step"] == 0:
+        rows["base model"] = {name.removeprefix("validation_"): value for name, value in base.items()}
+    rows["first frame copied"] = {n.removeprefix("copied_"): v for n, v in metrics.items() if n.startswith("copied_")}
+    for label, row in rows.items():
+        names = [n for n in ("loss_v", "psnr_moving", "motion_ratio", "flow_error") if row.get(n) is not None]
+        tqdm.write(f"{label}: " + ", ".join(f"{name} {row[name]:.3f}" for name in names))
+    if metrics.get("motion_ratio", 1.0) < 0.5:
+        tqdm.write(
+            f"warning: generated video moves {metrics['motion_ratio']:.2f} times as much as the real one. Try"
+            " --P_mean 1.0, fewer steps or a lower --learning_rate; check fps and motion in metadata.jsonl"
+        )
+
+
+def keep_best(metrics, state):
+    """Keeps the weights of the best step by --validation_metric in `best/`, to generate with."""
+    folder, name = Path(state.args.output_dir) / "best", state.args.validation_metric
+    sign, best = -1 if name in LOWER_IS_BETTER else 1, None
+    with contextlib.suppress(FileNotFoundError, ValueError, KeyError):  # of this run, or of before it was resumed
+        best = json.loads((folder / common.CHECKPOINT_STATE).read_text())["metrics"].get(name)
+    if metrics.get(name) is not None and (best is None or sign * metrics[name] > sign * best):
+        save_checkpoint(folder, state, resumable=False, metrics=metrics)
+
+
 # --------------------------------------------------------------------------------------------------- Command line
+
+DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def build_parser():
@@ -1044,19 +1269,15 @@ def build_parser():
     add("--pretrained_model_name", required=True, help="hub name or local diffusers folder to start from")
     add("--dataset_dir", required=True, help="folder of clip folders, from prepare_dataset.py")
     add("--output_dir", required=True, help="where the checkpoints and the fine-tuned pipeline go")
+    add("--exclude", nargs="+", default=[], metavar="CLIP", help="leave these clips out: names or 'patterns*'")
     add("--num_frames", type=positive, default=25, help="frames in a training window (default 25)")
     add("--width", type=positive, default=512, help="pixels, a multiple of 64 for SVD (default 512)")
     add("--height", type=positive, default=320, help="pixels, a multiple of 64 for SVD (default 320)")
     add("--fps", type=at_least_zero, default=DEFAULT_FPS, help="for clips without metadata.jsonl (default 7)")
-    add(
-        "--motion_bucket_id",
-        type=at_least_zero,
-        default=DEFAULT_MOTION_BUCKET_ID,
-        help="likewise, 0..255 (default 127)",
-    )
-    add(
-        "--cache_latents", action=argparse.BooleanOptionalAction, default=True, help="encode every frame once (default)"
-    )
+    bucket = DEFAULT_MOTION_BUCKET_ID
+    add("--motion_bucket_id", type=at_least_zero, default=bucket, help="likewise, 0..255 (default 127)")
+    cache = argparse.BooleanOptionalAction
+    add("--cache_latents", action=cache, default=True, help="encode every frame once (default)")
     add("--cache_dir", help="where the cache goes (default: DATASET_DIR/.cache)")
     add("--dataloader_num_workers", type=positive, default=4, help="threads that load samples (default 4)")
 
@@ -1068,8 +1289,10 @@ def build_parser():
     schedules = [s.value for s in SchedulerType if s.value != "piecewise_constant"]  # that one needs a rule
     add("--lr_scheduler", choices=schedules, default="constant", help="of the learning rate (default constant)")
     add("--lr_warmup_steps", type=int, default=0, help="optimizer steps of linear warm-up (default 0)")
-    add("--max_grad_norm", type=at_least_zero, help="clip the gradient's norm; 0: do not, and free each gradient as"
-        " soon as it is used (default 1; 0 with adamw8bit)")  # fmt: skip
+    clipping = (
+        "clip the gradient's norm; 0: do not, and free each gradient once it is used (default 1; 0 with adamw8bit)"
+    )
+    add("--max_grad_norm", type=at_least_zero, help=clipping)
     add("--optimizer", choices=["adamw", "adamw8bit"], default="adamw", help="adamw8bit needs bitsandbytes")
     add("--adam_weight_decay", type=at_least_zero, default=1e-2, help="AdamW's decoupled decay (default 0.01)")
     add("--trainable", choices=list(TRAINABLE), default="temporal", help="which UNet layers (default temporal)")
@@ -1082,35 +1305,27 @@ def build_parser():
     add("--seed", type=int, default=0, help="everything drawn is a function of it and the step (default 0)")
 
     add = parser.add_argument_group("memory and speed").add_argument
-    add("--mixed_precision", choices=["no", "fp16", "bf16"], help="default: bf16; fp16 on cards without; no on a CPU")
-    add(
-        "--gradient_checkpointing",
-        nargs="?",
-        const="full",
-        default="auto",
-        choices=["none", "full", "auto"],
-        help="recompute activations: none, full, or the cheapest that fits (default auto)",
-    )
-
+    add("--mixed_precision", choices=list(DTYPES), help="default: bf16; fp16 on cards without; no on a CPU")
+    recompute = "recompute activations: none, of the transformers, full, or the cheapest that fits (default auto)"
+    modes = [*RECOMPUTED, "auto"]
+    add("--gradient_checkpointing", nargs="?", const="full", default="auto", choices=modes, help=recompute)
     add("--deterministic", action="store_true", help="slower kernels, one CPU thread, the same bits every time")
     add("--compile", action="store_true", help="torch.compile the blocks: slow to start, faster to run on a GPU")
-    add(
-        "--dry_run",
-        action="store_true",
-        help="print what the run needs and whether it fits, from the configuration alone",
-    )
+    add("--dry_run", action="store_true", help="print what the run needs and whether it fits; needs no weights")
 
     add = parser.add_argument_group("validation").add_argument
     add("--validation_dir", help="prepared folder of held-out clips")
     add("--num_validation_videos", type=int, default=0, help="else: hold out so many clips, whole episodes (default 0)")
     add("--validation_steps", type=positive, default=500, help="validate every so many steps, and before the first")
-    add("--validation_metric", default="psnr_moving", choices=["psnr_moving", "loss_v", "flow_error", "ssim", "psnr"],
-        help="the best step by this is kept in OUTPUT_DIR/best (default psnr_moving)")  # fmt: skip
+    metrics = ["psnr_moving", "loss_v", "flow_error", "ssim", "psnr"]
+    best = "the best step by this is kept in OUTPUT_DIR/best (default psnr_moving)"
+    add("--validation_metric", default="psnr_moving", choices=metrics, help=best)
 
     add = parser.add_argument_group("checkpoints and logs").add_argument
     add("--checkpointing_steps", type=positive, default=500, help="save every so many steps (default 500)")
     add("--checkpoints_total_limit", type=positive, default=2, help="keep the newest so many (default 2)")
-    add("--resume_from_checkpoint", metavar="latest|FOLDER", help="go on from a checkpoint of this run")
+    resume = "go on from a checkpoint of this run: the newest, checkpoint-N, or a folder"
+    add("--resume_from_checkpoint", metavar="latest|FOLDER", help=resume)
     add("--logging_steps", type=positive, default=10, help="a line in metrics.jsonl every so many steps (default 10)")
     add("--report_to", choices=["tensorboard", "wandb"], help="also log there, where it is installed")
     return parser
@@ -1143,269 +1358,363 @@ def parse_args(argv=None):
             parser.error(f"{'--report_to' if module == args.report_to else '--optimizer'} needs: pip install {module}")
     if (args.validation_dir or args.num_validation_videos) and not args.cache_latents:
         parser.error("validation reads the latent cache: leave out --no-cache_latents")
-    if args.optimizer == "adamw8bit" and not torch.cuda.is_available() and not args.dry_run:
+    cuda = torch.cuda.is_available()
+    if args.optimizer == "adamw8bit" and not cuda and not args.dry_run:
         parser.error("--optimizer adamw8bit needs a CUDA GPU; leave it out on the CPU")
-    if not torch.cuda.is_available() and args.mixed_precision == "fp16" and not args.dry_run:
+    if not cuda and args.mixed_precision == "fp16" and not args.dry_run:
         parser.error("--mixed_precision fp16 needs a CUDA GPU; on the CPU use no or bf16")
-    output = Path(args.output_dir)
-    if not args.dry_run and output.exists() and (not output.is_dir() or any(output.iterdir())):
-        if not (output / "metrics.jsonl").is_file():
-            parser.error(f"--output_dir {output} holds something that is no run of this script; give another folder")
-        if not args.resume_from_checkpoint:
-            parser.error(f"--output_dir {output} already holds a run; give another, or --resume_from_checkpoint latest")
+    if args.mixed_precision is None:
+        older = cuda and torch.cuda.get_device_capability() < (8, 0)
+        args.mixed_precision = "fp16" if older else "bf16" if cuda or args.dry_run else "no"
+    if not args.dry_run:
+        try:
+            check_output_dir(args)
+        except UserError as error:
+            parser.error(str(error))
     return args
+
+
+def check_output_dir(args):
+    """Refuses a folder in which the run would write over something: a run, unless it is resumed, or anything else."""
+    output = Path(args.output_dir)
+    if output.exists() and not output.is_dir():
+        raise UserError(f"--output_dir {output}: a file of that name is in the way")
+    run = checkpoints_of(output) or (output / "metrics.jsonl").is_file()
+    ours = ("model_index.json", common.SETTINGS, "README.md", "metrics.jsonl", "validation", "best", *common.PARTS)
+    there = [name for name in ours if (output / name).exists()]
+    if there and not run:
+        raise UserError(
+            f"--output_dir {output} holds something that is no run of this script: {there[0]}; give another"
+        )
+    if run and not args.resume_from_checkpoint:
+        raise UserError(f"--output_dir {output} already holds a run; give another, or --resume_from_checkpoint latest")
 
 
 # ----------------------------------------------------------------------------------------------------------- Main
 
 
-class Run:
-    """What saving, validating and logging need of a run in progress; `main` fills it in."""
-
-    args: argparse.Namespace
-    settings: dict  # what goes into every checkpoint and the result
-    base: Path  # folder of the model it started from
-    trained: dict  # {name: fp32 parameter}
-    optimizer: torch.optim.Optimizer
-    lr_scheduler: object
-    scaler: object = None
-    ema: EMAModel | None = None
-
-
-def choose_precision(args, device):
-    """Fills in --mixed_precision and returns its dtype: bf16; fp16 on GPUs without it; fp32 on a CPU."""
-    if args.mixed_precision is None:
-        older = device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0)
-        args.mixed_precision = "fp16" if older else "bf16" if device.type == "cuda" or args.dry_run else "no"
-    return {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[args.mixed_precision]
+def why_no_cuda():
+    """Why torch finds no CUDA GPU, and what to do about it."""
+    with warnings.catch_warnings(record=True) as caught:  # torch warns of a driver that is too old
+        warnings.simplefilter("always")
+        torch.cuda.is_available()
+    if any("driver" in str(warning.message) for warning in caught):
+        return "the NVIDIA driver is too old for this torch: update the driver, or install a torch for an older CUDA"
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is a build without CUDA: install one with it, see pytorch.org"
+    return "no NVIDIA GPU or driver found: see whether nvidia-smi lists one"
 
 
-def describe_run(args, base, clips, accelerator):
+def build_accelerator(args, device):
+    """Accelerate for devices, processes and fp16's scaler alone: nothing of its environment may change the result."""
+    accelerator = Accelerator(
+        # fp16 needs accelerate's gradient scaler, but never its autocast: prepare_unet has cast what is to be cast
+        mixed_precision="fp16" if args.mixed_precision == "fp16" else "no",
+        cpu=device.type == "cpu",
+        dynamo_backend="no",
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),  # else its environment divides the loss
+        kwargs_handlers=[
+            AutocastKwargs(enabled=False),
+            DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+            InitProcessGroupKwargs(timeout=PATIENCE),
+        ],
+        log_with=args.report_to,
+        project_dir=args.output_dir,
+    )
+    if accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU):
+        kind = accelerator.distributed_type.value
+        raise UserError(f"accelerate is set up for {kind}, which is not supported; launch with --multi_gpu")
+    return accelerator
+
+
+PATIENCE = datetime.timedelta(hours=12)  # the other processes wait while one validates
+
+
+def describe_run(args, base, clips, num_processes):
     """The settings that every checkpoint and the result carry."""
-    args.global_batch_size = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
     local = Path(args.pretrained_model_name).is_dir()
     fps, buckets = ([clip[name] for clip in clips] for name in ("fps", "motion_bucket_id"))
-    seen = [(clip["directory"], len(clip["frames"]), clip["fps"], clip["motion_bucket_id"]) for clip in clips]
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "diffusers": diffusers.__version__}
     return {
         **vars(args),
+        "global_batch_size": args.train_batch_size * args.gradient_accumulation_steps * num_processes,
         "pretrained_model_name": str(base.resolve()) if local else args.pretrained_model_name,
+        "base_model_name": None if local else args.pretrained_model_name,
         "base_fingerprint": common.weights_fingerprint(base, "unet"),
-        "dataset": hashlib.sha256(repr(seen).encode()).hexdigest()[:16],
         "num_clips": len(clips),
         "median_fps": statistics.median(fps),
         "median_motion_bucket_id": statistics.median(buckets),
         "motion_bucket_id_range": [min(buckets), max(buckets)],
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "diffusers": diffusers.__version__,
-        },
+        "versions": versions,
     }
 
 
 def main(argv=None):
     args = parse_args(argv)
     cv2.setNumThreads(0)  # the loader has threads of its own
+    warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")  # take_step is not step()
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.use_deterministic_algorithms(True)
         torch.set_num_threads(1)  # the order of sums must not depend on the number of cores
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if args.dry_run:
-        weight_dtype, folder = choose_precision(args, device), common.resolve_config(args.pretrained_model_name)
-        common.check_sizes(args, folder)
-        return dry_run(args, folder, weight_dtype, device)
+        return dry_run(args, device)
     try:
         return train(args, device)
-    except torch.cuda.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not common.is_out_of_memory(error):
+            raise
         available = torch.cuda.get_device_properties(device).total_memory / 2**30 * 0.95 - 0.6
-        advised = advice(
-            args, common.resolve_model(args.pretrained_model_name), choose_precision(args, device), available
-        )
+        folder = common.resolve_model(args.pretrained_model_name)
+        advised = advice(args, folder, DTYPES[args.mixed_precision], available)
         raise UserError(f"the GPU's memory is not enough ({str(error).splitlines()[0]}). {advised}") from None
 
 
 def train(args, device):
     """One run, from the first or a saved step to the result; returns the exit status."""
-    # set up: everything that can be refused is refused before a weight is loaded
-    run = Run()
-    run.args, run.base = args, common.resolve_model(args.pretrained_model_name)
-    common.check_sizes(args, run.base)
+    # everything that can be refused is refused before a weight is loaded
+    base = common.resolve_model(args.pretrained_model_name)
+    common.check_sizes(args, base)
     clips, held_out = split_clips(load_clips(args, args.dataset_dir), args)
-    folder, state = find_checkpoint(args) if args.resume_from_checkpoint else (None, None)
-    weight_dtype = choose_precision(args, device)
-    accelerator = Accelerator(
-        # fp16 needs accelerate's gradient scaler, but never its autocast: prepare_unet has cast what is to be cast
-        mixed_precision="fp16" if args.mixed_precision == "fp16" else "no",
-        cpu=device.type == "cpu",
-        kwargs_handlers=[
-            AutocastKwargs(enabled=False),
-            DistributedDataParallelKwargs(gradient_as_bucket_view=True),
-            InitProcessGroupKwargs(timeout=datetime.timedelta(hours=12)),  # the others wait while one validates
-        ],
-        log_with=args.report_to,
-        project_dir=args.output_dir,
-    )
-    device = accelerator.device
-    run.settings = describe_run(args, run.base, clips, accelerator)
-    if state:
-        check_resume(run.settings, state["settings"], folder)
-        if state["step"] > args.max_train_steps:
-            raise UserError(f"{folder} is beyond --max_train_steps {args.max_train_steps}")
-    if args.resume_from_checkpoint and accelerator.is_main_process:
-        put_aside_newer(args, folder, state["step"] if state else 0)
-    Path(args.output_dir).mkdir(parents=True, exist_ok=True)
-    checkpointing = args.gradient_checkpointing
-    if checkpointing == "auto":
-        checkpointing = cheapest_checkpointing(args, run.base, weight_dtype, free_memory(device))
+    with ThreadPoolExecutor(16) as pool:
+        for clip, digest in zip([*clips, *held_out], pool.map(clip_digest, [*clips, *held_out])):
+            clip["digest"] = digest
+    accelerator = build_accelerator(args, device)
+    settings = describe_run(args, base, clips, accelerator.num_processes)
+    frames = {clip["directory"]: f"{clip['digest']} {clip['fps']:g} {clip['motion_bucket_id']:g}" for clip in clips}
+    folder, saved = find_checkpoint(args)
+    if saved:
+        check_resume(settings, frames, saved, folder)
+    with lock_output(args, accelerator):
+        if device.type == "cpu":
+            accelerator.print(f"no CUDA GPU: {why_no_cuda()}. On the CPU only a tiny model trains in reasonable time.")
+        if args.resume_from_checkpoint and accelerator.is_main_process:
+            put_aside_newer(args, folder, saved["step"] if saved else 0)
+        start_trackers(args, accelerator)
 
-    # data: with the cache, training needs the VAE's encoder alone, and CLIP not at all
-    pipe = None if args.cache_latents else load_encoders(run.base, device)
-    if args.cache_latents:
-        build_cache(clips + held_out, args, partial(load_encoders, run.base, device), run.base, accelerator)
-    vae = pipe.vae if pipe else common.load_part(run.base, "vae", torch.float32).requires_grad_(False)
-    if not pipe:
-        vae.decoder = None
-        vae.to(device)
-    dataset = ClipDataset(clips, args, vae.config, cached=not pipe)
+        # data: with the cache, training needs the VAE's encoder alone, and CLIP not at all
+        weight_dtype = DTYPES[args.mixed_precision]
+        if args.cache_latents:
+            build_cache([*clips, *held_out], args, base, accelerator)
+            pipe, vae = None, common.load_part(base, "vae", torch.float32).requires_grad_(False)
+        else:
+            pipe = load_encoders(base, accelerator.device)
+            vae = pipe.vae
+        decoder, vae.decoder = vae.decoder, None
+        dataset = ClipDataset(clips, args, vae.config, cached=not pipe)
 
-    # model
-    unet = common.load_part(run.base, "unet", torch.float32)
-    prepare_unet(unet, args.trainable, weight_dtype, checkpointing)
-    if args.compile:
-        compile_blocks(unet)
-    unet.to(device)
-    run.trained = trained_parameters(unet)
-    freed_early = gradients_freed_early(args, accelerator.num_processes)
-    run.optimizer = build_optimizer(args, run.trained.values(), freed_early)
-    run.lr_scheduler = get_scheduler(
-        args.lr_scheduler, run.optimizer, num_warmup_steps=args.lr_warmup_steps, num_training_steps=args.max_train_steps
-    )
-    run.ema = EMAModel(run.trained.values(), decay=args.ema_decay, foreach=True) if args.use_ema else None
-    first_step = load_checkpoint(run, unet, folder, state) if state else 0
-    bare_unet, (unet, optimizer) = unet, accelerator.prepare(unet, run.optimizer)
-    bare_unet.__dict__.pop("forward", None)  # with fp16, accelerate's fp32 outputs would break the stock pipeline
-    run.scaler = accelerator.scaler
-    if state and run.scaler:
-        run.scaler.load_state_dict(state["scaler"])
-    if run.ema:
-        run.ema.to(device)
-    bad = torch.zeros((), dtype=torch.bool, device=device)  # whether a gradient was not finite
-    bad_step = torch.full((), -1, dtype=torch.int64, device=device)  # and in which step first
-    if freed_early:
-        step_in_backward(run.optimizer, bad)
-    validation = Validation(run, held_out, vae, weight_dtype) if held_out and accelerator.is_main_process else None
-    accelerator.print(
-        f"{len(clips)} clips{f' and {len(held_out)} held out' if held_out else ''}, {args.max_train_steps} steps of"
-        f" {args.global_batch_size}; {sum(p.numel() for p in run.trained.values()) / 1e6:.1f} M parameters trained"
-        f" ({args.trainable}), {args.mixed_precision} on {device.type}, gradient checkpointing {checkpointing}"
-    )
+        # model
+        checkpointing = args.gradient_checkpointing
+        if checkpointing == "auto":
+            checkpointing = cheapest_checkpointing(args, base, weight_dtype, usable_memory(accelerator.device))
+        unet = common.load_part(base, "unet", torch.float32)
+        prepare_unet(unet, args.trainable, weight_dtype, checkpointing)
+        if args.compile:
+            compile_blocks(unet)
+        vae.to(accelerator.device)
+        state = TrainingState(unet.to(accelerator.device), args, accelerator, {**settings}, frames)
+        if saved:
+            state.load(folder, saved)
+        validation = None
+        if held_out and accelerator.is_main_process:
+            validation = Validation(args, base, held_out, vae, decoder, weight_dtype)
+        accelerator.print(
+            f"{len(clips)} clips{f' and {len(held_out)} held out' if held_out else ''}, {args.max_train_steps} steps of"
+            f" {settings['global_batch_size']}; {sum(p.numel() for p in state.trained.values()) / 1e6:.1f} M parameters"
+            f" trained ({args.trainable}), {args.mixed_precision} on {device.type}, recomputed: {checkpointing}"
+        )
 
-    # loop: one pass is one optimizer step
-    size, ranks, accumulation = args.train_batch_size, accelerator.num_processes, args.gradient_accumulation_steps
-    index_batches = (
-        [step * args.global_batch_size + (micro * ranks + accelerator.process_index) * size + i for i in range(size)]
-        for step in range(first_step, args.max_train_steps)
-        for micro in range(accumulation)
-    )
-    loader = batches(dataset, index_batches, device, args.dataloader_num_workers)
-    stop, log = StopSignal(), Log(run, accelerator, first_step)
-    if first_step == 0:
-        log.validate(validation, bare_unet, 0)
-    for step in range(first_step, args.max_train_steps):
-        for micro in range(accumulation):
-            batch = log.timed(next, loader)
+        with saved_on_error(state):
+            status = run_steps(state, dataset, pipe, vae, validation)
+        if not status and accelerator.is_main_process:
+            output = args.output_dir
+            save_result(state, base)
+            print(f"done: {output} is a diffusers pipeline; python infer_svd.py --model_dir {output} ...")
+        end_processes(state)
+        return status
+
+
+def run_steps(state, dataset, pipe, vae, validation):
+    """The loop, from the step that the state is at: one pass is one optimizer step. Returns 0 or a stop's status."""
+    args, accelerator, weight_dtype = state.args, state.accelerator, DTYPES[state.args.mixed_precision]
+    loader = batches(dataset, index_batches(state), accelerator.device.type == "cuda", args.dataloader_num_workers)
+    stop, log, first = StopSignal(accelerator), Log(state), state.steps
+    if first == 0 and validation:
+        log.scores(validation(state))
+    for step in range(first, args.max_train_steps):
+        micro_batches, failure = log.timed(take, loader, args.gradient_accumulation_steps)
+        received = stop.requested(failure)
+        if failure or received < 0 or (received and state.steps > first):  # a step at least, or it would never end
+            return end_early(state, received, failure)
+        for micro, batch in enumerate(micro_batches):
+            batch = {name: value.to(accelerator.device, non_blocking=True) for name, value in batch.items()}
             if pipe:
-                batch = add_latents(batch, pipe, args, device)
-            with contextlib.nullcontext() if micro == accumulation - 1 else accelerator.no_sync(unet):
-                loss, losses = training_loss(unet, vae, batch, weight_dtype, args.loss)
-                accelerator.backward(loss / accumulation)
+                batch = add_latents(batch, pipe, args, accelerator.device)
+            with state.synchronized(last=micro == len(micro_batches) - 1):
+                loss, losses = training_loss(state.unet, vae, batch, weight_dtype, args.loss)
+                state.backward(loss / len(micro_batches))
             log.add(losses)
-        # A non-finite gradient must not reach the weights, nor cost a CPU-GPU sync each step: fused AdamW skips its
-        # update on the device while found_inf is set, and the step is named when the next line is logged. With fp16 an
-        # overflow is the scaler's business (it sets found_inf itself), so there only the loss counts.
-        if not freed_early:
-            grad_norm = accelerator.clip_grad_norm_(run.trained.values(), args.max_grad_norm or math.inf)
-            bad = ~torch.isfinite(accelerator.reduce(loss.detach()) if run.scaler else grad_norm)
-            log.add({"grad_norm": grad_norm})
-        bad_step = torch.where(bad & (bad_step < 0), step, bad_step)
-        if not run.scaler:
-            run.optimizer.found_inf = (bad_step >= 0).float()
-        if args.optimizer == "adamw8bit" and not freed_early:  # bitsandbytes does not know found_inf: look now
-            log.stop_if_bad(bad_step, dataset)
-        if not freed_early:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        run.lr_scheduler.step()
-        if run.ema:
-            run.ema.step(run.trained.values())
+
         done = step + 1
-
-        stopping = stop.requested(accelerator)
-        saving = done % args.checkpointing_steps == 0 or done == args.max_train_steps or stopping
-        validating = held_out and (done % args.validation_steps == 0 or done == args.max_train_steps)
-        if done % args.logging_steps == 0 or done == args.max_train_steps or saving or validating:
-            log.stop_if_bad(bad_step, dataset)
-            log.write(done)
-        log.progress.update()
+        ended = done == args.max_train_steps
+        saving = ended or done % args.checkpointing_steps == 0
+        validating = validation and (ended or done % args.validation_steps == 0)
+        logging = ended or saving or validating or done % args.logging_steps == 0
+        if not state.update(look=logging):
+            raise UserError(describe_bad_step(state, dataset))
+        log.step_done(done, write=logging)
         if saving and accelerator.is_main_process:
-            save_checkpoint(run, done)
-        if stopping:
-            accelerator.wait_for_everyone()  # a launcher ends the others as soon as one has ended
-            accelerator.print(f"\nstopped after step {done}, saved; go on with --resume_from_checkpoint latest")
-            return 128 + stopping
+            state.save()
         if validating:
-            log.validate(validation, bare_unet, done)
+            log.scores(validation(state))
     log.progress.close()
-
     accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        save_result(run, args.max_train_steps)
-        print(f"done: {args.output_dir} is a diffusers pipeline; python infer_svd.py --model_dir {args.output_dir} ...")
-    accelerator.wait_for_everyone()  # a process that is gone would leave the others waiting at the end
-    # The wrapper of several processes goes before their group: if it let go of the group last, it would wait for the
-    # group's threads with Python's lock in its hand, and they for the lock: a deadlock, seen on one busy core.
-    (unet,) = accelerator.free_memory(unet)
-    gc.collect()
-    accelerator.end_training()
     return 0
 
 
-class StopSignal:
-    """SIGINT and SIGTERM ask for a stop after the step; a second Ctrl-C stops at once."""
+def index_batches(state):
+    """For each micro-batch of this process from `state.steps` on, the sample indices in it."""
+    args, ranks, rank = state.args, state.accelerator.num_processes, state.accelerator.process_index
+    size, total = args.train_batch_size, state.settings["global_batch_size"]
+    for step in range(state.steps, args.max_train_steps):
+        for micro in range(args.gradient_accumulation_steps):
+            first = step * total + (micro * ranks + rank) * size
+            yield list(range(first, first + size))
 
-    def __init__(self):
-        self.signal = 0
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.receive)
+
+def take(loader, count):
+    """The next `count` batches, and the error that came in their place or None."""
+    try:
+        return [next(loader) for _ in range(count)], None
+    except (UserError, OSError) as error:
+        return [], error
+
+
+def end_early(state, received, failure):
+    """A signal, or data that this or another process could not read: saves, then says how to go on."""
+    accelerator = state.accelerator
+    if accelerator.is_main_process:
+        state.save_if_new()
+    accelerator.wait_for_everyone()  # a launcher ends the others as soon as one has ended
+    if failure:
+        raise UserError(
+            f"{failure} --resume_from_checkpoint latest (the {state.steps} steps done are saved)"
+        ) from failure
+    accelerator.print(f"\nstopped after step {state.steps}, saved; go on with --resume_from_checkpoint latest")
+    return 128 + received if received > 0 else 1
+
+
+def describe_bad_step(state, dataset):
+    """Names the clips of a step whose loss or gradient was not finite."""
+    if state.overflows():
+        return "fp16 gradients overflow at every step; use --mixed_precision bf16 or a lower --learning_rate"
+    total = state.settings["global_batch_size"]
+    indices = range(state.steps * total, (state.steps + 1) * total)
+    names = sorted({dataset.clip_of(index)["directory"] for index in indices})
+    return (
+        f"step {state.steps + 1}: the loss or a gradient is not finite; it did not reach the weights. Its clips:"
+        f" {', '.join(names)}. Look at them, or try a lower --learning_rate, or --mixed_precision bf16"
+    )
+
+
+@contextlib.contextmanager
+def saved_on_error(state):
+    """Saves the steps that are done before an error ends the run (a full disk, a clip, the GPU's memory, a bug)."""
+    try:
+        yield
+    except Exception:
+        if state.whole and state.accelerator.is_main_process:
+            with contextlib.suppress(OSError, RuntimeError):  # the error that is on its way out is the one to show
+                state.save_if_new()
+                print(f"\nthe {state.steps} steps done are saved in {state.checkpoint}", file=sys.stderr)
+        raise
+
+
+@contextlib.contextmanager
+def lock_output(args, accelerator):
+    """Makes --output_dir and holds it: a second run on it is refused, also one that looked when it was still empty."""
+    output = Path(args.output_dir)
+    if not accelerator.is_main_process:
+        yield
+        return
+    output.mkdir(parents=True, exist_ok=True)
+    with common.lock_file(output / ".lock", f"--output_dir {output}: another run is at work on it"):
+        check_output_dir(args)
+        yield
+
+
+def end_processes(state):
+    """Several processes end together: one that is gone would leave the others waiting."""
+    accelerator = state.accelerator
+    accelerator.wait_for_everyone()
+    # The wrapper of several processes goes before their group: if it let go of the group last, it would wait for the
+    # group's threads with Python's lock in its hand, and they for the lock: a deadlock, seen on one busy core.
+    state.unet = None
+    accelerator.free_memory()
+    gc.collect()
+    accelerator.end_training()
+
+
+class StopSignal:
+    """SIGINT, SIGTERM, SIGHUP (a closed terminal) and SIGUSR1 (Slurm) ask for a stop after the step.
+
+    A second Ctrl-C stops at once. What nohup told the process to ignore stays ignored.
+    """
+
+    def __init__(self, accelerator):
+        self.signal, self.launcher, self.group = 0, os.getppid(), None
+        for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):
+            number = getattr(signal, name, None)  # Windows has the first two
+            ignored = number and name in ("SIGHUP", "SIGUSR1") and signal.getsignal(number) == signal.SIG_IGN
+            if number and not ignored:
+                signal.signal(number, self.receive)
+        if accelerator.num_processes > 1:  # a group of its own on the CPU: to ask each other makes no GPU wait
+            self.group = torch.distributed.new_group(backend="gloo", timeout=PATIENCE)
 
     def receive(self, number, frame):
         self.signal = number
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # not SIGTERM: launchers send it twice
 
-    def requested(self, accelerator):
-        """The signal's number, or 0; the same answer on every process."""
-        if accelerator.num_processes == 1:
+    def requested(self, failure):
+        """The signal's number, or 0; -1 where only another process failed. The same answer on every process."""
+        if not self.group:
             return self.signal
-        received = torch.tensor(self.signal, device=accelerator.device)
-        return int(accelerator.gather(received[None]).max())
+        if os.getppid() != self.launcher:  # killed; nobody would end this run any more
+            self.signal = self.signal or signal.SIGTERM
+        answer = torch.tensor([self.signal, failure is not None])
+        torch.distributed.all_reduce(answer, torch.distributed.ReduceOp.MAX, self.group)
+        received, failed = answer.tolist()
+        return received or -failed
+
+
+# ----------------------------------------------------------------------------------------------------------- Logs
+
+
+def start_trackers(args, accelerator):
+    """Starts --report_to before anything expensive; what it needs of the user is one line."""
+    if args.report_to:
+        simple = {name: value for name, value in vars(args).items() if isinstance(value, (int, float, str))}
+        try:
+            accelerator.init_trackers("svd", simple)
+        except Exception as error:  # each tracker has errors of its own
+            cure = "run `wandb login`, or set WANDB_MODE=offline" if args.report_to == "wandb" else "or leave it out"
+            why = str(error).strip().splitlines() or [type(error).__name__]
+            raise UserError(f"--report_to {args.report_to}: cannot be started ({why[0]}); {cure}") from None
 
 
 class Log:
     """The progress bar, metrics.jsonl and --report_to; device values are read only when a line is written."""
 
-    def __init__(self, run, accelerator, first_step):
-        self.run, self.accelerator, self.path = run, accelerator, Path(run.args.output_dir) / "metrics.jsonl"
-        if accelerator.is_main_process:  # a resumed run writes the lines after its checkpoint again
-            kept = [line for line in read_metrics(self.path) if line["step"] <= first_step and first_step]
+    def __init__(self, state):
+        self.state, self.accelerator, args = state, state.accelerator, state.args
+        self.path = Path(args.output_dir) / "metrics.jsonl"
+        if self.accelerator.is_main_process:  # a resumed run writes the lines after its checkpoint again
+            kept = [line for line in read_metrics(args.output_dir) if line["step"] <= state.steps and state.steps]
             common.write_file(self.path, "".join(json.dumps(line) + "\n" for line in kept))
-        if run.args.report_to:
-            accelerator.init_trackers(
-                "svd", {k: v for k, v in vars(run.args).items() if isinstance(v, int | float | str)}
-            )
-        total, quiet = run.args.max_train_steps, not accelerator.is_main_process
-        self.progress = tqdm(total=total, initial=first_step, desc="training", unit="step", disable=quiet)
-        self.start(first_step)
+        self.progress = tqdm(total=args.max_train_steps, initial=state.steps, desc="training", unit="step",
+            disable=not self.accelerator.is_main_process)  # fmt: skip
+        self.start(state.steps)
 
     def start(self, step):
         self.sums, self.counts, self.waited, self.since, self.step = {}, {}, 0.0, time.perf_counter(), step
@@ -1424,62 +1733,66 @@ class Log:
             self.sums[name] = self.sums.get(name, 0) + value
             self.counts[name] = self.counts.get(name, 0) + 1
 
-    def stop_if_bad(self, bad_step, dataset):
-        """Ends the run with the names of the clips if a gradient was not finite; the weights are those before it."""
-        if self.accelerator.scaler and self.accelerator.scaler.get_scale() < 2**-14:
-            raise UserError(
-                "fp16 gradients overflow at every step; use --mixed_precision bf16 or a lower --learning_rate"
-            )
-        if (step := bad_step.item()) >= 0:
-            batch = self.run.args.global_batch_size
-            names = sorted({dataset.clip_of(index)["directory"] for index in range(step * batch, (step + 1) * batch)})
-            raise UserError(
-                f"step {step + 1}: the loss or a gradient is not finite; it did not reach the weights. Its clips:"
-                f" {', '.join(names)}. Look at them, or try a lower --learning_rate, or --mixed_precision bf16"
-            )
+    def step_done(self, step, write):
+        """Counts a step; with `write`, a line of the means since the last one."""
+        if not self.state.freed_early:
+            self.add({"grad_norm": self.state.grad_norm})
+        if write:
+            self.write(step)
+        self.progress.update()
 
     def write(self, step):
         reduce, elapsed = self.accelerator.reduce, time.perf_counter() - self.since
         means = {name: reduce(total / self.counts[name], "mean").item() for name, total in self.sums.items()}
-        line = {"step": step, **means, "learning_rate": self.run.lr_scheduler.get_last_lr()[0]}
+        line = {"step": step, **means, "learning_rate": self.state.lr_scheduler.get_last_lr()[0]}
         line["seconds_per_step"] = round(elapsed / (step - self.step), 4)
         line["data_wait_share"] = round(self.waited / elapsed, 4)
+        shown = {"loss": f"{means['loss_v']:.4f}", "lr": f"{line['learning_rate']:.1e}"}
         if self.accelerator.device.type == "cuda":
             line["peak_memory_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
+            line["peak_reserved_gib"] = round(torch.cuda.max_memory_reserved() / 2**30, 2)
+            shown["mem"] = f"{line['peak_memory_gib']:.1f}G"
         self.append(line)
-        shown = {"loss": f"{means['loss_v']:.4f}", "lr": f"{line['learning_rate']:.1e}"}
-        shown |= {"mem": f"{line['peak_memory_gib']:.1f}G"} if "peak_memory_gib" in line else {}
         self.progress.set_postfix(shown, refresh=False)
         self.start(step)
 
     def append(self, line):
+        """Numbers that are not finite (a step that overflowed in fp16) are null: JSON has no NaN."""
+        line = {name: value if math.isfinite(value) else None for name, value in line.items()}
         if self.accelerator.is_main_process:
             with open(self.path, "a") as file:
                 file.write(json.dumps(line) + "\n")
-        self.accelerator.log({k: v for k, v in line.items() if k != "step"}, step=line["step"])
+        numbers = {name: value for name, value in line.items() if name != "step" and value is not None}
+        self.accelerator.log(numbers, step=line["step"])
 
-    def send_videos(self, step):
-        """The side-by-side videos of a validation, to TensorBoard (needs moviepy there) or Weights & Biases."""
-        for path in (
-            sorted(self.path.parent.glob(f"validation/step-{step:06d}/*.mp4")) if self.run.args.report_to else ()
-        ):
-            tracker = self.accelerator.get_tracker(self.run.args.report_to, unwrap=True)
-            if self.run.args.report_to == "wandb":
+    def scores(self, metrics):
+        """Writes and shows what a validation gave, and keeps the weights where they are the best so far."""
+        if metrics:
+            self.append({"step": self.state.steps, **{f"validation_{name}": v for name, v in metrics.items()}})
+            report_scores(metrics, self.state)
+            keep_best(metrics, self.state)
+            self.send_videos()
+        self.start(self.state.steps)
+
+    def send_videos(self):
+        """The side-by-side videos of a validation, to --report_to."""
+        step, kind = self.state.steps, self.state.args.report_to
+        for path in sorted(self.path.parent.glob(f"validation/step-{step:06d}/*.mp4")) if kind else ():
+            tracker = self.accelerator.get_tracker(kind, unwrap=True)
+            if kind == "wandb":
                 import wandb
 
                 tracker.log({path.stem: wandb.Video(str(path), format="mp4")}, step=step)
-            elif importlib.util.find_spec("moviepy"):
-                video = torch.from_numpy(common.read_video(path)).permute(0, 3, 1, 2)[None]
-                tracker.add_video(path.stem, video, step, fps=4)
+            else:  # as a GIF, which its page plays; torch's add_video would need moviepy 1
+                from tensorboard.compat.proto.summary_pb2 import Summary
 
-    def validate(self, validation, unet, step):
-        if validation:
-            metrics = validation(unet, step, self.accelerator.device)
-            if metrics:
-                self.append({"step": step, **{f"validation_{name}": value for name, value in metrics.items()}})
-                validation.report(metrics, step)
-                self.send_videos(step)
-            self.start(step)
+                frames, data = [Image.fromarray(frame) for frame in common.read_video(path)], io.BytesIO()
+                frames[0].save(data, "gif", save_all=True, append_images=frames[1:], duration=250, loop=0)
+                image = Summary.Image(
+                    width=frames[0].width, height=frames[0].height, encoded_image_string=data.getvalue()
+                )
+                summary = Summary(value=[Summary.Value(tag=path.stem, image=image)])
+                tracker.file_writer.add_summary(summary, step)
 
 
 if __name__ == "__main__":
