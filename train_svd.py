@@ -727,7 +727,8 @@ def forecast(args, folder, checkpointing, weight_dtype, count_flops=False):
             trained = list(trained_parameters(unet).values())
             count = sum(p.numel() for p in trained)
             # AdamW: two fp32 numbers a parameter; in 8 bits two bytes, and two fp32 scales for every 256 parameters
-            states = torch.empty(count * 8 if args.optimizer == "adamw" else count * (2 + 8 / 256), dtype=torch.uint8)
+            bytes_each = 8 if args.optimizer == "adamw" else 2 + 8 / 256
+            states = torch.empty(int(count * bytes_each), dtype=torch.uint8)
             average = [torch.empty_like(p) for p in trained] if args.use_ema else []
             batch = fake_batch(args, args.train_batch_size, unet.config, vae.config)
             for parameter in trained if freed_early else ():
