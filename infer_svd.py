@@ -328,7 +328,7 @@ def write_clip(path, frames, fps, output_format):
     if output_format == "mp4":
         common.write_video(path, frames, fps)
     elif output_format == "frames":
-        with common.write_folder(path) as aside:
+        with common.replacing(path, folder=True) as aside:
             for index, frame in enumerate(frames):
                 common.write_file(aside / f"{index:05d}.png", common.encode_png(frame))
     else:  # whole milliseconds, hundredths in a GIF: spread so that the frame rate is right on the whole

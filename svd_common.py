@@ -1,6 +1,7 @@
-"""What two or three of the scripts share: frames and videos, video metrics, SVD's parts and its conditioning.
+"""What a second script calls: frames and videos, a dataset's folder, motion and video metrics, SVD's parts.
 
-torch and diffusers are imported inside the functions that use them, so that preparing a dataset needs neither.
+No command line, no loss, no loop. Importing it touches no disk, GPU or network; torch and diffusers are imported inside
+the functions that use them, so that preparing a dataset needs neither.
 """
 
 import contextlib
@@ -84,34 +85,32 @@ def sort_frames(names, folder):
     for name in names:
         parts = re.split(r"(\d+)", name[: name.rindex(".")].lower())
         shapes.setdefault(tuple(parts[::2]), []).append((parts[1::2], name))
+    if len(names) < 2:
+        return list(names), None
     if len(shapes) > 1:
         usual, *_, odd = (min(shapes[s])[1] for s in sorted(shapes, key=lambda s: (-len(shapes[s]), len("".join(s)))))
         raise UserError(
             f"{folder}: {odd} beside {usual}; frames of a clip have the same name but for one running number: move"
             " what is no frame of it (a mask, a thumbnail, another series) into a folder of its own"
         )
-    ((around, rows),) = shapes.items() if shapes else (((), []),)
-    if len(rows) < 2:
-        return list(names), None
-    columns = list(zip(*([int(number) for number in numbers] for numbers, _ in rows)))
-    for place, text in enumerate(around[1:-1]):
-        if text == ".":
-            columns.append([float(".".join(numbers[place : place + 2])) for numbers, _ in rows])
-    orders = []
+    ((around, rows),) = shapes.items()
+    columns = [[int(number) for number in column] for column in zip(*(numbers for numbers, _ in rows))]
+    points = [place for place, text in enumerate(around[1:-1]) if text == "."]
+    columns += [[float(".".join(numbers[place : place + 2])) for numbers, _ in rows] for place in points]
+    orders = []  # (unevenness, names in order, place of the widest step)
     for column in columns:
         values, ordered = zip(*sorted(zip(column, (name for _, name in rows))))
         steps = [later - earlier for earlier, later in zip(values, values[1:])]
         if min(steps) > 0:
-            usual, widest = sorted(steps)[(len(steps) - 1) // 2], max(steps)
-            orders.append((widest / usual, ordered, steps.index(widest)))
+            orders.append((max(steps) / sorted(steps)[(len(steps) - 1) // 2], ordered, steps.index(max(steps))))
     if not orders:
-        rows.sort(key=lambda row: ([int(number) for number in row[0]], row[1]))
-        for (first, one), (second, other) in zip(rows, rows[1:]):
-            if [*map(int, first)] == [*map(int, second)]:
-                raise UserError(f"{folder}: {one} and {other} are the same frame; move one of each pair away")
-        raise UserError(f"{folder}: {rows[0][1]} to {rows[-1][1]} are several series; give each a folder of its own")
+        by_number = sorted(([int(number) for number in numbers], name) for numbers, name in rows)
+        for (first, name), (second, other) in zip(by_number, by_number[1:]):
+            if first == second:
+                raise UserError(f"{folder}: {name} and {other} are the same frame; move one of each pair away")
+        raise UserError(f"{folder}: {name} to {other} are several series; give each a folder of its own")
     unevenness, ordered, place = min(orders, key=lambda order: order[0])
-    return list(ordered), (ordered[place], ordered[place + 1]) if unevenness > 1.5 else None
+    return list(ordered), ordered[place : place + 2] if unevenness > 1.5 else None
 
 
 def list_frames(folder):
@@ -178,6 +177,18 @@ def read_image(path):
 read_frame = read_image  # one reader for frames and single images: two would disagree on some file
 
 
+def read_frames(paths, width, height):
+    """Image files -> (T, height, width, 3) uint8 RGB, each fitted as `fit_frame` does."""
+    return np.stack([fit_frame(read_image(path), width, height) for path in paths])
+
+
+def to_pixels(frames):
+    """(T, H, W, 3) uint8 -> (T, 3, H, W) float32 in [-1, 1]; by way of [0, 1], as in the pipeline, to the last bit."""
+    import torch
+
+    return torch.from_numpy(frames.astype(np.float32) / 255.0 * 2.0 - 1.0).permute(0, 3, 1, 2)
+
+
 def fit_frame(frame, width, height):
     """Resizes (H, W, 3) so that it covers `width` x `height`, keeping the aspect ratio, then crops the centre.
 
@@ -192,35 +203,32 @@ def fit_frame(frame, width, height):
     return np.ascontiguousarray(frame[top : top + height, left : left + width])
 
 
-def write_file(path, data):
-    """Writes bytes or text beside `path`, flushes to disk and renames: the file is whole or not there."""
-    path = Path(path)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with open(aside, "wb") as file:
-            file.write(data.encode() if isinstance(data, str) else data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
-
-
 @contextlib.contextmanager
-def write_folder(path):
-    """Gives a folder beside `path` to write into and renames it at the end: `path` is whole or not there.
+def replacing(path, folder=False):
+    """Gives a name beside `path` to write a file to, or an empty folder to fill; at the end it is renamed to `path`.
 
-    What a killed run left there goes first; after an error (a full disk) nothing stays.
+    A file is flushed to disk before. So `path` is whole or as it was, and after an error (a full disk) nothing stays;
+    what a killed run left of a folder goes first.
     """
-    aside = path.with_name(f".{path.name}.part")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
+    path = Path(path)
+    aside = path.with_name(f".{path.name}.part" if folder else f".{path.name}.{os.getpid()}.part")
+    if folder:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
     try:
         yield aside
+        if not folder:
+            with open(aside, "r+b") as file:
+                os.fsync(file.fileno())
         os.replace(aside, path)
-    except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise
+    finally:
+        shutil.rmtree(aside, ignore_errors=True) if folder else aside.unlink(missing_ok=True)
+
+
+def write_file(path, data):
+    """Writes bytes or text: the file is whole or as it was."""
+    with replacing(path) as aside:
+        aside.write_bytes(data.encode() if isinstance(data, str) else data)
 
 
 @contextlib.contextmanager
@@ -263,30 +271,19 @@ def write_video(path, frames, fps):
     """
     import imageio_ffmpeg
 
-    path = Path(path)
-    aside = path.with_name(f".{path.stem}.{os.getpid()}.part.mp4")
     frames = np.asarray(frames)[:, : frames[0].shape[0] // 2 * 2, : frames[0].shape[1] // 2 * 2]
-    writer = imageio_ffmpeg.write_frames(
-        str(aside),
-        (frames.shape[2], frames.shape[1]),
-        fps=fps,
-        codec="libx264",
-        pix_fmt_out="yuv420p",
-        macro_block_size=2,
-        output_params=["-crf", "14", "-movflags", "+faststart"],
-    )
-    try:
+    size, options = frames.shape[2:0:-1], ["-crf", "14", "-movflags", "+faststart", "-f", "mp4"]
+    codec = {"codec": "libx264", "pix_fmt_out": "yuv420p", "macro_block_size": 2, "output_params": options}
+    with replacing(path) as aside:
+        writer = imageio_ffmpeg.write_frames(str(aside), size, fps=fps, **codec)
         writer.send(None)
         for frame in frames:
             writer.send(np.ascontiguousarray(frame))
         writer.close()
-        if len(read_video(aside)) != len(frames):  # ffmpeg does not tell of a disk that fills up with its last write
-            raise UserError("incomplete")
-        os.replace(aside, path)
-    except UserError:
-        raise OSError(errno.ENOSPC, "not written whole; is the disk full?", str(path)) from None
-    finally:
-        aside.unlink(missing_ok=True)
+        with contextlib.suppress(UserError):
+            if len(read_video(aside)) == len(frames):  # ffmpeg does not tell of a disk that fills up at the end
+                return
+        raise OSError(errno.ENOSPC, "not written whole; is the disk full?", str(path))
 
 
 def read_video(path):
@@ -306,9 +303,8 @@ def label_frames(frames, text):
     """Puts a white strip with `text` above every frame of (T, H, W, 3)."""
     frames = np.asarray(frames)
     strip = np.full((24, frames.shape[2], 3), 255, np.uint8)
-    scale = min(
-        0.5, 0.5 * (frames.shape[2] - 8) / max(cv2.getTextSize(text, cv2.FONT_HERSHEY_SIMPLEX, 0.5, 1)[0][0], 1)
-    )
+    width = max(cv2.getTextSize(text, cv2.FONT_HERSHEY_SIMPLEX, 0.5, 1)[0][0], 1)
+    scale = min(0.5, 0.5 * (frames.shape[2] - 8) / width)
     cv2.putText(strip, text, (4, 16), cv2.FONT_HERSHEY_SIMPLEX, scale, (0, 0, 0), 1, cv2.LINE_AA)
     return np.stack([np.concatenate([strip, frame]) for frame in frames])
 
@@ -330,8 +326,8 @@ def side_by_side(videos, min_width=256):
 def read_metadata(dataset_dir):
     """`metadata.jsonl` of a prepared dataset as `{directory: record}`; empty where there is none (plain folders).
 
-    Lines without `directory` (sets of mp4) are passed over; so are `fps` and `motion_bucket_id` that are null. Raises
-    `UserError` that names file, line and field for text that is not UTF-8, no JSON object, or no sensible value.
+    Lines without `directory` (sets of mp4) are passed over, and so are fields that are null. Raises `UserError` that
+    names file, line and field for text that is not UTF-8, no JSON object, or no sensible value.
     """
     path, records = Path(dataset_dir) / "metadata.jsonl", {}
     if not path.exists():
@@ -340,79 +336,69 @@ def read_metadata(dataset_dir):
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
         text = "\0"
-    if "\0" in text:  # UTF-16 without its mark
+    if "\0" in text:  # UTF-16 without its mark reads as UTF-8 with these
         raise UserError(f"{path}: not UTF-8 text; open it in an editor and save it as UTF-8")
     for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
         try:
-            record = json.loads(line)
-        except (ValueError, RecursionError):
-            record = None
-        if not isinstance(record, dict):
-            raise UserError(f"{path} line {number}: not a JSON object; repair it or prepare the dataset again")
+            record = json.loads(line) if line.strip() else {}
+            record = {field: value for field, value in record.items() if value is not None}
+        except (ValueError, AttributeError, RecursionError):
+            raise UserError(
+                f"{path} line {number}: not a JSON object; repair it or prepare the dataset again"
+            ) from None
         if "directory" not in record:
             continue
-        directory, fps, bucket = (record.get(field) for field in ("directory", "fps", "motion_bucket_id"))
-        for field, value, good, wanted in (
-            ("directory", directory, isinstance(directory, str), "the path of a clip's folder"),
-            ("fps", fps, fps is None or (is_number(fps) and 0 < fps < 1e6), "frames a second, more than 0"),
-            ("motion_bucket_id", bucket, bucket is None or (is_number(bucket) and 0 <= bucket <= 255), "0 to 255"),
+        for field, types, (low, high), wanted in (
+            ("directory", str, ("", "\U0010ffff"), "the path of a clip's folder"),
+            ("fps", (int, float), (1e-6, 1e6), "a number above 0"),
+            ("motion_bucket_id", (int, float), (0, 255), "a number from 0 to 255"),
         ):
-            if not good:
+            value = record.get(field, low)
+            if not isinstance(value, types) or isinstance(value, bool) or not low <= value <= high:
                 raise UserError(f"{path} line {number}: {field} is {json.dumps(value)[:60]}; it must be {wanted}")
+        directory = record["directory"]
         if "\\" in directory and not (path.parent / directory).is_dir():  # written on Windows
             directory = directory.replace("\\", "/")
-        record = {key: value for key, value in record.items() if value is not None}
         records[PurePosixPath(directory).as_posix()] = record
     return records
-
-
-def is_number(value):
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 SYSTEM_FOLDERS = ("@eaDir", "#recycle", "$RECYCLE.BIN", "System Volume Information", "lost+found", "__MACOSX")
 
 
 def find_folders(root):
-    """Every folder below `root`, links followed: `{directory: names of the images in it}`, and warnings (texts).
+    """Every folder below `root`, links followed: `{directory: names of the images in it}`, and what was left out.
 
-    A folder that can be reached by two ways is taken once, by the one without a link if there is one; so links to a
-    folder above them end nowhere. Hidden folders and those of NAS, Windows and macOS are passed over.
+    A folder that can be reached by two ways is taken once, by the one without a link if there is one. Hidden folders
+    and those of NAS, Windows and macOS are passed over.
     """
-    top = os.path.realpath(root)
-    folders, links, seen, found, warnings = [(top, "")], [], set(), {}, []
-    while folders or links:
-        if not folders:
-            folders, links = sorted(links, key=lambda link: natural_key(link[1]), reverse=True), []
-        real, directory = folders.pop()
-        if real in seen:
-            warnings.append(f"{root}/{directory}: a link to what is in the dataset already; left out")
+    found, left_out, seen, tops = {}, [], set(), [str(root)]
+    for top in tops:  # the links, which are added while walking: real folders come first
+        real_top = os.path.realpath(top)
+        if top is not tops[0] and any(
+            Path(os.path.realpath(folder)).is_relative_to(real_top) for folder in (root, os.path.dirname(top))
+        ):
+            left_out.append(f"{top}: a link to a folder above it")
             continue
-        seen.add(real)
-        try:
-            entries = list(os.scandir(real))
-        except OSError as error:
-            warnings.append(f"{root}/{directory}: cannot be looked at ({error.strerror}); left out")
-            continue
-        found[directory] = images = []
-        for entry in entries:
-            inside = f"{directory}/{entry.name}".lstrip("/")
-            if entry.name.startswith(".") or entry.name in SYSTEM_FOLDERS:
+        for folder, subfolders, files in os.walk(
+            top, onerror=lambda error: left_out.append(f"{error.filename}: cannot be looked at, {error.strerror}")
+        ):
+            real = real_top + folder[len(top) :]
+            if real in seen:
+                left_out.append(f"{folder}: a link to what is in the dataset already")
+                subfolders.clear()
                 continue
-            if entry.is_dir(follow_symlinks=False):
-                folders.append((entry.path, inside))
-            elif entry.name.lower().endswith(IMAGE_SUFFIXES):
-                images.append(entry.name)
-            elif entry.is_symlink():
-                target = os.path.realpath(entry.path)
-                above = Path(top).is_relative_to(target) or Path(real).is_relative_to(target)
-                if os.path.isdir(target) and not above:
-                    links.append((target, inside))
-                elif not os.path.isfile(target):
-                    warnings.append(f"{root}/{inside}: a link to nowhere or to a folder above it; left out")
-    return found, warnings
+            seen.add(real)
+            subfolders[:] = [s for s in subfolders if not s.startswith(".") and s not in SYSTEM_FOLDERS]
+            tops += sorted(
+                (link for s in subfolders if os.path.islink(link := os.path.join(folder, s))), key=natural_key
+            )
+            images = [name for name in files if name.lower().endswith(IMAGE_SUFFIXES)]
+            found[Path(folder).relative_to(root).as_posix()] = [name for name in images if not name.startswith(".")]
+            for name in set(files).difference(images):
+                if os.path.islink(path := os.path.join(folder, name)) and not os.path.exists(path):
+                    left_out.append(f"{path}: a link to nowhere")
+    return found, left_out
 
 
 def list_clips(dataset_dir):
@@ -426,37 +412,27 @@ def list_clips(dataset_dir):
     if not root.is_dir():
         raise UserError(f"--dataset_dir {root}: no such folder; make it with prepare_dataset.py")
     metadata, clips, wrong = read_metadata(root), [], []
-    found, warnings = find_folders(root)
+    found, left_out = find_folders(root)
+    warnings = [f"{text}; left out" for text in left_out]
     for directory in sorted(found, key=lambda name: ([natural_key(part) for part in name.split("/")], name)):
-        if not directory or not found[directory]:
-            continue
         try:
-            names, gap = sort_frames(found[directory], root / directory)
+            names, gap = sort_frames(found[directory] if directory != "." else [], root / directory)
         except UserError as error:
             wrong.append(str(error))
             continue
         if gap:
             warnings.append(f"{root / directory}: {gap[1]} follows {gap[0]}; the clip jumps where frames are missing")
-        frames = [root / directory / name for name in names]
-        clips.append({**metadata.get(directory, {}), "directory": directory, "frames": frames, "root": root})
+        if names:
+            frames = [root / directory / name for name in names]
+            clips.append({**metadata.get(directory, {}), "directory": directory, "frames": frames, "root": root})
     if wrong:
         raise UserError(wrong[0] + (f" (and {len(wrong) - 1} more such folders)" if len(wrong) > 1 else ""))
-    for text in warnings[:5]:
+    warnings[5:] = [f"and {len(warnings) - 5} more like these"] if len(warnings) > 5 else []
+    for text in warnings:
         print(f"warning: {text}", file=sys.stderr)
-    if len(warnings) > 5:
-        print(f"warning: and {len(warnings) - 5} more like these", file=sys.stderr)
     if not clips:
-        raise UserError(
-            f"{root}: holds no folder of frames; expected {root}/<video>/00000.png, from prepare_dataset.py"
-        )
+        raise UserError(f"{root}: holds no folder of frames; expected <video>/00000.png, from prepare_dataset.py")
     return clips
-
-
-def clip_group(clip):
-    """What must stay together when clips are held out: all cameras of one LeRobot episode, else the video itself."""
-    source = str(clip.get("group") or clip.get("source") or clip["directory"])
-    episode = re.match(r"(.*?)videos/(chunk-\d+)/[^/]+/(episode_\d+)", source)
-    return "/".join(episode.groups()) if episode else source
 
 
 # ---------------------------------------------------------------------------------------------- motion and metrics
@@ -573,27 +549,14 @@ def video_metrics(generated, real):
 
 PARTS = ("unet", "vae", "image_encoder", "scheduler", "feature_extractor")
 MODEL_PARTS = PARTS[:3]
-# The published configurations, where they differ from the classes' defaults; a plan needs nothing else.
-SVD_XT_CONFIG = {
+CLIP_CONFIG = {"hidden_size": 1280, "num_hidden_layers": 32, "num_attention_heads": 16, "intermediate_size": 5120}
+VAE_CONFIG = {"block_out_channels": [128, 256, 512, 512], "latent_channels": 4, "layers_per_block": 2}
+SVD_CONFIG = {  # as published, where it differs from the classes' defaults; a plan needs nothing else
     "unet": {"block_out_channels": [320, 640, 1280, 1280], "cross_attention_dim": 1024, "num_frames": 25},
-    "vae": {
-        "block_out_channels": [128, 256, 512, 512],
-        "down_block_types": ["DownEncoderBlock2D"] * 4,
-        "latent_channels": 4,
-        "layers_per_block": 2,
-    },
-    "image_encoder": {
-        "hidden_size": 1280,
-        "intermediate_size": 5120,
-        "num_attention_heads": 16,
-        "num_hidden_layers": 32,
-        "patch_size": 14,
-        "projection_dim": 1024,
-    },
+    "vae": {"down_block_types": ["DownEncoderBlock2D"] * 4, **VAE_CONFIG},
+    "image_encoder": {"patch_size": 14, "projection_dim": 1024, **CLIP_CONFIG},
 }
-SVD_CONFIGS = {
-    f"stabilityai/stable-video-diffusion-{kind}": SVD_XT_CONFIG for kind in ("img2vid", "img2vid-xt", "img2vid-xt-1-1")
-}
+SVD_NAMES = [f"stabilityai/stable-video-diffusion-img2vid{kind}" for kind in ("", "-xt", "-xt-1-1")]
 CHECKPOINT_STATE = "training_state.json"  # what makes a folder a checkpoint of train_svd.py
 SETTINGS = "training_settings.json"  # beside every result: what it was trained with
 
@@ -631,12 +594,12 @@ def resolve_config(name):
     from huggingface_hub import hf_hub_download
 
     try:
-        local = str(name) in SVD_CONFIGS  # what the cache has, or what we know: no network needed to plan
+        local = str(name) in SVD_NAMES  # what the cache has, or what we know: no network needed to plan
         paths = [hf_hub_download(str(name), f"{part}/config.json", local_files_only=local) for part in MODEL_PARTS]
         return Path(paths[0]).parent.parent
     except hub_errors() as error:
-        if str(name) in SVD_CONFIGS:
-            return SVD_CONFIGS[str(name)]
+        if str(name) in SVD_NAMES:
+            return SVD_CONFIG
         raise hub_error(name, error) from None
 
 
@@ -668,27 +631,25 @@ def describe(path):
         return "no such model folder (and not a hub name, which has the form owner/name)"
     if (path / CHECKPOINT_STATE).is_file():
         return "a checkpoint of train_svd.py, not a whole model; go on from it with --resume_from_checkpoint"
-    for pattern in ("*", "snapshots/*", "*/snapshots/*"):  # the latter two: the hub's cache
-        for index in sorted(path.glob(f"{pattern}/model_index.json")):
-            return f"no pipeline, but there is one in it: give {index.parent}"
+    patterns = ("*", "snapshots/*", "*/snapshots/*")  # the latter two: the hub's cache
+    for index in sorted(found for pattern in patterns for found in path.glob(f"{pattern}/model_index.json")):
+        return f"no pipeline, but there is one in it: give {index.parent}"
     if (path.resolve().parent / "model_index.json").is_file():
         return f"one part of a pipeline; give the whole folder, {path.parent}"
-    checkpoints = sorted(path.glob("checkpoint-*"), key=lambda c: natural_key(c.name))
-    if checkpoints and path.is_dir():
-        newest = f"; its newest checkpoint is {checkpoints[-1]}: use that"
-        return f"no finished diffusers pipeline here (model_index.json is missing){newest}"
-    weights = [path] if path.is_file() else [f for p in ("*", "*/*", "*/*/*") for f in sorted(path.glob(p))]
-    weights = [file for file in weights if file.suffix in (".safetensors", ".ckpt", ".pt", ".pth", ".bin")]
+    for newest in sorted(path.glob("checkpoint-*"), key=lambda folder: natural_key(folder.name))[-1:]:
+        return f"no finished diffusers pipeline here (model_index.json is missing); its newest checkpoint is {newest}"
+    files = [path] if path.is_file() else [f for pattern in ("*", "*/*", "*/*/*") for f in sorted(path.glob(pattern))]
+    weights = [file for file in files if file.suffix in (".safetensors", ".ckpt", ".pt", ".pth", ".bin")]
     if not weights:
         return f"no diffusers pipeline here (model_index.json is missing); {NEEDED}"
     if weights[0].suffix != ".safetensors":
         return f"pickled weights ({weights[0].name}), which are never loaded: unpickling runs code; {NEEDED}"
-    names = list(safetensors_header(weights[0]))
-    if any("lora" in name for name in names):
-        return f"a LoRA ({weights[0].name}), which adds to a model and is none; {NEEDED}"
-    if any("diffusion_model." in name for name in names):
-        return f"weights in one file ({weights[0].name}), as ComfyUI takes them; {NEEDED}"
-    return f"the weights of one part of a model ({weights[0].name}); {NEEDED}"
+    names, what = "".join(safetensors_header(weights[0])), "the weights of one part of a model"
+    if "lora" in names:
+        what = "a LoRA, which adds to a model and is none"
+    elif "diffusion_model." in names:
+        what = "weights in one file, as ComfyUI takes them"
+    return f"{what} ({weights[0].name}); {NEEDED}"
 
 
 def download_model(name):
@@ -724,7 +685,7 @@ def hub_error(name, error):
     if isinstance(error, errors.GatedRepoError):
         what = "the weights are gated: no login, or its licence is not accepted yet"
     elif isinstance(error, errors.RepositoryNotFoundError):
-        near = difflib.get_close_matches(str(name), SVD_CONFIGS, n=1, cutoff=0.8)
+        near = difflib.get_close_matches(str(name), SVD_NAMES, n=1, cutoff=0.8)
         hint = f"; is it {near[0]}?" if near else ""
         return UserError(f"{name}: no folder here and no model of the hub, or a private one and no login{hint}")
     elif isinstance(error, errors.EntryNotFoundError) and not isinstance(error, errors.LocalEntryNotFoundError):
@@ -757,57 +718,52 @@ def weight_files(folder, part):
     Raises `UserError` for missing, pickled-only, git-lfs-pointer and cut-off files.
     """
     folder, stem = Path(folder) / part, "model" if part == "image_encoder" else "diffusion_pytorch_model"
-    for single, index in (
-        (f"{stem}.safetensors", f"{stem}.safetensors.index.json"),
-        (f"{stem}.fp16.safetensors", f"{stem}.safetensors.index.fp16.json"),
-    ):
+    for variant in ("", ".fp16"):
+        single, index = f"{stem}{variant}.safetensors", folder / f"{stem}.safetensors.index{variant}.json"
         files = [folder / single] if (folder / single).exists() else []
-        if (folder / index).exists():
+        if index.exists():
             try:
-                shards = json.loads((folder / index).read_text())["weight_map"].values()
-                files = [folder / shard for shard in sorted(set(shards))]
+                files = [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
             except (ValueError, KeyError, TypeError, AttributeError):
-                raise UserError(f"{folder / index}: damaged; download it again") from None
+                raise UserError(f"{index}: damaged; download it again") from None
+        for file in files:
+            safetensors_header(file)
         if files:
-            break
-    else:
-        pickled = [p.name for p in folder.glob("*.bin")]
-        why = f"only pickled weights ({pickled[0]}), which are never loaded: unpickling runs code" if pickled else "no"
-        raise UserError(f"{folder}: {why} {stem}.safetensors or {stem}.fp16.safetensors; download it into this folder")
-    for file in files:
-        if not file.exists():
-            raise UserError(f"{file}: missing; download it into this folder")
-        safetensors_header(file)
-    return files
+            return files
+    pickled = [file.name for file in folder.glob("*.bin")]
+    why = f"only pickled weights ({pickled[0]}), which are never loaded: unpickling runs code" if pickled else "no"
+    raise UserError(f"{folder}: {why} {stem}.safetensors or {stem}.fp16.safetensors; download it into this folder")
 
 
 def safetensors_header(file):
     """The header of a safetensors file: `{tensor name: {dtype, shape, data_offsets}}`, offsets from the file's start.
 
-    Raises `UserError` where the file is a git-lfs pointer or shorter than its header says.
+    Raises `UserError` where the file is missing, a git-lfs pointer, damaged, or shorter than its header says.
     """
-    with open(file, "rb") as opened:
-        head = opened.read(8)
-        if head.startswith(b"version"):
-            raise UserError(
-                f"{file}: a git-lfs pointer, not the weights; run `git lfs pull`, or download the file itself"
-            )
-        size = int.from_bytes(head, "little")
-        try:
-            header = json.loads(opened.read(min(size, 100_000_000)))
-            header.pop("__metadata__", None)
-            for tensor in header.values():
-                tensor["data_offsets"] = [8 + size + offset for offset in tensor["data_offsets"]]
-            end = max((tensor["data_offsets"][1] for tensor in header.values()), default=8 + size)
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise UserError(f"{file}: not a safetensors file, or a damaged one; download it again") from None
-    if os.path.getsize(file) != end:
-        raise UserError(f"{file}: cut off ({os.path.getsize(file):,} of {end:,} bytes); download it again")
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with open(file, "rb") as opened:
+            size = int.from_bytes(opened.read(8), "little")
+            if size.to_bytes(8, "little") == b"version ":
+                raise UserError(f"{file}: a git-lfs pointer, not the weights; run `git lfs pull`, or download the file")
+            with safe_open(file, "np"):  # checks the whole header, and the file's length against it
+                header = json.loads(opened.read(size))
+    except FileNotFoundError:
+        raise UserError(f"{file}: missing; download it into this folder") from None
+    except SafetensorError as error:
+        raise UserError(f"{file}: cut off or damaged ({error}); download it again") from None
+    header.pop("__metadata__", None)
+    for tensor in header.values():
+        tensor["data_offsets"] = [8 + size + offset for offset in tensor["data_offsets"]]
     return header
 
 
 def weights_fingerprint(folder, part):
-    """A hash that tells two sets of weights apart, without reading gigabytes: the head of every tensor."""
+    """A hash that tells two sets of weights apart, without reading gigabytes: the head of every tensor.
+
+    The bytes are read by their offsets, for safetensors has no bf16 without torch, and a refusal need not wait for it.
+    """
     digest = hashlib.sha256()
     for file in weight_files(folder, part):
         with open(file, "rb") as opened:
@@ -819,10 +775,14 @@ def weights_fingerprint(folder, part):
     return digest.hexdigest()[:16]
 
 
+def latent_factor(vae_config):
+    """How many pixels a latent's side stands for: 8 for SVD."""
+    return 2 ** (len(vae_config["block_out_channels"]) - 1)
+
+
 def size_multiple(folder):
     """What width and height must be multiples of: the VAE's factor times the UNet's downsampling; 64 for SVD."""
-    levels = [len(read_config(folder, part)["block_out_channels"]) - 1 for part in ("vae", "unet")]
-    return 2 ** sum(levels)
+    return latent_factor(read_config(folder, "vae")) * 2 ** (len(read_config(folder, "unet")["block_out_channels"]) - 1)
 
 
 def check_sizes(args, folder):
@@ -902,7 +862,7 @@ def load_pipeline(name, dtype, base=None):
     folder, settings, trained = resolve_checkpoint(name, base)
     parts = {part: load_part(folder, part, dtype) for part in PARTS}
     if trained is not None:
-        lay_over(parts["unet"], trained)
+        load_trained_weights(parts["unet"], trained)
     return StableVideoDiffusionPipeline(**parts), settings
 
 
@@ -956,7 +916,7 @@ def find_base(folder, recorded, fingerprint):
     )
 
 
-def lay_over(unet, trained_file):
+def load_trained_weights(unet, trained_file):
     """Copies the trained weights of a checkpoint into a UNet, in place, whatever their dtype."""
     import torch
     from safetensors import safe_open
@@ -981,21 +941,19 @@ def memory_tracker():
     class MemoryTracker(TorchDispatchMode):
         def __init__(self):
             super().__init__()
-            self.now = self.peak = 0
-            self.alive = {}
+            self.now, self.peak, self.alive = 0, 0, {}
 
         def track(self, tensor):
             storage = tensor.untyped_storage()
             key, size = id(storage), storage.nbytes()
             if key not in self.alive:
-
-                def freed(_):
-                    self.now -= size
-                    del self.alive[key]
-
-                self.alive[key] = weakref.ref(storage, freed)
+                self.alive[key] = weakref.ref(storage, lambda _: self.free(key, size))
                 self.now += size
                 self.peak = max(self.peak, self.now)
+
+        def free(self, key, size):
+            self.now -= size
+            del self.alive[key]
 
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
             out = function(*args, **(kwargs or {}))

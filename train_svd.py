@@ -609,7 +609,7 @@ class TrainingState:
 
     def load(self, folder, saved):
         """Puts a checkpoint's weights, optimizer, schedule, average and scaler in place."""
-        common.lay_over(self.bare_unet, folder / "trained.safetensors")
+        common.load_trained_weights(self.bare_unet, folder / "trained.safetensors")
         unflatten_state(self.optimizer, self.trained, load_file(folder / "optimizer.safetensors"), saved["optimizer"])
         for _ in range(saved["step"]):  # the schedule is a function of the step
             self.lr_scheduler.step()
@@ -927,7 +927,7 @@ def save_checkpoint(folder, state, resumable=True, **more):
 
     An earlier folder of that name goes once the new one is whole.
     """
-    with common.write_folder(folder) as aside:
+    with common.replacing(folder, folder=True) as aside:
         if resumable or not state.ema:
             write_tensors(aside / "trained.safetensors", {name: p.data for name, p in state.trained.items()})
         if state.ema:

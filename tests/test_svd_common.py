@@ -96,7 +96,7 @@ def test_links_are_followed_once_and_loops_end(tmp_path, capsys):
     warnings = capsys.readouterr().err
     for name in (
         "a: a link to what is",
-        "up: a link to nowhere or",
+        "up: a link to a folder above",
         "me: a link to nowhere",
         "gone: a link to nowhere",
     ):
@@ -266,7 +266,7 @@ def test_what_is_no_pipeline_is_called_what_it_is(trained, tmp_path):
     comfy.mkdir(parents=True)
     save_file({"model.diffusion_model.x": one["a"]}, comfy / "svd_xt.safetensors")
     for path in (comfy / "svd_xt.safetensors", comfy, tmp_path / "comfy"):
-        assert "weights in one file (svd_xt.safetensors), as ComfyUI takes them" in refused(path)
+        assert "weights in one file, as ComfyUI takes them (svd_xt.safetensors)" in refused(path)
     (tmp_path / "old.ckpt").write_bytes(b"x")
     assert "pickled" in refused(tmp_path / "old.ckpt")
     (tmp_path / "lora").mkdir()
@@ -359,3 +359,33 @@ def test_a_checkpoint_finds_its_base_after_a_move(trained, tmp_path):
         common.resolve_checkpoint(checkpoint, base=trained)
     shutil.copytree(TINY, tmp_path / "models" / "svd")
     assert common.resolve_checkpoint(checkpoint)[0] == tmp_path / "models" / "svd"
+
+
+# ---------------------------------------------------------------------------------------------------------- writing
+
+
+def test_what_is_written_is_whole_or_as_it_was(tmp_path):
+    common.write_file(tmp_path / "x", "before")
+    (tmp_path / ".f.part").mkdir()
+    (tmp_path / ".f.part" / "half").write_bytes(b"left by a killed run")
+    for path, folder in ((tmp_path / "x", False), (tmp_path / "f", True)):
+        with pytest.raises(OSError, match="full"), common.replacing(path, folder) as aside:
+            assert not path.is_dir() and not (aside / "half").exists()
+            (aside / "y" if folder else aside).write_bytes(b"after")
+            raise OSError("full")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["x"]
+    assert (tmp_path / "x").read_text() == "before"
+    with common.replacing(tmp_path / "f", folder=True) as aside:
+        (aside / "y").write_bytes(b"after")
+        assert not (tmp_path / "f").exists()
+    assert (tmp_path / "f" / "y").read_bytes() == b"after"
+
+
+def test_frames_become_the_pipelines_pixels(tmp_path):
+    from diffusers.image_processor import VaeImageProcessor
+
+    write_clip(tmp_path / "clip", moving_square(3, 120, 64))
+    frames = common.read_frames(common.list_frames(tmp_path / "clip"), 96, 64)
+    assert frames.shape == (3, 64, 96, 3) and np.array_equal(frames, moving_square(3, 120, 64)[:, :, 12:108])
+    pixels = VaeImageProcessor(do_resize=False).preprocess([Image.fromarray(frame) for frame in frames])
+    assert common.to_pixels(frames).equal(pixels)
