@@ -137,7 +137,7 @@ class ClipDataset:
 
     def __init__(self, clips, args, vae_config, cached):
         self.clips, self.args, self.cached = clips, args, cached
-        factor = 2 ** (len(vae_config.block_out_channels) - 1)
+        factor = common.latent_factor(vae_config)
         self.scaling_factor = vae_config.scaling_factor
         self.latent_shape = (vae_config.latent_channels, args.height // factor, args.width // factor)
 
@@ -183,19 +183,9 @@ class ClipDataset:
         return sample
 
 
-def read_frames(paths, width, height):
-    """Frames as (T, H, W, 3) uint8, fitted to the size as infer_svd.py fits its image."""
-    return np.stack([common.fit_frame(common.read_frame(path), width, height) for path in paths])
-
-
-def to_pixels(frames):
-    """(T, H, W, 3) uint8 -> (T, 3, H, W) float32 in [-1, 1]; by way of [0, 1], as in the pipeline, to the last bit."""
-    return torch.from_numpy(frames.astype(np.float32) / 255.0 * 2.0 - 1.0).permute(0, 3, 1, 2)
-
-
 def load_pixels(paths, width, height):
     """Frames as (T, 3, H, W) float32 in [-1, 1]."""
-    return to_pixels(read_frames(paths, width, height)).contiguous()
+    return common.to_pixels(common.read_frames(paths, width, height)).contiguous()
 
 
 def batches(dataset, index_batches, pin_memory, num_workers):
@@ -311,7 +301,7 @@ def clip_digest(clip):
 def encode_frames(pipe, frames, device):
     """(N, H, W, 3) uint8 frames -> posterior mean and std (N, 4, h, w), CLIP embeddings (N, 1, D); fp32."""
     with torch.no_grad():
-        posterior = pipe.vae.encode(to_pixels(frames).to(device)).latent_dist
+        posterior = pipe.vae.encode(common.to_pixels(frames).to(device)).latent_dist
         embeddings = pipe._encode_image([Image.fromarray(frame) for frame in frames], device, 1, False)
     return posterior.mean, posterior.std, embeddings
 
@@ -375,7 +365,7 @@ def encode_clips(clips, args, pipe, accelerator):
         for clip in clips:
             parts = []
             for i in range(0, len(clip["frames"]), chunk):
-                frames = read_frames(clip["frames"][i : i + chunk], args.width, args.height)
+                frames = common.read_frames(clip["frames"][i : i + chunk], args.width, args.height)
                 parts.append([part.cpu() for part in encode_frames(pipe, frames, accelerator.device)])
                 progress.update(len(frames))
             tensors = dict(zip(("mean", "std", "image_embeddings"), (torch.cat(part) for part in zip(*parts))))
@@ -591,7 +581,7 @@ class TrainingState:
 
     def __init__(self, unet, args, accelerator, settings, clips):
         self.args, self.accelerator, self.settings, self.clips = args, accelerator, settings, clips
-        self.bare_unet, self.trained, self.steps, self.checkpoint = unet, trained_parameters(unet), 0, None
+        self.bare_unet, self.trained, self.steps = unet, trained_parameters(unet), 0
         self.freed_early = gradients_freed_early(args, accelerator.num_processes)
         self.optimizer = build_optimizer(args, self.trained.values(), self.freed_early)
         self.lr_scheduler = get_scheduler(args.lr_scheduler, self.optimizer, num_warmup_steps=args.lr_warmup_steps,
@@ -619,7 +609,7 @@ class TrainingState:
             self.ema.optimization_step = saved["ema_step"]
         if self.scaler:
             self.scaler.load_state_dict(saved["scaler"])
-        self.steps, self.checkpoint = saved["step"], folder
+        self.steps = saved["step"]
 
     @contextlib.contextmanager
     def synchronized(self, last):
@@ -668,19 +658,15 @@ class TrainingState:
         """Whether fp16's scaler has fallen so low that no step gets through; waits for the GPU."""
         return bool(self.scaler) and self.scaler.get_scale() < 2**-14
 
-    def save_if_new(self):
-        """As `save`, where a step was done since the last one."""
-        if self.steps and not (self.checkpoint and checkpoint_step(self.checkpoint) == self.steps):
-            self.save()
-
     def save(self):
         """Writes `checkpoint-<steps>/`; only then goes the oldest beyond --checkpoints_total_limit."""
-        output, self.checkpoint = Path(self.args.output_dir), Path(self.args.output_dir) / f"checkpoint-{self.steps}"
-        if not self.checkpoint.exists():
-            save_checkpoint(self.checkpoint, self)
-        done = [path for path in checkpoints_of(output) if checkpoint_step(path) <= self.steps]
-        for old in done[: -self.args.checkpoints_total_limit]:
-            shutil.rmtree(old)
+        if self.steps:
+            output = Path(self.args.output_dir)
+            if not (output / f"checkpoint-{self.steps}").exists():
+                save_checkpoint(output / f"checkpoint-{self.steps}", self)
+            done = [path for path in checkpoints_of(output) if checkpoint_step(path) <= self.steps]
+            for old in done[: -self.args.checkpoints_total_limit]:
+                shutil.rmtree(old)
 
 
 # ------------------------------------------------------------------------------------------------------- Forecast
@@ -696,7 +682,7 @@ ATTENTION_ON_CPU = {  # torch's counter has formulas for the GPU's kernels of at
 
 def fake_batch(args, count, unet_config, vae_config):
     """A batch of `count` samples as the cache and the loader give them."""
-    factor = 2 ** (len(vae_config.block_out_channels) - 1)
+    factor = common.latent_factor(vae_config)
     shape = (count, args.num_frames, vae_config.latent_channels, args.height // factor, args.width // factor)
     return {
         "latents": torch.empty(shape),
@@ -864,7 +850,7 @@ def advice(args, folder, weight_dtype, available):
 def disk_space(args, folder, frames, plan):
     """GiB on disk of the cache, of one checkpoint and of the result."""
     unet, vae = common.read_config(folder, "unet"), common.read_config(folder, "vae")
-    factor = 2 ** (len(vae["block_out_channels"]) - 1)
+    factor = common.latent_factor(vae)
     frame = 2 * vae["latent_channels"] * (args.width // factor) * (args.height // factor) + unet["cross_attention_dim"]
     weights = (1 + args.use_ema) * plan["trainable_parameters"] * 4 / 2**30
     sizes = {"cache_gib": frames * frame * 4 / 2**30, "checkpoint_gib": plan["optimizer_gib"] + weights}
@@ -891,17 +877,12 @@ def output_bytes(folder):
 
 
 def write_tensors(path, tensors, metadata=None):
-    """A safetensors file, written aside, flushed to disk and renamed: whole or not there."""
-    aside = Path(path).with_name(f".{Path(path).name}.{os.getpid()}.part")
+    """A safetensors file, whole or as it was. Raises `OSError` for a full disk, which safetensors calls otherwise."""
     try:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, aside, metadata)
-        with open(aside, "r+b") as file:
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-    except SafetensorError as error:  # how safetensors reports a full disk
+        with common.replacing(path) as aside:
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, aside, metadata)
+    except SafetensorError as error:
         raise OSError(errno.ENOSPC, f"cannot be written ({error})", str(path)) from error
-    finally:
-        aside.unlink(missing_ok=True)
 
 
 def flatten_state(optimizer, names):
@@ -1164,7 +1145,7 @@ class Validation:
     def generate(self, clip, device):
         """The continuation of the clip's first frame by the stock pipeline: (T, H, W, 3) uint8."""
         args, pipe = self.args, self.pipe
-        first = read_frames(clip["frames"][:1], args.width, args.height)[0]
+        first = common.read_frames(clip["frames"][:1], args.width, args.height)[0]
         embedding = read_cached(clip["cache"], 0, 1)[2][None].to(device, self.weight_dtype)  # (1, 1, D)
         pipe._encode_image = lambda *_: torch.cat([torch.zeros_like(embedding), embedding])
         latents = pipe(
@@ -1196,7 +1177,7 @@ class Validation:
             target = self.folder / f"step-{state.steps:06d}"
             target.mkdir(parents=True, exist_ok=True)
             for clip in self.clips:
-                real = read_frames(clip["frames"][: self.args.num_frames], self.args.width, self.args.height)
+                real = common.read_frames(clip["frames"][: self.args.num_frames], self.args.width, self.args.height)
                 generated = self.generate(clip, device)
                 scores.append(common.video_metrics(generated, real))
                 copied.append(common.video_metrics(np.repeat(real[:1], len(real), axis=0), real))
@@ -1596,7 +1577,7 @@ def end_early(state, received, failure):
     """A signal, or data that this or another process could not read: saves, then says how to go on."""
     accelerator = state.accelerator
     if accelerator.is_main_process:
-        state.save_if_new()
+        state.save()
     accelerator.wait_for_everyone()  # a launcher ends the others as soon as one has ended
     if failure:
         raise UserError(
@@ -1627,8 +1608,8 @@ def saved_on_error(state):
     except Exception:
         if state.whole and state.accelerator.is_main_process:
             with contextlib.suppress(OSError, RuntimeError):  # the error that is on its way out is the one to show
-                state.save_if_new()
-                print(f"\nthe {state.steps} steps done are saved in {state.checkpoint}", file=sys.stderr)
+                state.save()
+                print(f"\nthe {state.steps} steps that are done are saved", file=sys.stderr)
         raise
 
 
