@@ -153,8 +153,9 @@ class ClipDataset:
         try:
             return self.sample(clip, int(torch.randint(last_start + 1, (), generator=generator)), generator)
         except (UserError, OSError, SafetensorError) as error:
+            what = error if isinstance(error, UserError) else f"{clip['root'] / clip['directory']}: {error}"
             cure = f"mend it, or go on without this clip: --exclude {shlex.quote(clip['directory'])}"
-            raise UserError(f"{clip['root'] / clip['directory']}: {error}; {cure}") from error
+            raise UserError(f"{what}; {cure}") from error
 
     def sample(self, clip, start, generator):
         """The window of `clip` from frame `start`, with everything random drawn from `generator`."""
