@@ -690,7 +690,7 @@ def hub_error(name, error):
         return UserError(f"{name}: no folder here and no model of the hub, or a private one and no login{hint}")
     elif isinstance(error, errors.EntryNotFoundError) and not isinstance(error, errors.LocalEntryNotFoundError):
         return UserError(f"{name}: on the hub, but no diffusers pipeline; {NEEDED}")
-    elif isinstance(error, ValueError):
+    elif isinstance(error, ValueError) and not isinstance(error, errors.EntryNotFoundError):
         return UserError(f"{name}: not usable from the hub ({str(error).splitlines()[0]})")
     elif getattr(error, "errno", None) in (errno.ENOSPC, errno.EROFS, errno.EACCES):
         return error
