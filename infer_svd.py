@@ -50,6 +50,7 @@ def build_parser():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument_group("in and out").add_argument
     add("--model_dir", required=True, help="fine-tuned folder, checkpoint-N of a run, base folder or hub name")
+    add("--base_model", metavar="FOLDER_OR_NAME", help="what a checkpoint was trained from, where that has moved")
     add("--input_image", required=True, help="first frame: an image file, a folder of images, a prepared dataset (the"
         " first frame of each clip) or a quoted glob; resized and centre-cropped to fit")  # fmt: skip
     add("--output_video", required=True, help="one clip: the .mp4 (.gif, .webp) to write, its settings go beside it as"
@@ -90,7 +91,11 @@ def build_parser():
 def parse_args(argv=None):
     """Parses the command line and refuses what cannot work before anything is loaded."""
     parser = build_parser()
-    args = parser.parse_args(argv)
+    args, leftover = parser.parse_known_args(argv)
+    if leftover:
+        quote = '; quote a pattern, and a name with spaces: --input_image "images/*.png"'
+        shown = " ".join(leftover[:3]) + (f" ... ({len(leftover)})" if len(leftover) > 3 else "")
+        parser.error(f"unrecognized arguments: {shown}" + (quote if not leftover[0].startswith("-") else ""))
     args.fps = int(args.fps) if args.fps and args.fps % 1 == 0 else args.fps
     args.motion_bucket_id = args.motion_bucket_id and list(dict.fromkeys(args.motion_bucket_id))
     for flag, low, high in (
@@ -124,6 +129,8 @@ def parse_args(argv=None):
     args.output_format = args.output_format or "mp4"
     if (args.compare_with or args.reference) and args.output_format in ("gif", "webp"):
         parser.error(f"--output_format {args.output_format} cannot be compared: its colours are not exact; use mp4")
+    if args.reference and not Path(args.reference).is_dir():
+        parser.error(f"--reference {args.reference}: no such folder")
     parent = next(folder for folder in [output.absolute(), *output.absolute().parents] if folder.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         parser.error(f"--output_video: {parent} is not a folder that can be written to")
@@ -162,15 +169,15 @@ def fill_in_defaults(args, folder, settings):
 
 def find_images(given):
     """--input_image -> {name: path}; a name is the path inside the folder, or inside what precedes the wildcard."""
-    path = Path(given)
+    path = Path(given).expanduser()
     if path.is_dir():
         files = [p for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith(".")]
+        files, root = [file for file in files if not file.is_dir()], path
         if common.read_metadata(path) or not files:
             return {clip["directory"]: clip["frames"][0] for clip in common.list_clips(path)}
-        root = path
     elif glob.has_magic(given) and not path.exists():
-        files = [Path(p) for p in glob.glob(given, recursive=True) if Path(p).suffix.lower() in IMAGE_SUFFIXES]
-        root = Path(*[part for i, part in enumerate(path.parts) if not any(map(glob.has_magic, path.parts[: i + 1]))])
+        root, files = expand_pattern(path)
+        files = [file for file in files if file.suffix.lower() in IMAGE_SUFFIXES]
         if not files:
             raise UserError(f"--input_image {given}: no image matches")
     else:
@@ -181,25 +188,81 @@ def find_images(given):
     return {n if twice[n] == 1 else file.relative_to(root).as_posix(): file for n, file in zip(names, files)}
 
 
-def list_jobs(args):
-    """One job for each image and seed: {image, path, sha256, seed}; and why other images cannot be read."""
-    images, jobs, failed = find_images(args.input_image), [], []
-    for name, path in images.items():
+def expand_pattern(pattern):
+    """(The folder before the first wildcard, the files that match). A part that exists as it is written, brackets and
+    all, is a name; links are followed, and `**` reaches each folder once."""
+    root, parts = Path(pattern.anchor), list(pattern.parts[len(Path(pattern.anchor).parts) :])
+    while (root / parts[0]).exists():
+        root /= parts.pop(0)
+    found = [root]
+    for part in [*parts, "*"] if parts[-1] == "**" else parts:
+        if part == "**":
+            reached = [base / folder for base in found if base.is_dir() for folder in common.find_folders(base)[0]]
+        else:
+            exact = [base / part for base in found if (base / part).exists()]
+            others = (f"{glob.escape(str(base))}/{part}" for base in found if not (base / part).exists())
+            reached = exact + [Path(match) for pattern in others for match in glob.glob(pattern)]
+        found = list(dict.fromkeys(reached))
+    return root, [path for path in found if not path.is_dir()]
+
+
+def list_images(args):
+    """What to start from: [{image (its name), path, sha256, size}]; and why other images cannot be read."""
+    images, failed, losses = [], [], {}
+    for name, path in find_images(args.input_image).items():
         try:
-            common.read_image(path)
+            height, width = common.read_image(path).shape[:2]
         except UserError as error:
             if args.single:
                 raise
             failed.append(str(error))
             continue
-        digest = common.file_digest(path)
-        for index in range(args.num_videos_per_image):
-            jobs += [{"image": name, "path": path, "sha256": digest, "seed": args.seed + index}]
-    if args.single and len(jobs) > 1:
-        raise UserError(f"--output_video {args.output_video}: {len(jobs)} images need a folder, not a file")
-    if not jobs:
+        images.append({"image": name, "path": path, "sha256": common.file_digest(path), "size": (width, height)})
+        losses.setdefault(what_is_lost(path), []).append(path)
+    if args.single and len(images) * args.num_videos_per_image > 1:
+        raise UserError(f"--output_video {args.output_video}: {len(images)} images need a folder, not a file")
+    if not images:
         raise UserError(f"--input_image {args.input_image}: no readable image ({failed[0]})")
-    return jobs, failed
+    losses.pop(None, None)
+    warn_of(losses)
+    return images, failed
+
+
+def what_is_lost(path):
+    """What reading a readable image file as 8-bit RGB loses of it; None where that is nothing."""
+    with Image.open(path) as image:
+        if "A" in image.getbands() or "transparency" in image.info:
+            if image.convert("RGBA").getchannel("A").getextrema()[0] < 255:
+                return "what is transparent becomes white"
+        if image.mode == "CMYK":
+            return "CMYK becomes RGB, its colours are near"
+        if image.mode[0] in "IF":
+            return "more than 8 bits a channel become 8"
+        if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":  # a phone's photograph with a second view
+            return "an animation or a stack of pages: its first picture is used"
+    return None
+
+
+def warn_of_crops(images, args, multiple):
+    """Names the images that lose more than 15 % to the crop, and the sizes with as many pixels that would fit."""
+    crops = {}
+    for image in images:
+        w, h = image["size"]
+        lost = 1 - min(w * args.height, h * args.width) / max(w * args.height, h * args.width)
+        fitting = [max(1, round((args.width * args.height * ratio) ** 0.5 / multiple)) for ratio in (w / h, h / w)]
+        if lost > 0.15:
+            crops.setdefault(tuple(multiple * side for side in fitting), []).append((lost, image["path"]))
+    warnings = {}
+    for (width, height), found in crops.items():
+        lost = f"{max(found)[0]:.0%} of the picture is lost to the crop to {args.width}x{args.height}"
+        warnings[f"{lost}; --width {width} --height {height} would fit"] = [path for _, path in found]
+    warn_of(warnings)
+
+
+def warn_of(warnings):
+    """Prints {what: [paths]}, a line each."""
+    for what, paths in warnings.items():
+        print(f"warning: {paths[0]}" + (f" and {len(paths) - 1} more" if len(paths) > 1 else "") + f": {what}")
 
 
 class ClipSet:
@@ -211,7 +274,7 @@ class ClipSet:
 
     def __init__(self, args, model, folder):
         self.args, self.model, self.folder = args, model, Path(folder)
-        self.base, self.settings, self.trained = common.resolve_checkpoint(model)
+        self.base, self.settings, self.trained = common.resolve_checkpoint(model, args.base_model)
 
     def plan(self, jobs):
         """Fills in the jobs, and sets `todo` to those that are not made yet. Raises `UserError` for another's clips."""
@@ -345,7 +408,7 @@ def read_clip(path):
     """What `write_clip` wrote as mp4 or frames."""
     if not path.is_dir():
         return common.read_video(path)
-    return np.stack([common.read_frame(frame) for frame in common.list_frames(path)])
+    return np.stack([common.read_image(frame) for frame in common.list_frames(path)])
 
 
 # ---------------------------------------------------------------------------------------------------------- Model
@@ -386,6 +449,8 @@ def prepare(pipe, args):
     from diffusers.models.resnet import SpatioTemporalResBlock
 
     pipe.set_progress_bar_config(disable=True)
+    for model in (pipe.unet, pipe.vae):
+        common.avoid_conv3d(model)
     if args.compile:
         import torch._dynamo
 
@@ -400,6 +465,7 @@ def prepare(pipe, args):
 
 def place(pipe, args, device):
     """Puts a pipeline on the device: whole, or with --low_vram each part only while it works (diffusers' offload)."""
+    pipe.vae.to(dtype=pipe.unet.dtype)  # an encode that ran out of memory leaves it in fp32
     if args.low_vram:
         save_memory(pipe.unet)
     if args.low_vram and device == "cuda":
@@ -529,7 +595,8 @@ def make_clips(clips, args, device, progress, failed):
     """Makes what is still to be made of one ClipSet. A clip that fails is named and left out."""
     import torch
 
-    pipe, _ = common.load_pipeline(clips.model, torch.float16 if device == "cuda" else torch.float32)
+    dtype = torch.float16 if device == "cuda" else torch.float32
+    pipe, _ = common.load_pipeline(clips.model, dtype, args.base_model)
     prepare(pipe, args)
     placed = False
     for job in clips.todo:
@@ -547,7 +614,9 @@ def make_clips(clips, args, device, progress, failed):
                     raise
                 failed.append(f"{job['name']}: {error}")
                 break
-            except torch.cuda.OutOfMemoryError:
+            except RuntimeError as error:
+                if not common.is_out_of_memory(error):
+                    raise
                 placed = False  # and go on outside of `except`, whose traceback holds the memory
             if not placed:
                 progress.update(done - progress.n)
@@ -581,7 +650,7 @@ def judge(args, sets, real_clips):
         videos = dict(zip(labels, (read_clip(job["target"]) for job in jobs)))
         if real_clips:
             paths = real_clips[jobs[0]["image"]]["frames"][: len(videos[labels[0]])]
-            real = np.stack([common.fit_frame(common.read_frame(p), args.width, args.height) for p in paths])
+            real = np.stack([common.fit_frame(common.read_image(p), args.width, args.height) for p in paths])
             copied = np.repeat(real[:1], len(real), axis=0)
             for label, video in {"first frame copied": copied, **videos}.items():
                 found = common.video_metrics(video, real)
@@ -661,12 +730,14 @@ def find_real_clips(args, jobs):
 def plan(args):
     """Prints what there is to make and the memory that it needs: needs the configuration alone, no weights."""
     if Path(args.model_dir).is_dir():
-        folder, settings, _ = common.resolve_checkpoint(args.model_dir)
+        folder, settings, _ = common.resolve_checkpoint(args.model_dir, args.base_model)
     else:
         folder, settings = common.resolve_config(args.model_dir), {}
     fill_in_defaults(args, folder, settings)
     common.check_sizes(args, folder)
-    count = len(list_jobs(args)[0]) * len(args.motion_bucket_id) * (2 if args.compare_with else 1)
+    images, _ = list_images(args)
+    warn_of_crops(images, args, common.size_multiple(folder))
+    count = len(images) * args.num_videos_per_image * len(args.motion_bucket_id) * (2 if args.compare_with else 1)
     size, chunk = f"{args.width}x{args.height}", args.decode_chunk_size
     print(f"{count} clips of {args.num_frames} frames, {size}, {chunk} frames decoded at once")
     print(f"{forecast_memory(folder, args):.1f} GiB of GPU memory in fp16, and about 0.5 GiB for CUDA itself")
@@ -677,7 +748,8 @@ def main(argv=None):
     args = parse_args(argv)
     if args.dry_run:
         return plan(args)
-    jobs, failed = list_jobs(args)
+    images, failed = list_images(args)
+    jobs = [{**image, "seed": args.seed + i} for image in images for i in range(args.num_videos_per_image)]
     sets = [ClipSet(args, args.model_dir, args.output_video)]
     if args.compare_with:  # hidden: neither train_svd.py nor datasets takes it for a part of the set
         sets.append(ClipSet(args, args.compare_with, Path(args.output_video) / ".compare"))
@@ -686,6 +758,8 @@ def main(argv=None):
         print(f"left out: {text}", file=sys.stderr)
     for clips in sets:
         common.check_sizes(args, clips.base)
+    warn_of_crops(images, args, common.size_multiple(sets[0].base))
+    for clips in sets:
         clips.plan(jobs)
     real_clips = find_real_clips(args, jobs) if args.reference else {}
 
@@ -693,7 +767,8 @@ def main(argv=None):
 
     todo = sum(len(clips.todo) for clips in sets)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    where = "the GPU in fp16" if device == "cuda" else "the CPU in fp32 (no CUDA GPU found)"
+    cure = "no CUDA GPU found" if torch.version.cuda else "this torch is built for CPUs; pytorch.org has it for CUDA"
+    where = "the GPU in fp16" if device == "cuda" else f"the CPU in fp32 ({cure})"
     print(f"{args.model_dir} on {where}" + (f", {todo} clips to make" if not args.single else ""))
     if device == "cuda" and todo:
         fit_memory(args, sets[0].base)

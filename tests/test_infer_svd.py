@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, SIZE, TINY, moving_square, run, train_arguments
-from diffusers import StableVideoDiffusionPipeline
+from diffusers import AutoencoderKLTemporalDecoder, StableVideoDiffusionPipeline
 from PIL import Image
 
 import infer_svd
@@ -134,6 +134,65 @@ def test_image_of_another_shape_is_fitted_as_training_fits_it(tmp_path, capsys):
     assert np.array_equal(common.read_video(target), common.read_video(tmp_path / "stock.mp4"))
 
 
+def test_what_an_image_loses_is_said_once_for_all_images_of_its_kind(tmp_path, capsys):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for name in ("tall", "taller", "tallest"):
+        Image.new("RGB", (90, 160)).save(folder / f"{name}.png")
+    Image.new("RGB", (96, 64)).save(folder / "fits.png")
+    Image.new("RGBA", (96, 64), (1, 2, 3, 255)).save(folder / "opaque.png")
+    Image.new("RGBA", (96, 64), (1, 2, 3, 9)).save(folder / "glass.png")
+    Image.new("CMYK", (96, 64)).save(folder / "print.jpg")
+    Image.fromarray(np.zeros((64, 96), np.uint16)).save(folder / "deep.png")
+    Image.new("RGB", (96, 64)).save(folder / "pages.tif", save_all=True, append_images=[Image.new("RGB", (96, 64))])
+    flags = ["--model_dir", TINY, "--input_image", folder, "--output_video", tmp_path / "set", *SIZE, "--dry_run"]
+    printed = infer(capsys, *flags)
+    assert "tall.png and 2 more: 62% of the picture is lost to the crop to 96x64; --width 64 --height 112" in printed
+    assert "glass.png: what is transparent becomes white" in printed and "print.jpg: CMYK becomes RGB" in printed
+    assert "deep.png: more than 8 bits" in printed and "pages.tif: an animation or a stack of pages" in printed
+    assert "fits.png" not in printed and "opaque.png" not in printed and printed.count("warning: ") == 5
+    fitting = [*flags, "--width", 64, "--height", 112]
+    assert "tall.png" not in infer(capsys, *fitting)
+
+
+def test_brackets_in_names_are_names_and_links_are_followed(picture, tmp_path, capsys):
+    """Where a name is there as it is written, no part of it is a pattern."""
+    folder = tmp_path / "clips [1]" / "day [a-z]"
+    folder.mkdir(parents=True)
+    (tmp_path / "clips 1").mkdir()
+    (tmp_path / "link").symlink_to(folder)
+    (folder / "round").symlink_to(tmp_path)  # a circle
+    for path in (folder / "x[0].png", folder / "x0.png", tmp_path / "clips 1" / "wrong.png"):
+        shutil.copy(picture, path)
+    find = infer_svd.find_images
+    both = {"x[0]": folder / "x[0].png", "x0": folder / "x0.png"}
+    assert find(str(folder)) == find(str(folder / "*.png")) == find(str(folder / "x*")) == both
+    assert find(str(folder / "x[0].png")) == {"x[0]": folder / "x[0].png"}
+    assert set(find(str(tmp_path / "clips [1]" / "*" / "*.png"))) == {"day [a-z]/x[0]", "day [a-z]/x0"}
+    assert set(find(str(tmp_path / "clips*" / "day [a-z]" / "x[0].png"))) == {"clips [1]/day [a-z]/x[0]"}
+    assert set(find(str(tmp_path / "link"))) == set(find(str(tmp_path / "link" / "*.png"))) == {"x[0]", "x0"}
+    assert sorted(path.name for path in find(str(tmp_path / "**" / "*.png")).values()) == [
+        "wrong.png", "x0.png", "x[0].png",
+    ]  # fmt: skip
+    target = tmp_path / "clips [1]" / "video [2].mp4"
+    infer(capsys, "--model_dir", TINY, "--input_image", folder / "x[0].png", "--output_video", target, *QUICK)
+    assert len(common.read_video(target)) == 8
+
+
+def test_a_pattern_that_the_shell_expanded_is_told_to_be_quoted(picture, tmp_path):
+    images = []
+    for number in range(5):
+        images.append(shutil.copy(picture, tmp_path / f"image{number}.png"))
+    for flags in (["--input_image", *images], ["--input_image", *images[:2]]):
+        done = run("infer_svd.py", *flags, "--model_dir", TINY, "--output_video", tmp_path / "set", ok=False)
+        line = done.stdout.splitlines()[-1]
+        assert "error: unrecognized arguments: " + str(images[1]) in line and "quote a pattern" in line
+        assert not (tmp_path / "set").exists()
+    done = run("infer_svd.py", "--input_image", picture, "--modle_dir", TINY, "--model_dir", TINY, "--output_video",
+        tmp_path / "set", ok=False)  # fmt: skip
+    assert "--modle_dir" in done.stdout and "quote" not in done.stdout
+
+
 # ------------------------------------------------------------------------------------------------------- the model
 
 
@@ -151,6 +210,21 @@ def test_fine_tuned_folder_and_checkpoints_load_with_the_defaults_of_the_trainin
     )
     for (name, ours), theirs in zip(checkpoint.named_parameters(), result.parameters()):
         assert torch.equal(ours, theirs), name
+
+
+def test_checkpoints_are_found_a_base_that_moved(trained, picture, tmp_path, capsys):
+    """A run and its base moved together, then apart."""
+    shutil.copytree(TINY, tmp_path / "new" / "tiny_svd")
+    shutil.copytree(trained / "checkpoint-3", tmp_path / "new" / "run" / "checkpoint-3")
+    state = tmp_path / "new" / "run" / "checkpoint-3" / "training_state.json"
+    state.write_text(state.read_text().replace(str(TINY), "/gone/tiny_svd"))
+    flags = ["--input_image", picture, *QUICK, "--model_dir", state.parent, "--output_video"]
+    infer(capsys, *flags, tmp_path / "beside.mp4")
+    shutil.move(tmp_path / "new" / "tiny_svd", tmp_path / "apart")
+    printed = infer(capsys, *flags, tmp_path / "apart.mp4", ok=False)
+    assert printed.count("error: ") == 1 and "--base_model" in printed and "/gone/tiny_svd" in printed
+    infer(capsys, *flags, tmp_path / "apart.mp4", "--base_model", tmp_path / "apart")
+    assert (tmp_path / "apart.mp4").read_bytes() == (tmp_path / "beside.mp4").read_bytes()
 
 
 # ------------------------------------------------------------------------------------------------ users' mistakes
@@ -347,12 +421,12 @@ def test_a_generated_set_of_frames_trains(made, images, tmp_path, capsys):
     clips = common.list_clips(folder)
     assert len(clips) == 2
     for clip in clips:
-        frames = np.stack([common.read_frame(path) for path in clip["frames"]])
+        frames = np.stack([common.read_image(path) for path in clip["frames"]])
         assert clip["generated"] is True and clip["fps"] == 9 and clip["num_frames"] == len(frames) == 8
         assert clip["motion_bucket_id"] == common.motion_bucket(common.clip_motion(frames, 9))  # what it shows
         assert clip["requested"]["motion_bucket_id"] in (60, 180)  # what was asked for
     stock = stock_frames(TINY, moving_square(1)[0], fps=9, motion_bucket_id=180)
-    assert np.array_equal([common.read_frame(p) for p in clips[1]["frames"]], stock)  # exactly: PNG loses nothing
+    assert np.array_equal([common.read_image(p) for p in clips[1]["frames"]], stock)  # exactly: PNG loses nothing
     run("train_svd.py", *train_arguments(folder, tmp_path / "trained"), "--max_train_steps", 1)
     again = infer(capsys, "--model_dir", TINY, "--input_image", images / "image0.png", "--output_video", folder, *FAST,
         "--output_format", "frames", "--motion_bucket_id", 60, 180, "--fps", 9)  # fmt: skip
@@ -380,7 +454,7 @@ def test_segments_join_without_a_repeated_frame(picture, tmp_path, capsys):
         assert "segment 2: sharpness x" in printed
         clip = common.list_clips(tmp_path / name)[0]
         assert len(clip["segments"]) == 2 and clip["segments"][0].keys() == {"sharpness", "color", "motion"}
-        videos.append(np.stack([common.read_frame(path) for path in clip["frames"]]))
+        videos.append(np.stack([common.read_image(path) for path in clip["frames"]]))
     # the stock pipeline, started again from the last frame; the second segment's own first frame is dropped
     generator = torch.Generator().manual_seed(0)
     first = stock_frames(TINY, moving_square(1)[0], generator, num_inference_steps=1)
@@ -404,7 +478,7 @@ def test_low_vram_frames_equal_the_ordinary_ones_within_rounding(picture, tmp_pa
             "--output_format", "frames")  # fmt: skip
         clip = common.list_clips(tmp_path / name)[0]
         assert clip["decode_chunk_size"] == 4
-        videos.append(np.stack([common.read_frame(path) for path in clip["frames"]]).astype(int))
+        videos.append(np.stack([common.read_image(path) for path in clip["frames"]]).astype(int))
     assert np.abs(videos[0] - videos[1]).max() <= (3 if torch.cuda.is_available() else 1)
 
 
@@ -426,6 +500,44 @@ def test_out_of_memory_falls_back_and_says_so(images, tmp_path, capsys, monkeypa
     assert "0 clips to make" in infer(capsys, *arguments, "--num_frames", 9)
     monkeypatch.setattr(infer_svd, "generate", lambda *_: (_ for _ in ()).throw(torch.cuda.OutOfMemoryError("CUDA")))
     assert "with the smallest settings" in infer(capsys, *arguments, "--seed", 7, ok=False)
+
+
+@pytest.mark.parametrize("words", ["CUDA out of memory", "CUDNN_STATUS_ALLOCATION_FAILED"])
+def test_out_of_memory_within_the_fp32_encode_leaves_no_fp32_vae(words, picture, tmp_path, capsys, monkeypatch):
+    """In half precision the pipeline encodes with the VAE in fp32, and an exception there passes by its way back."""
+    load, encode, dtypes = common.load_pipeline, AutoencoderKLTemporalDecoder.encode, []
+
+    def load_half(name, dtype, *more):
+        return load(name, torch.float16, *more)
+
+    def encode_later(vae, *given, **options):
+        dtypes.append(vae.dtype)
+        if len(dtypes) == 1:
+            raise RuntimeError(words)
+        return encode(vae, *given, **options)
+
+    monkeypatch.setattr(common, "load_pipeline", load_half)
+    monkeypatch.setattr(AutoencoderKLTemporalDecoder, "encode", encode_later)
+    target = tmp_path / "set" / "first_seed0_motion127.mp4"
+    flags = ["--model_dir", TINY, "--input_image", picture, "--output_video", target.parent, *QUICK]
+    assert "out of GPU memory: going on with --low_vram" in infer(capsys, *flags)
+    assert dtypes == [torch.float32] * 2 and len(common.read_video(target)) == 8
+
+
+def test_half_precision_uses_no_3d_convolution_and_gives_the_stock_frames(picture, monkeypatch):
+    """torch 2.8 to 2.10 bring a cuDNN without half-precision Conv3d. Frames of the stock pipeline, within a level."""
+    image = Image.fromarray(moving_square(1)[0])
+
+    def frames(pipe):
+        pipe.set_progress_bar_config(disable=True)
+        options = {"width": 96, "height": 64, "num_frames": 4, "num_inference_steps": 1}
+        return pipe(image, generator=torch.Generator().manual_seed(0), output_type="np", **options).frames[0]
+
+    stock, ours = (common.load_pipeline(TINY, torch.float16)[0] for _ in range(2))
+    expected = frames(stock)
+    infer_svd.prepare(ours, infer_svd.parse_args(["--model_dir", "m", "--input_image", "i", "--output_video", "o"]))
+    monkeypatch.setattr(torch.nn.Conv3d, "_conv_forward", None)
+    assert np.abs(frames(ours) - expected).max() <= 1 / 255
 
 
 def test_single_token_shortcut_gives_the_same_bits():
