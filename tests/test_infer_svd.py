@@ -317,7 +317,11 @@ def test_a_folder_of_images_becomes_a_documented_set(images, made):
     records = lines_of(made)
     names = {f"image{i}_seed{s}_motion{m}.mp4" for i in range(2) for s in range(2) for m in (60, 180)}
     assert {record["file_name"] for record in records} == names == {path.name for path in made.glob("*.mp4")}
-    assert {path.name for path in made.iterdir()} == names | {"metadata.jsonl"}  # nothing hidden is left
+    assert {path.name for path in made.iterdir()} == names | {"metadata.jsonl", ".infer"}
+    assert {path.name for path in (made / ".infer").iterdir()} == {f"{name}.json" for name in names} | {
+        "lock",
+        ".making",
+    }
     for record in records:
         assert (
             record["generated"] is True and record["model_dir"] == str(TINY) and len(record["model_fingerprint"]) == 16
@@ -336,6 +340,10 @@ def test_a_clip_is_the_same_alone_and_in_a_batch(images, made, tmp_path, capsys)
     assert (tmp_path / "alone.mp4").read_bytes() == (made / "image1_seed1_motion180.mp4").read_bytes()
 
 
+def everything_in(folder):
+    return {path.relative_to(folder): path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+
+
 def test_kill_and_resume_give_the_same_set(images, made, tmp_path, capsys):
     folder = tmp_path / "set"
     command = [sys.executable, ROOT / "infer_svd.py", "--model_dir", TINY, "--input_image", images / "image?.png",
@@ -344,25 +352,104 @@ def test_kill_and_resume_give_the_same_set(images, made, tmp_path, capsys):
     deadline = time.time() + 120
     while process.poll() is None and time.time() < deadline and len(list(folder.glob("[!.]*.mp4"))) < 3:
         time.sleep(0.005)
+    process.send_signal(signal.SIGSTOP)  # alive: nobody else may touch what it writes
+    before = everything_in(folder)
+    printed = infer(capsys, *command[2:], ok=False)
+    assert printed.count("error: ") == 1 and "another infer_svd.py is writing here" in printed
+    assert everything_in(folder) == before
     process.send_signal(signal.SIGKILL)
     process.wait()
     before = {path: path.stat().st_mtime_ns for path in folder.glob("[!.]*.mp4")}
     assert 3 <= len(before) < 8
-    # and the two moments that a kill seldom meets: the clip in place but not yet listed, a line cut off
+    # and the moments that a kill seldom meets: a clip that is half written, one not yet listed, one not yet there
+    parts = folder / ".infer" / ".making"
+    parts.mkdir(exist_ok=True)
+    (parts / ".image1_seed1_motion180.4711.part.mp4").write_bytes(b"half")
     lines = (folder / "metadata.jsonl").read_text().splitlines(keepends=True)
-    (folder / "metadata.jsonl").write_text("".join(lines[:2])[:-9])
-    for line in lines[1:]:
-        (folder / f".{json.loads(line)['file_name']}.json").write_text(line)
-    (folder / ".image1_seed1_motion180.4711.part.mp4").write_bytes(b"half")
+    gone = max(before)
+    (folder / "metadata.jsonl").write_text("".join(line for line in lines[:2] if gone.name not in line))
+    gone.unlink()
+    del before[gone]
     printed = infer(capsys, *command[2:])
     assert f"{8 - len(before)} clips to make" in printed
     assert {path: path.stat().st_mtime_ns for path in before} == before  # none made again
-    assert sorted(path.name for path in folder.iterdir()) == sorted(path.name for path in made.iterdir())
+    assert sorted(path.name for path in folder.rglob("*")) == sorted(path.name for path in made.rglob("*"))
     assert all((folder / path.name).read_bytes() == path.read_bytes() for path in made.glob("*.mp4"))
-    assert sorted(line["file_name"] for line in lines_of(folder)) == sorted(
-        line["file_name"] for line in lines_of(made)
-    )
+    assert [line["file_name"] for line in lines_of(folder)] == [line["file_name"] for line in lines_of(made)]
     assert "0 clips to make" in infer(capsys, *command[2:])
+
+
+def test_a_single_file_and_the_compared_set_have_one_writer_too(picture, tmp_path, capsys):
+    flags = ["--model_dir", TINY, "--input_image", picture, *QUICK, "--output_video"]
+    (tmp_path / ".video.infer").mkdir()
+    (tmp_path / "set" / ".compare" / ".infer").mkdir(parents=True)
+    with common.lock_file(tmp_path / ".video.infer" / "lock", "taken"):
+        for name in ("video.mp4", "video.gif"):  # whose settings go into one video.json
+            assert "another infer_svd.py is writing here" in infer(capsys, *flags, tmp_path / name, ok=False)
+    with common.lock_file(tmp_path / "set" / ".compare" / ".infer" / "lock", "taken"):
+        printed = infer(capsys, *flags, tmp_path / "set", "--compare_with", TINY, ok=False)
+        assert "another infer_svd.py is writing here" in printed and not list(tmp_path.rglob("*.mp4"))
+    infer(capsys, *flags, tmp_path / "video.mp4")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["set", "video.json", "video.mp4"]
+
+
+def test_a_kill_between_a_single_clip_and_its_settings_is_made_good(picture, tmp_path, capsys):
+    flags = ["--model_dir", TINY, "--input_image", picture, *QUICK, "--output_video", tmp_path / "video.mp4"]
+    infer(capsys, *flags)
+    video, record = (tmp_path / "video.mp4").read_bytes(), (tmp_path / "video.json").read_text()
+    (tmp_path / ".video.infer").mkdir()
+    (tmp_path / "video.json").rename(tmp_path / ".video.infer" / "video.mp4.json")
+    assert "made before with other settings" in infer(capsys, *flags, "--seed", 3, ok=False)
+    infer(capsys, *flags)
+    assert (tmp_path / "video.mp4").read_bytes() == video and (tmp_path / "video.json").read_text() == record
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["video.json", "video.mp4"]
+
+
+def test_a_clip_that_was_deleted_stays_away_until_its_record_goes_too(images, made, tmp_path, capsys):
+    folder = shutil.copytree(made, tmp_path / "set")
+    flags = ["--model_dir", TINY, "--input_image", images / "image?.png", "--output_video", folder, *QUICK, *MANY]
+    dropped = folder / "image0_seed1_motion60.mp4"
+    dropped.unlink()
+    for _ in range(2):
+        printed = infer(capsys, *flags)
+        assert "0 clips to make" in printed and f"delete .infer/{dropped.name}.json to make it again" in printed
+        assert dropped.name not in (folder / "metadata.jsonl").read_text() and len(lines_of(folder)) == 7
+    (folder / ".infer" / f"{dropped.name}.json").unlink()
+    assert "1 clips to make" in infer(capsys, *flags)
+    assert dropped.read_bytes() == (made / dropped.name).read_bytes() and len(lines_of(folder)) == 8
+
+
+def test_sets_of_the_version_without_records_are_gone_on_with(images, made, tmp_path, capsys):
+    """Their metadata.jsonl is all there is; its last line may be cut off. Fields that a user added stay."""
+    folder = shutil.copytree(made, tmp_path / "set")
+    shutil.rmtree(folder / ".infer")
+    flags = ["--model_dir", TINY, "--input_image", images / "image?.png", "--output_video", folder, *QUICK, *MANY]
+    lines = [{**line, "text": f"clip {number}"} for number, line in enumerate(lines_of(folder))]
+    (folder / lines[0]["file_name"]).unlink()
+    text = "\ufeff" + "".join(json.dumps(line) + "\n" for line in lines[1:])  # as Windows' editors save it
+    (folder / "metadata.jsonl").write_text(text + json.dumps(lines[0])[:-9], encoding="utf-8")
+    assert "1 clips to make" in infer(capsys, *flags)
+    assert [line.get("text") for line in lines_of(folder)] == [None, *(f"clip {number}" for number in range(1, 8))]
+    (folder / "metadata.jsonl").write_text(text[1:-9], encoding="utf-8")  # the last clip is there, its line is lost
+    printed = infer(capsys, *flags, ok=False)
+    assert "metadata.jsonl does not know it" in printed and (folder / "metadata.jsonl").read_text() == text[1:-9]
+
+
+def test_nonsense_in_a_sets_metadata_is_one_line(picture, tmp_path, capsys):
+    flags = ["--model_dir", TINY, "--input_image", picture, *QUICK, "--output_video", tmp_path / "set"]
+    path = tmp_path / "set" / "metadata.jsonl"
+    path.parent.mkdir()
+    ours = b'{"file_name": "x.mp4", "generated": true}'
+    for data, words in (
+        (ours.decode().encode("utf-16"), "not UTF-8"), (ours + b"\n\xff\n", "not UTF-8"), (b"[1]\n" + ours, "line 1"),
+        (ours + b'\n{"file_name": 5, "generated": true}\n', "line 2"), (ours + b"\nnull\n", "line 2"),
+        (b'{"file_name": "../x", "generated": true}\n', "line 1"), (b"[" * 9999 + b"\n", "line 1"),
+        (b'{"file_name": "first_seed0_motion127.mp4", "generated": true, "requested": 3}\n', "line 1"),
+    ):  # fmt: skip
+        path.write_bytes(data)
+        printed = infer(capsys, *flags, ok=False)
+        assert printed.count("error: ") == 1 and words in printed.split("metadata.jsonl")[1], printed
+        assert path.read_bytes() == data and len(list(path.parent.iterdir())) == 1
 
 
 def test_datasets_reads_the_set(made):
@@ -535,15 +622,15 @@ def test_half_precision_uses_no_3d_convolution_and_gives_the_stock_frames(pictur
 
     stock, ours = (common.load_pipeline(TINY, torch.float16)[0] for _ in range(2))
     expected = frames(stock)
-    infer_svd.prepare(ours, infer_svd.parse_args(["--model_dir", "m", "--input_image", "i", "--output_video", "o"]))
+    infer_svd.wrap_unet(ours.unet)
+    common.avoid_conv3d(ours.vae)
     monkeypatch.setattr(torch.nn.Conv3d, "_conv_forward", None)
     assert np.abs(frames(ours) - expected).max() <= 1 / 255
 
 
 def test_single_token_shortcut_gives_the_same_bits():
     pipes = [common.load_pipeline(TINY, torch.float32)[0] for _ in range(2)]
-    given = ["--model_dir", "m", "--input_image", "i", "--output_video", "o.mp4"]
-    infer_svd.prepare(pipes[1], infer_svd.parse_args(given))
+    infer_svd.wrap_unet(pipes[1].unet)
     generator = torch.Generator().manual_seed(0)
     sample, token = torch.randn(2, 8, 8, 16, 24, generator=generator), torch.randn(2, 1, 32, generator=generator)
     ids = torch.tensor([[6.0, 127.0, 0.02]] * 2)
@@ -610,11 +697,10 @@ def test_bootstrap_interval_covers_the_mean_and_leaves_out_what_a_clip_does_not_
 def test_conditioning_far_from_the_training_data_is_warned_of(capsys):
     settings = {"median_fps": 9.99, "median_motion_bucket_id": 100, "motion_bucket_id_range": [90, 120]}
     arguments = ["--model_dir", "m", "--input_image", "i", "--output_video", "o"]
-    args = infer_svd.parse_args(arguments)
-    infer_svd.fill_in_defaults(args, TINY, settings)
-    assert args.fps == 9.99 and args.motion_bucket_id == [100] and not capsys.readouterr().out
+    resolved = infer_svd.resolve(infer_svd.parse_args(arguments), TINY, settings)
+    assert resolved.fps == 9.99 and resolved.motion_bucket_id == [100] and not capsys.readouterr().out
     args = infer_svd.parse_args([*arguments, "--fps", "30", "--motion_bucket_id", "110", "200"])
-    infer_svd.fill_in_defaults(args, TINY, settings)
+    infer_svd.resolve(args, TINY, settings)
     printed = capsys.readouterr().out
     assert "--motion_bucket_id 200: the model was fine-tuned on clips of 90 to 120" in printed and "110" not in printed
     assert "--fps 30" in printed
