@@ -35,10 +35,10 @@ import numpy as np
 from PIL import Image
 from tqdm.auto import tqdm
 
-# What decides the pixels of a clip besides its image and the model: passed to the pipeline under these names ...
+# What decides the pixels of a clip besides its image and the model: what the pipeline is called with, and what we add.
 PIPELINE_OPTIONS = "width height num_frames fps motion_bucket_id noise_aug_strength num_inference_steps".split()
 PIPELINE_OPTIONS += ["min_guidance_scale", "max_guidance_scale", "decode_chunk_size"]
-OPTIONS = [*PIPELINE_OPTIONS, "seed", "num_segments", "color_correction"]  # ... and with what we do around it
+OPTIONS = [*PIPELINE_OPTIONS, "seed", "num_segments", "color_correction"]
 FORMATS = {"mp4": ".mp4", "gif": ".gif", "webp": ".webp", "frames": ""}
 LOW_VRAM_CHUNK = 4  # frames decoded at once: needs as much memory as the UNet at 1024x576
 IMAGE_SUFFIXES = (*common.IMAGE_SUFFIXES, ".tif", ".tiff")
@@ -125,23 +125,25 @@ def parse_args(argv=None):
             f" {args.max_guidance_scale:g}: the guidance rises from the first frame to the last"
         )
 
-    output, suffix = Path(args.output_video), Path(args.output_video).suffix.lower()
+    output, suffix = Path(args.output_video).absolute(), Path(args.output_video).suffix.lower()
     many = args.num_videos_per_image > 1 or len(args.motion_bucket_id or []) > 1 or args.compare_with or args.reference
     if is_file(output):
         if args.output_format not in (None, suffix[1:]) or many:
             parser.error(f"--output_video {output}: a file for one clip alone; give a folder for what you ask")
+        args.output_format = suffix[1:]
     elif suffix in (*IMAGE_SUFFIXES, ".avi", ".mov", ".mkv", ".webm", ".m4v") and not output.is_dir():
         parser.error(f"--output_video must end in .mp4, .gif or .webp, or be a folder's name, got {output}")
-    args.output_format = args.output_format or (suffix[1:] if is_file(output) else "mp4")
+    args.output_format = args.output_format or "mp4"
     if (args.compare_with or args.reference) and args.output_format in ("gif", "webp"):
         parser.error(f"--output_format {args.output_format} cannot be compared: its colours are not exact; use mp4")
     if args.reference and not Path(args.reference).is_dir():
         parser.error(f"--reference {args.reference}: no such folder")
-    parent = next(folder for folder in [output.absolute(), *output.absolute().parents] if folder.exists())
-    if is_file(output) and parent == output.absolute():
-        parent = parent.parent
+    places = output.parents if is_file(output) else [output, *output.parents]
+    parent = next(folder for folder in places if folder.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         parser.error(f"--output_video: {parent} is not a folder that can be written to")
+    if shutil.disk_usage(parent).free < 2**24:
+        parser.error(f"--output_video: the disk of {parent} is full; make room")
     return args
 
 
@@ -177,9 +179,7 @@ def resolve(args, base, trained):
             print(f"warning: --motion_bucket_id {value}: the model was fine-tuned on clips of {low:g} to {high:g}")
     if "median_fps" in trained and not fps / 2 <= settings["fps"] <= fps * 2:
         print(f"warning: --fps {args.fps:g}: the model was fine-tuned on clips of about {fps:g} frames a second")
-    result = Settings(**{**vars(args), **settings})
-    common.check_sizes(result, base)
-    return result
+    return Settings(**{**vars(args), **settings})
 
 
 # --------------------------------------------------------------------------------------------------------- Images
@@ -226,61 +226,51 @@ def expand_pattern(pattern):
 
 def list_images(args):
     """What to start from: [{image (its name), path, sha256, size}]; and why other images cannot be read."""
-    images, failed, losses = [], [], {}
+    images, failed, single = [], [], is_file(args.output_video)
     for name, path in find_images(args.input_image).items():
         try:
             height, width = common.read_image(path).shape[:2]
+            images.append({"image": name, "path": path, "sha256": common.file_digest(path), "size": (width, height)})
         except UserError as error:
-            if is_file(args.output_video):
-                raise
             failed.append(str(error))
-            continue
-        images.append({"image": name, "path": path, "sha256": common.file_digest(path), "size": (width, height)})
-        losses.setdefault(what_is_lost(path), []).append(path)
-    if is_file(args.output_video) and len(images) * args.num_videos_per_image > 1:
-        raise UserError(f"--output_video {args.output_video}: {len(images)} images need a folder, not a file")
     if not images:
-        raise UserError(f"--input_image {args.input_image}: no readable image ({failed[0]})")
-    losses.pop(None, None)
-    warn_of(losses)
+        raise UserError(failed[0] if single else f"--input_image {args.input_image}: no readable image ({failed[0]})")
+    if single and len(images) + len(failed) > 1:
+        raise UserError(f"--output_video {args.output_video}: several images need a folder, not a file")
     return images, failed
 
 
-def what_is_lost(path):
-    """What reading a readable image file as 8-bit RGB loses of it; None where that is nothing."""
-    with Image.open(path) as image:
-        if "A" in image.getbands() or "transparency" in image.info:
-            if image.convert("RGBA").getchannel("A").getextrema()[0] < 255:
-                return "what is transparent becomes white"
-        if image.mode == "CMYK":
-            return "CMYK becomes RGB, its colours are near"
-        if image.mode[0] in "IF":
-            return "more than 8 bits a channel become 8"
-        if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":  # a phone's photograph with a second view
-            return "an animation or a stack of pages: its first picture is used"
-    return None
-
-
-def warn_of_crops(images, settings, multiple):
-    """Names the images that lose more than 15 % to the crop, and the sizes with as many pixels that would fit."""
-    width, height, crops = settings.width, settings.height, {}
+def warn_of_losses(images, settings, multiple):
+    """Prints what the pictures lose before the model sees them, a line for all that lose the same."""
+    losses = {}
     for image in images:
-        w, h = image["size"]
-        lost = 1 - min(w * height, h * width) / max(w * height, h * width)
-        if lost > 0.15:
-            fitting = [max(1, round((width * height * ratio) ** 0.5 / multiple)) for ratio in (w / h, h / w)]
-            crops.setdefault(tuple(multiple * side for side in fitting), []).append((lost, image["path"]))
-    warnings = {}
-    for (w, h), found in crops.items():
-        lost = f"{max(found)[0]:.0%} of the picture is lost to the crop to {width}x{height}"
-        warnings[f"{lost}; --width {w} --height {h} would fit"] = [path for _, path in found]
-    warn_of(warnings)
-
-
-def warn_of(warnings):
-    """Prints {what: [paths]}, a line each."""
-    for what, paths in warnings.items():
+        for what in what_is_lost(image, settings, multiple):
+            losses.setdefault(what, []).append(image["path"])
+    for what, paths in losses.items():
         print(f"warning: {paths[0]}" + (f" and {len(paths) - 1} more" if len(paths) > 1 else "") + f": {what}")
+
+
+def what_is_lost(image, settings, multiple):
+    """Yields what the crop takes away, and what is lost on the way to 8-bit RGB.
+
+    multiple: what width and height must be multiples of, for the advice: a size of as many pixels that would fit.
+    """
+    (w, h), width, height = image["size"], settings.width, settings.height
+    lost = 1 - min(w * height, h * width) / max(w * height, h * width)
+    fitting = [max(1, round((width * height * ratio) ** 0.5 / multiple)) * multiple for ratio in (w / h, h / w)]
+    if lost > 0.15:
+        advice = "--width {} --height {} would fit".format(*fitting)
+        yield f"some {round(20 * lost) / 20:.0%} of the picture is lost to the crop to {width}x{height}; {advice}"
+    with Image.open(image["path"]) as opened:
+        transparent = "A" in opened.getbands() or "transparency" in opened.info
+        if transparent and opened.convert("RGBA").getchannel("A").getextrema()[0] < 255:
+            yield "what is transparent becomes white"
+        if opened.mode == "CMYK":
+            yield "CMYK becomes RGB, its colours are near"
+        if opened.mode[0] in "IF":
+            yield "more than 8 bits a channel become 8"
+        if getattr(opened, "n_frames", 1) > 1 and opened.format != "MPO":  # a phone's photograph and its small copy
+            yield "an animation or a stack of pages: its first picture is used"
 
 
 # ---------------------------------------------------------------------------------------------------------- Clips
@@ -289,16 +279,14 @@ def warn_of(warnings):
 class ClipSet:
     """The clips that one model makes in one folder: what is there already, and what is still to be made.
 
-    Beside the clips, the hidden folder `.infer` holds a record of each, `.infer/NAME.json`: all that is needed to make
-    it again. A record is written before its clip, and a clip in `.infer/.making`, from where it is renamed when it is
-    whole. So after a kill at any moment, a clip is done if its record and the clip are there. metadata.jsonl is written
-    from the records after each clip.
+    The hidden folder `.infer` beside them holds a record of each clip, `.infer/NAME.json`, with all that is needed to
+    make it again. The record is written first, then the clip in `.infer/.making`, from where it is moved when it is
+    whole: after a kill at any moment, a clip is done if its record and the clip are there. metadata.jsonl is written
+    from the records after each clip. Sets of versions without records go on from their metadata.jsonl.
 
-    To drop a clip, delete it: it leaves metadata.jsonl at the next run and is not made again, unless its record in
-    `.infer` (or before that run its line) is deleted too. Sets of versions without records go on from their lines.
+    To drop a clip, delete it: it leaves metadata.jsonl and is not made again, unless its record is deleted too.
 
-    A single file is a set of one, without metadata.jsonl: `.infer` is then `.FILE.infer`, goes when all is done, and
-    the record becomes FILE.json.
+    A single file is a set of one: its record becomes FILE.json in the end, and the hidden folder, `.FILE.infer`, goes.
     """
 
     def __init__(self, settings, model, folder, images):
@@ -319,20 +307,20 @@ class ClipSet:
         self.records, self.todo, self.dropped = dict(self.listed), [], []
         for path in self.hidden.rglob("*.json"):
             name = path.relative_to(self.hidden).as_posix()[: -len(".json")]
-            self.records[name] = {**self.listed.get(name, {}), **read_record(path)}
+            self.records[name] = {**self.listed.get(name, {}), **parse_record(path, path.read_bytes())}
         for job in self.jobs:
             target, record = job["target"], self.records.get(job["name"])
             if len(os.fsencode(target.name)) > 220:  # 255 with what is added while it is written
                 raise UserError(f"{job['path']}: the name is too long for a clip's; give the image a shorter one")
-            if record is None or self.single:
-                for path in (target, target.with_suffix(".json")) if self.single else (target,):
-                    if os.path.lexists(path) and (record is None or path != target):
-                        why = "" if self.single else ", and metadata.jsonl does not know it"
-                        raise UserError(f"--output_video: {path} exists already{why}; give another name")
+            if self.single and target.with_suffix(".json").exists():
+                raise UserError(f"--output_video: {target.with_suffix('.json')} exists already; give another name")
             if os.path.lexists(target):
+                if record is None:
+                    why = "exists already" if self.single else "exists, and metadata.jsonl does not know it"
+                    raise UserError(f"--output_video: {target} {why}; move it away or give another name")
                 self.check_same(job, record, settings)
-            elif job["name"] in self.listed or (record or {}).get("deleted"):
-                self.dropped.append(job)
+            elif record is not None and (job["name"] in self.listed or record.get("deleted")):
+                self.dropped.append(job["name"])
             else:
                 self.todo.append(job)
 
@@ -345,23 +333,25 @@ class ClipSet:
             self.plan(settings)
             shutil.rmtree(self.hidden / ".making", ignore_errors=True)
             self.publish()
+            if self.dropped:
+                again = f"to make it again, delete {self.hidden / self.dropped[0]}.json"
+                print(f"{len(self.dropped)} clips were deleted since they were made: {self.dropped[0]}, ...; {again}")
             yield
 
     def publish(self):
         """Writes metadata.jsonl: the records of the clips that are there. A single clip's record becomes FILE.json."""
-        lines = ""
+        path, lines = self.folder / "metadata.jsonl", ""
         for name in sorted(self.records, key=common.natural_key):
             record = self.records[name]
             if (self.folder / name).exists():
                 lines += json.dumps({key: value for key, value in record.items() if key != "deleted"}) + "\n"
             elif name in self.listed and not record.get("deleted"):
                 self.write_record(name, {**record, "deleted": True})
-        path = self.folder / "metadata.jsonl"
-        if self.single and lines:
+        if not self.single and (lines or path.exists()):
+            common.write_file(path, lines)
+        elif self.single and self.jobs[0]["target"].exists():
             os.replace(self.hidden / f"{self.jobs[0]['name']}.json", self.jobs[0]["target"].with_suffix(".json"))
             shutil.rmtree(self.hidden, ignore_errors=True)
-        elif not self.single and (lines or path.exists()):
-            common.write_file(path, lines)
 
     def check_same(self, job, record, settings):
         """Raises `UserError` if the clip of this name was made from something else than what is asked for now."""
@@ -436,40 +426,28 @@ def fingerprint(model):
     return digest.hexdigest()[:16]
 
 
-def read_record(path, text=None):
-    """A record as a dict, from its file or from a line; raises `UserError` if it is damaged."""
+def parse_record(where, data):
+    """The bytes of a record, or of a line of metadata.jsonl, as a dict; raises `UserError` for anything else."""
     try:
-        record = json.loads(path.read_text(encoding="utf-8") if text is None else text)
-        assert isinstance(record, dict) and isinstance(record.get("requested", {}), dict)
-        name = record.get("file_name", record.get("directory"))
-        assert "generated" not in record or (name and not Path(name).is_absolute() and ".." not in Path(name).parts)
-        return record
-    except (ValueError, RecursionError, TypeError, AssertionError):
-        raise UserError(f"{path}: damaged; repair or delete it") from None
+        record = json.loads(data.decode("utf-8"))
+        name = record["directory"] if "directory" in record else record["file_name"]
+        inside = not Path(name).is_absolute() and ".." not in Path(name).parts
+        if inside and isinstance(record.get("requested", {}), dict):
+            return record
+    except (ValueError, KeyError, TypeError, RecursionError):
+        pass
+    raise UserError(f"{where}: damaged, or not UTF-8; repair or delete it")
 
 
 def read_set(path):
-    """metadata.jsonl of a set as {clip: record}; a last line that a power failure cut off counts as not there.
-
-    Raises `UserError` for other encodings than UTF-8, nonsense, and lines that infer_svd.py did not write.
-    """
-    made = {}
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n") if path.exists() else []
-    except UnicodeDecodeError:
-        raise UserError(f"{path}: not UTF-8 text; open it in an editor and save it as UTF-8") from None
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            record = read_record(path, line)
-        except UserError:
-            if number == len(lines) and made:  # no line ends here
-                break
-            raise UserError(f"{path} line {number}: damaged; repair or delete it") from None
-        if "generated" not in record:
-            raise UserError(f"{path}: not written by infer_svd.py (real clips?); give another --output_video")
-        made[record.get("file_name", record.get("directory"))] = record
+    """metadata.jsonl of a set as {clip: record}. Raises `UserError` for lines that infer_svd.py did not write."""
+    made, data = {}, path.read_bytes() if path.exists() else b""
+    for number, line in enumerate(data.removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
+        if line.strip():
+            record = parse_record(f"{path} line {number}", line)
+            if "generated" not in record:
+                raise UserError(f"{path}: not written by infer_svd.py (real clips?); give another --output_video")
+            made[record["directory"] if "directory" in record else record["file_name"]] = record
     return made
 
 
@@ -531,7 +509,7 @@ def save_memory(unet):
 
 
 def wrap_unet(unet, compiled=False):
-    """What is done to every stock UNet, in place: the same frames, but for the rounding of torch.compile."""
+    """Wraps a stock UNet in place: the same frames, but for the rounding of torch.compile."""
     common.avoid_conv3d(unet)
     single_token_attention(unet)
     if compiled:
@@ -561,7 +539,8 @@ def compile_blocks(unet):
 
 def move_to_device(pipe, low_vram, device):
     """Puts a pipeline on the device: whole, or with --low_vram each part only while it works (diffusers' offload)."""
-    pipe.vae.to(dtype=pipe.unet.dtype)  # an encode that ran out of memory leaves it in fp32
+    if pipe.vae.dtype != pipe.unet.dtype:
+        pipe.vae.to(dtype=pipe.unet.dtype)  # the pipeline's encode in fp32 was left by an out-of-memory
     if low_vram:
         save_memory(pipe.unet)
     if low_vram and device == "cuda":
@@ -570,10 +549,11 @@ def move_to_device(pipe, low_vram, device):
         pipe.to(device)
 
 
-def forecast_memory(folder, settings):
+def forecast_memory(base, settings):
     """GiB of GPU memory that a clip needs in fp16: the real forward passes on tensors that have a shape but no data.
 
-    Without --low_vram all parts are there all the time; with it, only the one that works. CUDA itself takes 0.5 more.
+    base: where the configuration is. Without --low_vram all parts are there all the time; with it, only the one that
+    works. CUDA itself takes 0.5 more.
     """
     import torch
     from diffusers import AutoencoderKLTemporalDecoder, UNetSpatioTemporalConditionModel
@@ -587,33 +567,28 @@ def forecast_memory(folder, settings):
             function(*inputs)
         return tracker.peak
 
-    def half(model):
-        for parameter in model.parameters():
-            parameter.data = parameter.data.half()
-        return model, sum(p.numel() * 2 for p in model.parameters())
-
     with FakeTensorMode(allow_non_fake_inputs=True):
-        config = {part: common.read_config(folder, part) for part in common.MODEL_PARTS}
-        unet, unet_size = half(UNetSpatioTemporalConditionModel.from_config(config["unet"]))
-        vae, vae_size = half(AutoencoderKLTemporalDecoder.from_config(config["vae"]))
-        _, clip_size = half(CLIPVisionModelWithProjection(CLIPVisionConfig(**config["image_encoder"])))
-        for model in (unet, vae):
+        unet = UNetSpatioTemporalConditionModel.from_config(common.read_config(base, "unet"))
+        vae = AutoencoderKLTemporalDecoder.from_config(common.read_config(base, "vae"))
+        clip = CLIPVisionModelWithProjection(CLIPVisionConfig(**common.read_config(base, "image_encoder")))
+        for model in (unet, vae, clip):
             common.avoid_conv3d(model)
+            for parameter in model.parameters():
+                parameter.data = parameter.data.half()
         if settings.low_vram:
             save_memory(unet)
         factor = 2 ** (len(vae.config.block_out_channels) - 1)
         h, w, chunk = settings.height // factor, settings.width // factor, settings.decode_chunk_size
-        x = torch.empty(2, settings.num_frames, unet.config.in_channels, h, w, dtype=torch.half)
-        token = torch.empty(2, 1, unet.config.cross_attention_dim, dtype=torch.half)
-        ids = torch.empty(2, 3, dtype=torch.half)
-        z = torch.empty(chunk, vae.config.latent_channels, h, w, dtype=torch.half)
-        frames = 4 * 3 * settings.num_frames * settings.width * settings.height
-        time = torch.tensor(1.0)
-        denoise = peak(unet, lambda *inputs: unet(inputs[0], time, *inputs[1:], return_dict=False), x, token, ids)
-        decode = peak(vae, lambda z: vae.decode(z, num_frames=chunk), z) + frames
+        x = torch.empty(2, settings.num_frames, unet.config.in_channels, h, w).half()
+        token, ids = torch.empty(2, 1, unet.config.cross_attention_dim).half(), torch.empty(2, 3).half()
+        z = torch.empty(chunk, vae.config.latent_channels, h, w).half()
+        denoise = peak(unet, lambda x, token, ids: unet(x, torch.tensor(1.0), token, ids), x, token, ids)
+        decode = peak(vae, lambda z: vae.decode(z, num_frames=chunk), z)
+        decode += 4 * 3 * settings.num_frames * settings.width * settings.height  # the frames, gathered in fp32
+        sizes = [sum(2 * p.numel() for p in model.parameters()) for model in (unet, vae, clip)]
     if not settings.low_vram:
-        denoise, decode = denoise + vae_size + clip_size, decode + unet_size + clip_size
-    return max(denoise, decode, clip_size + vae_size) / 2**30
+        denoise, decode = denoise + sizes[1] + sizes[2], decode + sizes[0] + sizes[2]
+    return max(denoise, decode, sizes[1] + sizes[2]) / 2**30
 
 
 def smaller_memory(settings, reason):
@@ -709,7 +684,7 @@ def make_clips(clips, settings, device, progress, failed):
         while frames is None:
             try:
                 image = common.fit_frame(common.read_image(job["path"]), settings.width, settings.height)
-                if placed is not settings:
+                if placed is not settings:  # another memory mode, or the first clip
                     move_to_device(pipe, settings.low_vram, device)
                     placed = settings
                 frames, segments = generate(pipe, image, clip_options(settings, job), progress.update)
@@ -736,23 +711,6 @@ def make_clips(clips, settings, device, progress, failed):
         shown = f"{len(frames)} frames {settings.width}x{settings.height}, {more['seconds']:.0f} s"
         progress.write(f"{job['target']}: seed {job['seed']}, {shown}")
     return settings
-
-
-def make_sets(sets, settings, failed):
-    """Makes all that is still to be made, one model after the other; texts about clips that fail go to `failed`."""
-    todo, (device, where) = sum(len(clips.todo) for clips in sets), choose_device()
-    print(f"{settings.model_dir} on {where}" + ("" if sets[0].single else f", {todo} clips to make"))
-    dropped = [job["name"] for clips in sets for job in clips.dropped]
-    if dropped:
-        again = f"delete .infer/{dropped[0]}.json to make it again"
-        print(f"{dropped[0]} and {len(dropped) - 1} more were deleted since they were made and stay away; {again}")
-    if device == "cuda" and todo:
-        settings = fit_memory(settings, sets[0].model.base)
-    steps = todo * settings.num_inference_steps * settings.num_segments
-    with tqdm(total=steps, desc="generating", unit="step") as progress:
-        for clips in sets:
-            if clips.todo:
-                settings = make_clips(clips, settings, device, progress, failed)
 
 
 # -------------------------------------------------------------------------------------------------------- Judging
@@ -851,73 +809,66 @@ def find_real_clips(settings, images):
     return clips
 
 
-def print_plan(args):
+def print_plan(settings, images, base):
     """--dry_run: what there is to make and the memory that it needs, from the configuration alone, without weights."""
-    images, failed = list_images(args)
-    if Path(args.model_dir).is_dir():
-        folder, trained, _ = common.resolve_checkpoint(args.model_dir, args.base_model)
-    else:
-        folder, trained = common.resolve_config(args.model_dir), {}
-    settings = resolve(args, folder, trained)
-    warn_of_crops(images, settings, common.size_multiple(folder))
-    count = len(images) * args.num_videos_per_image * len(settings.motion_bucket_id) * (2 if args.compare_with else 1)
+    count = len(images) * settings.num_videos_per_image * len(settings.motion_bucket_id)
+    count *= 2 if settings.compare_with else 1
     size, chunk = f"{settings.width}x{settings.height}", settings.decode_chunk_size
     print(f"{count} clips of {settings.num_frames} frames, {size}, {chunk} frames decoded at once")
-    print(f"{forecast_memory(folder, settings):.1f} GiB of GPU memory in fp16, and about 0.5 GiB for CUDA itself")
-    print_left_out(failed)
-    return 0
+    print(f"{forecast_memory(base, settings):.1f} GiB of GPU memory in fp16, and about 0.5 GiB for CUDA itself")
 
 
-def print_left_out(failed):
-    for text in failed:
-        print(f"left out: {text}", file=sys.stderr)
-
-
-def choose_device():
-    """ "cuda" or "cpu", and where that is in words, with the cure where a GPU stays unused."""
+def make_all(sets, settings, failed):
+    """Makes all that is still to be made, one model after the other; the reason of each clip that fails is kept."""
     import torch
 
-    if torch.cuda.is_available():
-        return "cuda", "the GPU in fp16"
-    cure = "no CUDA GPU found" if torch.version.cuda else "this torch is built for CPUs; pytorch.org has it for CUDA"
-    return "cpu", f"the CPU in fp32 ({cure})"
+    todo, device = sum(len(clips.todo) for clips in sets), "cuda" if torch.cuda.is_available() else "cpu"
+    where = "the GPU in fp16" if device == "cuda" else "the CPU in fp32 (no CUDA GPU found)"
+    if not torch.version.cuda:
+        where = "the CPU in fp32 (this torch is built for CPUs; pytorch.org has it for CUDA)"
+    print(f"{settings.model_dir} on {where}" + ("" if sets[0].single else f", {todo} clips to make"))
+    if device == "cuda" and todo:
+        settings = fit_memory(settings, sets[0].model.base)
+    steps = todo * settings.num_inference_steps * settings.num_segments
+    with tqdm(total=steps, desc="generating", unit="step") as progress:
+        for clips in sets:
+            if clips.todo:
+                settings = make_clips(clips, settings, device, progress, failed)
 
 
-def check_disk(settings):
-    """Raises `UserError` before anything is loaded if not even one clip finds room."""
-    folder = next(folder for folder in Path(settings.output_video).absolute().parents if folder.exists())
-    needed = 3 * settings.num_frames * settings.num_segments * settings.width * settings.height
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise UserError(f"{folder}: {free / 2**20:.0f} MiB are free, one clip may need {needed / 2**20:.0f}; make room")
+def find_model(name, args):
+    """Where a model's parts are and what it was trained with. For a dry run of a hub's model, its configuration."""
+    if args.dry_run and not Path(name).expanduser().is_dir():
+        return Model(name, common.resolve_config(name), {}, None)
+    return Model(name, *common.resolve_checkpoint(name, args.base_model))
 
 
 def main(argv=None):
     args = parse_args(argv)
-    if args.dry_run:
-        return print_plan(args)
     images, failed = list_images(args)
-    print_left_out(failed)
-    names = [args.model_dir] + ([args.compare_with] if args.compare_with else [])
-    models = [Model(name, *common.resolve_checkpoint(name, args.base_model)) for name in names]
+    for text in failed:
+        print(f"left out: {text}", file=sys.stderr)
+    models = [find_model(name, args) for name in (args.model_dir, args.compare_with) if name]
     settings = resolve(args, models[0].base, models[0].settings)
-    for model in models[1:]:
+    for model in models:
         common.check_sizes(settings, model.base)
-    warn_of_crops(images, settings, common.size_multiple(models[0].base))
+    warn_of_losses(images, settings, common.size_multiple(models[0].base))
+    if settings.dry_run:
+        return print_plan(settings, images, models[0].base)
     real_clips = find_real_clips(settings, images) if settings.reference else {}
     # .compare is hidden: neither train_svd.py nor datasets takes it for a part of the set
     folders = [Path(settings.output_video), Path(settings.output_video) / ".compare"]
     sets = [ClipSet(settings, model, folder, images) for model, folder in zip(models, folders)]
-    check_disk(settings)
     with contextlib.ExitStack() as locks:
         for clips in sets:
             locks.enter_context(clips.locked(settings))
-        make_sets(sets, settings, failed)
+        make_all(sets, settings, failed)
         if settings.num_segments > 1:
             report_drift(sets[0].records.values())
         if settings.compare_with or settings.reference:
             judge(settings, sets, real_clips)
-    print_left_out(failed)
+    for text in failed:
+        print(f"left out: {text}", file=sys.stderr)
     return 1 if failed else 0
 
 
