@@ -158,7 +158,7 @@ def resolve(args, base, trained):
     base: the folder with the model's configuration; trained: training_settings.json of a fine-tuned model, else {}.
     """
     unet = common.read_config(base, "unet")
-    factor = 2 ** (len(common.read_config(base, "vae")["block_out_channels"]) - 1)
+    factor = common.latent_factor(common.read_config(base, "vae"))
     side = unet.get("sample_size") or 96  # SVD-XT's configuration says 96: 768 pixels; it was trained at 1024 x 576
     width, height = (1024, 576) if side == 96 and factor == 8 else (side * factor, side * factor)
     fps, bucket = trained.get("median_fps", 7), round(trained.get("median_motion_bucket_id", 127))
@@ -577,7 +577,7 @@ def forecast_memory(base, settings):
                 parameter.data = parameter.data.half()
         if settings.low_vram:
             save_memory(unet)
-        factor = 2 ** (len(vae.config.block_out_channels) - 1)
+        factor = common.latent_factor(vae.config)
         h, w, chunk = settings.height // factor, settings.width // factor, settings.decode_chunk_size
         x = torch.empty(2, settings.num_frames, unet.config.in_channels, h, w).half()
         token, ids = torch.empty(2, 1, unet.config.cross_attention_dim).half(), torch.empty(2, 3).half()
@@ -730,7 +730,7 @@ def judge(settings, sets, real_clips):
         videos = dict(zip(labels, (read_clip(job["target"]) for job in jobs)))
         if real_clips:
             paths = real_clips[jobs[0]["image"]]["frames"][: len(videos[labels[0]])]
-            real = np.stack([common.fit_frame(common.read_image(p), settings.width, settings.height) for p in paths])
+            real = common.read_frames(paths, settings.width, settings.height)
             copied = np.repeat(real[:1], len(real), axis=0)
             for label, video in {"first frame copied": copied, **videos}.items():
                 found = common.video_metrics(video, real)
