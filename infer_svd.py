@@ -12,16 +12,18 @@ A recipe: parse, list the clips to make, load, run the stock diffusers pipeline 
 """
 
 import argparse
+import contextlib
 import glob
 import hashlib
 import io
+import itertools
 import json
 import os
 import platform
 import shutil
 import sys
 import time
-from collections import Counter
+from collections import Counter, namedtuple
 from importlib.metadata import version
 from pathlib import Path
 
@@ -33,15 +35,24 @@ import numpy as np
 from PIL import Image
 from tqdm.auto import tqdm
 
-# What decides the pixels of a clip besides its image and the model: passed to the pipeline under these names ...
-PIPELINE_OPTIONS = (
-    "width", "height", "num_frames", "fps", "motion_bucket_id", "noise_aug_strength", "num_inference_steps",
-    "min_guidance_scale", "max_guidance_scale", "decode_chunk_size",
-)  # fmt: skip
-OPTIONS = (*PIPELINE_OPTIONS, "seed", "num_segments", "color_correction")  # ... and with what we do around it
+# What decides the pixels of a clip besides its image and the model: what the pipeline is called with, and what we add.
+PIPELINE_OPTIONS = "width height num_frames fps motion_bucket_id noise_aug_strength num_inference_steps".split()
+PIPELINE_OPTIONS += ["min_guidance_scale", "max_guidance_scale", "decode_chunk_size"]
+OPTIONS = [*PIPELINE_OPTIONS, "seed", "num_segments", "color_correction"]
 FORMATS = {"mp4": ".mp4", "gif": ".gif", "webp": ".webp", "frames": ""}
 LOW_VRAM_CHUNK = 4  # frames decoded at once: needs as much memory as the UNet at 1024x576
 IMAGE_SUFFIXES = (*common.IMAGE_SUFFIXES, ".tif", ".tiff")
+
+# The command line, resolved: no size and no conditioning is None any more. It never changes: a smaller memory mode is
+# another one (`smaller_memory`), with the reason as its `fallback`.
+Settings = namedtuple(
+    "Settings",
+    "model_dir base_model input_image output_video output_format num_videos_per_image width height num_frames fps"
+    " motion_bucket_id noise_aug_strength num_inference_steps min_guidance_scale max_guidance_scale seed num_segments"
+    " color_correction compare_with reference decode_chunk_size low_vram compile dry_run fallback",
+    defaults=[None],
+)
+Model = namedtuple("Model", "name base settings trained")  # as `common.resolve_checkpoint` finds it, by its name
 
 # --------------------------------------------------------------------------------------------------- Command line
 
@@ -50,6 +61,7 @@ def build_parser():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument_group("in and out").add_argument
     add("--model_dir", required=True, help="fine-tuned folder, checkpoint-N of a run, base folder or hub name")
+    add("--base_model", metavar="FOLDER_OR_NAME", help="what a checkpoint was trained from, where that has moved")
     add("--input_image", required=True, help="first frame: an image file, a folder of images, a prepared dataset (the"
         " first frame of each clip) or a quoted glob; resized and centre-cropped to fit")  # fmt: skip
     add("--output_video", required=True, help="one clip: the .mp4 (.gif, .webp) to write, its settings go beside it as"
@@ -90,7 +102,11 @@ def build_parser():
 def parse_args(argv=None):
     """Parses the command line and refuses what cannot work before anything is loaded."""
     parser = build_parser()
-    args = parser.parse_args(argv)
+    args, leftover = parser.parse_known_args(argv)
+    if leftover:
+        quote = '; quote a pattern, and a name with spaces: --input_image "images/*.png"'
+        shown = " ".join(leftover[:3]) + (f" ... ({len(leftover)})" if len(leftover) > 3 else "")
+        parser.error(f"unrecognized arguments: {shown}" + (quote if not leftover[0].startswith("-") else ""))
     args.fps = int(args.fps) if args.fps and args.fps % 1 == 0 else args.fps
     args.motion_bucket_id = args.motion_bucket_id and list(dict.fromkeys(args.motion_bucket_id))
     for flag, low, high in (
@@ -109,68 +125,77 @@ def parse_args(argv=None):
             f" {args.max_guidance_scale:g}: the guidance rises from the first frame to the last"
         )
 
-    output = Path(args.output_video)
-    args.single = output.suffix.lower() in (".mp4", ".gif", ".webp") and not output.is_dir()
+    output, suffix = Path(args.output_video).absolute(), Path(args.output_video).suffix.lower()
     many = args.num_videos_per_image > 1 or len(args.motion_bucket_id or []) > 1 or args.compare_with or args.reference
-    if args.single:
-        if args.output_format not in (None, output.suffix.lower()[1:]) or many:
+    if is_file(output):
+        if args.output_format not in (None, suffix[1:]) or many:
             parser.error(f"--output_video {output}: a file for one clip alone; give a folder for what you ask")
-        args.output_format = output.suffix.lower()[1:]
-        for path in (output, output.with_suffix(".json")):
-            if path.exists():
-                parser.error(f"--output_video: {path} exists already; move it away or give another name")
-    elif output.suffix.lower() in (*IMAGE_SUFFIXES, ".avi", ".mov", ".mkv", ".webm", ".m4v") and not output.is_dir():
+        args.output_format = suffix[1:]
+    elif suffix in (*IMAGE_SUFFIXES, ".avi", ".mov", ".mkv", ".webm", ".m4v") and not output.is_dir():
         parser.error(f"--output_video must end in .mp4, .gif or .webp, or be a folder's name, got {output}")
     args.output_format = args.output_format or "mp4"
     if (args.compare_with or args.reference) and args.output_format in ("gif", "webp"):
         parser.error(f"--output_format {args.output_format} cannot be compared: its colours are not exact; use mp4")
-    parent = next(folder for folder in [output.absolute(), *output.absolute().parents] if folder.exists())
+    if args.reference and not Path(args.reference).is_dir():
+        parser.error(f"--reference {args.reference}: no such folder")
+    places = output.parents if is_file(output) else [output, *output.parents]
+    parent = next(folder for folder in places if folder.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         parser.error(f"--output_video: {parent} is not a folder that can be written to")
+    if shutil.disk_usage(parent).free < 2**24:
+        parser.error(f"--output_video: the disk of {parent} is full; make room")
     return args
 
 
-def fill_in_defaults(args, folder, settings):
-    """Sizes and conditioning that were not given: what the model was trained with, else the base model's own."""
-    unet = common.read_config(folder, "unet")
-    factor = 2 ** (len(common.read_config(folder, "vae")["block_out_channels"]) - 1)
+def is_file(output):
+    """Whether an --output_video names the file of one clip; else it is the folder of a set."""
+    return Path(output).suffix.lower() in (".mp4", ".gif", ".webp") and not Path(output).is_dir()
+
+
+def resolve(args, base, trained):
+    """The command line -> `Settings`. Sizes and conditioning that were not given: what the model was trained with.
+
+    base: the folder with the model's configuration; trained: training_settings.json of a fine-tuned model, else {}.
+    """
+    unet = common.read_config(base, "unet")
+    factor = common.latent_factor(common.read_config(base, "vae"))
     side = unet.get("sample_size") or 96  # SVD-XT's configuration says 96: 768 pixels; it was trained at 1024 x 576
-    trained = (1024, 576) if side == 96 and factor == 8 else (side * factor, side * factor)
-    fps, bucket = settings.get("median_fps", 7), round(settings.get("median_motion_bucket_id", 127))
-    for name, default in (
-        ("width", settings.get("width", trained[0])),
-        ("height", settings.get("height", trained[1])),
-        ("num_frames", settings.get("num_frames", unet.get("num_frames") or 25)),
-        ("fps", int(fps) if fps % 1 == 0 else fps),
-        ("motion_bucket_id", [bucket]),
-    ):
-        if getattr(args, name) is None:
-            setattr(args, name, default)
-    chunk = args.decode_chunk_size or (LOW_VRAM_CHUNK if args.low_vram else args.num_frames)
-    args.decode_chunk_size = min(chunk, args.num_frames)
-    low, high = settings.get("motion_bucket_id_range", (0, 255))
+    width, height = (1024, 576) if side == 96 and factor == 8 else (side * factor, side * factor)
+    fps, bucket = trained.get("median_fps", 7), round(trained.get("median_motion_bucket_id", 127))
+    settings = {
+        "width": trained.get("width", width),
+        "height": trained.get("height", height),
+        "num_frames": trained.get("num_frames", unet.get("num_frames") or 25),
+        "fps": int(fps) if fps % 1 == 0 else fps,
+        "motion_bucket_id": [bucket],
+        **{name: value for name, value in vars(args).items() if value is not None},
+    }
+    chunk = args.decode_chunk_size or (LOW_VRAM_CHUNK if args.low_vram else settings["num_frames"])
+    settings["decode_chunk_size"] = min(chunk, settings["num_frames"])
+    low, high = trained.get("motion_bucket_id_range", (0, 255))
     margin = max(20, (high - low) / 2)
-    for value in args.motion_bucket_id:
+    for value in settings["motion_bucket_id"]:
         if not low - margin <= value <= high + margin:
             print(f"warning: --motion_bucket_id {value}: the model was fine-tuned on clips of {low:g} to {high:g}")
-    if "median_fps" in settings and not fps / 2 <= args.fps <= fps * 2:
+    if "median_fps" in trained and not fps / 2 <= settings["fps"] <= fps * 2:
         print(f"warning: --fps {args.fps:g}: the model was fine-tuned on clips of about {fps:g} frames a second")
+    return Settings(**{**vars(args), **settings})
 
 
-# ----------------------------------------------------------------------------------------------------------- Jobs
+# --------------------------------------------------------------------------------------------------------- Images
 
 
 def find_images(given):
     """--input_image -> {name: path}; a name is the path inside the folder, or inside what precedes the wildcard."""
-    path = Path(given)
+    path = Path(given).expanduser()
     if path.is_dir():
         files = [p for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith(".")]
+        files, root = [file for file in files if not file.is_dir()], path
         if common.read_metadata(path) or not files:
             return {clip["directory"]: clip["frames"][0] for clip in common.list_clips(path)}
-        root = path
     elif glob.has_magic(given) and not path.exists():
-        files = [Path(p) for p in glob.glob(given, recursive=True) if Path(p).suffix.lower() in IMAGE_SUFFIXES]
-        root = Path(*[part for i, part in enumerate(path.parts) if not any(map(glob.has_magic, path.parts[: i + 1]))])
+        root, files = expand_pattern(path)
+        files = [file for file in files if file.suffix.lower() in IMAGE_SUFFIXES]
         if not files:
             raise UserError(f"--input_image {given}: no image matches")
     else:
@@ -181,146 +206,249 @@ def find_images(given):
     return {n if twice[n] == 1 else file.relative_to(root).as_posix(): file for n, file in zip(names, files)}
 
 
-def list_jobs(args):
-    """One job for each image and seed: {image, path, sha256, seed}; and why other images cannot be read."""
-    images, jobs, failed = find_images(args.input_image), [], []
-    for name, path in images.items():
+def expand_pattern(pattern):
+    """(The folder before the first wildcard, the files that match). A part that exists as it is written, brackets and
+    all, is a name; links are followed, and `**` reaches each folder once."""
+    root, parts = Path(pattern.anchor), list(pattern.parts[len(Path(pattern.anchor).parts) :])
+    while (root / parts[0]).exists():
+        root /= parts.pop(0)
+    found = [root]
+    for part in [*parts, "*"] if parts[-1] == "**" else parts:
+        if part == "**":
+            reached = [base / folder for base in found if base.is_dir() for folder in common.find_folders(base)[0]]
+        else:
+            exact = [base / part for base in found if (base / part).exists()]
+            others = (f"{glob.escape(str(base))}/{part}" for base in found if not (base / part).exists())
+            reached = exact + [Path(match) for pattern in others for match in glob.glob(pattern)]
+        found = list(dict.fromkeys(reached))
+    return root, [path for path in found if not path.is_dir()]
+
+
+def list_images(args):
+    """What to start from: [{image (its name), path, sha256, size}]; and why other images cannot be read."""
+    images, failed, single = [], [], is_file(args.output_video)
+    for name, path in find_images(args.input_image).items():
         try:
-            common.read_image(path)
+            height, width = common.read_image(path).shape[:2]
+            images.append({"image": name, "path": path, "sha256": common.file_digest(path), "size": (width, height)})
         except UserError as error:
-            if args.single:
-                raise
             failed.append(str(error))
-            continue
-        digest = common.file_digest(path)
-        for index in range(args.num_videos_per_image):
-            jobs += [{"image": name, "path": path, "sha256": digest, "seed": args.seed + index}]
-    if args.single and len(jobs) > 1:
-        raise UserError(f"--output_video {args.output_video}: {len(jobs)} images need a folder, not a file")
-    if not jobs:
-        raise UserError(f"--input_image {args.input_image}: no readable image ({failed[0]})")
-    return jobs, failed
+    if not images:
+        raise UserError(failed[0] if single else f"--input_image {args.input_image}: no readable image ({failed[0]})")
+    if single and len(images) + len(failed) > 1:
+        raise UserError(f"--output_video {args.output_video}: several images need a folder, not a file")
+    return images, failed
+
+
+def warn_of_losses(images, settings, multiple):
+    """Prints what the pictures lose before the model sees them, a line for all that lose the same."""
+    losses = {}
+    for image in images:
+        for what in what_is_lost(image, settings, multiple):
+            losses.setdefault(what, []).append(image["path"])
+    for what, paths in losses.items():
+        print(f"warning: {paths[0]}" + (f" and {len(paths) - 1} more" if len(paths) > 1 else "") + f": {what}")
+
+
+def what_is_lost(image, settings, multiple):
+    """Yields what the crop takes away, and what is lost on the way to 8-bit RGB.
+
+    multiple: what width and height must be multiples of, for the advice: a size of as many pixels that would fit.
+    """
+    (w, h), width, height = image["size"], settings.width, settings.height
+    lost = 1 - min(w * height, h * width) / max(w * height, h * width)
+    fitting = [max(1, round((width * height * ratio) ** 0.5 / multiple)) * multiple for ratio in (w / h, h / w)]
+    if lost > 0.15:
+        advice = "--width {} --height {} would fit".format(*fitting)
+        yield f"some {round(20 * lost) / 20:.0%} of the picture is lost to the crop to {width}x{height}; {advice}"
+    with Image.open(image["path"]) as opened:
+        transparent = "A" in opened.getbands() or "transparency" in opened.info
+        if transparent and opened.convert("RGBA").getchannel("A").getextrema()[0] < 255:
+            yield "what is transparent becomes white"
+        if opened.mode == "CMYK":
+            yield "CMYK becomes RGB, its colours are near"
+        if opened.mode[0] in "IF":
+            yield "more than 8 bits a channel become 8"
+        if getattr(opened, "n_frames", 1) > 1 and opened.format != "MPO":  # a phone's photograph and its small copy
+            yield "an animation or a stack of pages: its first picture is used"
+
+
+# ---------------------------------------------------------------------------------------------------------- Clips
 
 
 class ClipSet:
-    """The clips of one model in one folder: what is there already, and what is still to be made.
+    """The clips that one model makes in one folder: what is there already, and what is still to be made.
 
-    metadata.jsonl has one line a clip. The order of writing is: `.name.json` (the line), the clip aside, the clip's
-    rename, the line, and `.name.json` goes; so a kill at any moment leaves a clip whole and listed, or not there.
+    The hidden folder `.infer` beside them holds a record of each clip, `.infer/NAME.json`, with all that is needed to
+    make it again. The record is written first, then the clip in `.infer/.making`, from where it is moved when it is
+    whole: after a kill at any moment, a clip is done if its record and the clip are there. metadata.jsonl is written
+    from the records after each clip. Sets of versions without records go on from their metadata.jsonl.
+
+    To drop a clip, delete it: it leaves metadata.jsonl and is not made again, unless its record is deleted too.
+
+    A single file is a set of one: its record becomes FILE.json in the end, and the hidden folder, `.FILE.infer`, goes.
     """
 
-    def __init__(self, args, model, folder):
-        self.args, self.model, self.folder = args, model, Path(folder)
-        self.base, self.settings, self.trained = common.resolve_checkpoint(model)
+    def __init__(self, settings, model, folder, images):
+        output = Path(settings.output_video)
+        self.single, self.model, self.fingerprint = is_file(output), model, fingerprint(model)
+        self.folder = output.parent if self.single else Path(folder)
+        self.hidden = self.folder / (f".{output.stem}.infer" if self.single else ".infer")
+        self.jobs, suffix, copies = [], FORMATS[settings.output_format], range(settings.num_videos_per_image)
+        for image, index, bucket in itertools.product(images, copies, settings.motion_bucket_id):
+            job = {**image, "seed": settings.seed + index, "motion_bucket_id": bucket}
+            name = output.name if self.single else f"{job['image']}_seed{job['seed']}_motion{bucket}{suffix}"
+            self.jobs.append({**job, "name": name, "target": self.folder / name})
+        self.plan(settings)
 
-    def plan(self, jobs):
-        """Fills in the jobs, and sets `todo` to those that are not made yet. Raises `UserError` for another's clips."""
-        self.fingerprint = common.weights_fingerprint(self.base, "unet")
-        if self.trained:
-            digest = hashlib.sha256(self.fingerprint.encode())
-            with open(self.trained, "rb") as file:
-                while block := file.read(2**24):
-                    digest.update(block)
-            self.fingerprint = digest.hexdigest()[:16]
-        self.jobs, made = [], {} if self.args.single else self.read_metadata()
-        for job in jobs:
-            for bucket in self.args.motion_bucket_id:
-                options = {**vars(self.args), "seed": job["seed"], "motion_bucket_id": bucket}
-                name = f"{job['image']}_seed{job['seed']}_motion{bucket}{FORMATS[self.args.output_format]}"
-                target = Path(self.args.output_video) if self.args.single else self.folder / name
-                self.jobs.append({**job, "name": name, "target": target, "options": {k: options[k] for k in OPTIONS}})
+    def plan(self, settings):
+        """Reads what is there, and sets `todo`; changes nothing. Raises `UserError` where it is not ours to go on."""
+        self.listed = {} if self.single else read_set(self.folder / "metadata.jsonl")
+        self.records, self.todo, self.dropped = dict(self.listed), [], []
+        for path in self.hidden.rglob("*.json"):
+            name = path.relative_to(self.hidden).as_posix()[: -len(".json")]
+            self.records[name] = {**self.listed.get(name, {}), **parse_record(path, path.read_bytes())}
         for job in self.jobs:
-            if not self.args.single:
-                self.mend(job, made)
-            if job["name"] in made:
-                self.check_same(job, made[job["name"]])
-            elif job["target"].exists():
-                raise UserError(f"{job['target']}: exists, and metadata.jsonl does not know it; give another folder")
-        self.todo = [job for job in self.jobs if job["name"] not in made]
+            target, record = job["target"], self.records.get(job["name"])
+            if len(os.fsencode(target.name)) > 220:  # 255 with what is added while it is written
+                raise UserError(f"{job['path']}: the name is too long for a clip's; give the image a shorter one")
+            if self.single and target.with_suffix(".json").exists():
+                raise UserError(f"--output_video: {target.with_suffix('.json')} exists already; give another name")
+            if os.path.lexists(target):
+                if record is None:
+                    why = "exists already" if self.single else "exists, and metadata.jsonl does not know it"
+                    raise UserError(f"--output_video: {target} {why}; move it away or give another name")
+                self.check_same(job, record, settings)
+            elif record is not None and (job["name"] in self.listed or record.get("deleted")):
+                self.dropped.append(job["name"])
+            else:
+                self.todo.append(job)
 
-    def read_metadata(self):
-        """{name: record} of the finished clips; a last line that a power failure cut off goes."""
-        path, made = self.folder / "metadata.jsonl", {}
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        for number, line in enumerate(lines, 1):
-            try:
-                record = json.loads(line)
-                made[record.get("file_name") or record["directory"]] = record
-                ours = "generated" in record
-            except (ValueError, KeyError, AttributeError):
-                if number < len(lines) or not made:
-                    raise UserError(f"{path} line {number}: damaged; repair or delete it") from None
-                common.write_file(path, "".join(line + "\n" for line in lines[:-1]))
-                break
-            if not ours:
-                raise UserError(f"{path}: not written by infer_svd.py (real clips?); give another --output_video")
-        return made
+    @contextlib.contextmanager
+    def locked(self, settings):
+        """Keeps the set for this process alone, and looks again at what is there. Raises `UserError` if it is taken."""
+        self.hidden.mkdir(parents=True, exist_ok=True)
+        busy = f"{self.folder}: another infer_svd.py is writing here; wait for its end, or give another --output_video"
+        with common.lock_file(self.hidden / "lock", busy):
+            self.plan(settings)
+            shutil.rmtree(self.hidden / ".making", ignore_errors=True)
+            self.publish()
+            if self.dropped:
+                again = f"to make it again, delete {self.hidden / self.dropped[0]}.json"
+                print(f"{len(self.dropped)} clips were deleted since they were made: {self.dropped[0]}, ...; {again}")
+            yield
 
-    def mend(self, job, made):
-        """Removes what a killed run left of this clip, or lists it if all but that was done."""
-        target = job["target"]
-        stem = glob.escape(target.name.removesuffix(FORMATS[self.args.output_format]))
-        for left in [*target.parent.glob(f".{stem}.*part*"), *target.parent.glob(f".{glob.escape(target.name)}.json")]:
-            if left.suffix == ".json" and target.exists() and job["name"] not in made:
-                made[job["name"]] = json.loads(left.read_text(encoding="utf-8"))
-                self.append(made[job["name"]])
-            shutil.rmtree(left) if left.is_dir() else left.unlink()
+    def publish(self):
+        """Writes metadata.jsonl: the records of the clips that are there. A single clip's record becomes FILE.json."""
+        path, lines = self.folder / "metadata.jsonl", ""
+        for name in sorted(self.records, key=common.natural_key):
+            record = self.records[name]
+            if (self.folder / name).exists():
+                lines += json.dumps({key: value for key, value in record.items() if key != "deleted"}) + "\n"
+            elif name in self.listed and not record.get("deleted"):
+                self.write_record(name, {**record, "deleted": True})
+        if not self.single and (lines or path.exists()):
+            common.write_file(path, lines)
+        elif self.single and self.jobs[0]["target"].exists():
+            os.replace(self.hidden / f"{self.jobs[0]['name']}.json", self.jobs[0]["target"].with_suffix(".json"))
+            shutil.rmtree(self.hidden, ignore_errors=True)
 
-    def append(self, record):
-        with open(self.folder / "metadata.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-
-    def check_same(self, job, record):
-        """Refuses a folder whose clip of this name was made from something else; it would be a lie in the set."""
-        if not (self.folder / job["name"]).exists():
-            raise UserError(f"{self.folder / job['name']}: listed in metadata.jsonl but missing; put it back, or delete"
-                " its line to make it again")  # fmt: skip
+    def check_same(self, job, record, settings):
+        """Raises `UserError` if the clip of this name was made from something else than what is asked for now."""
         free = ("decode_chunk_size",) if record.get("fallback") else ()
-        now = {**job["options"], "source_image_sha256": job["sha256"], "model_fingerprint": self.fingerprint}
+        now = {**clip_options(settings, job), "source_image_sha256": job["sha256"]}
+        now["model_fingerprint"] = self.fingerprint
         before = {**record, **record.get("requested", {})}
-        changed = [f"{key} was {before.get(key)}, is {now[key]}" for key in now if before.get(key) != now[key]]
-        changed = [text for text in changed if not text.startswith(free)]
+        changed = [key for key in now if key not in free and before.get(key) != now[key]]
         if changed:
-            raise UserError(f"{self.folder / job['name']}: made before with other settings ({', '.join(changed)}); give"
-                " another --output_video")  # fmt: skip
+            changed = ", ".join(f"{key} was {before.get(key)}, is {now[key]}" for key in changed)
+            raise UserError(f"{job['target']}: made before with other settings ({changed}); give another"
+                " --output_video")  # fmt: skip
 
-    def save(self, job, frames, **more):
-        """Writes the clip and all that is needed to make it again: into metadata.jsonl, or beside a single clip."""
-        target, output_format, fps = job["target"], self.args.output_format, job["options"]["fps"]
+    def save(self, job, settings, frames, **more):
+        """Writes the record, then the clip, whole or not at all, then the metadata."""
+        name, target, options = job["name"], job["target"], clip_options(settings, job)
+        motion = common.clip_motion(frames, settings.fps)
         record = {
-            **{name: value for name, value in vars(self.args).items() if name != "single"},
-            **job["options"],
-            "model_dir": str(self.model),
+            "file_name": name,
+            **{key: value for key, value in settings._asdict().items() if key != "fallback" or value},
+            **options,
+            "model_dir": str(self.model.name),
             "model_fingerprint": self.fingerprint,
-            "base_model": self.settings.get("pretrained_model_name"),
-            "base_fingerprint": self.settings.get("base_fingerprint"),
-            "trained_step": self.settings.get("step"),
+            "base_model": self.model.settings.get("pretrained_model_name"),
+            "base_fingerprint": self.model.settings.get("base_fingerprint"),
+            "trained_step": self.model.settings.get("step"),
             "source_image": str(job["path"]),
             "source_image_sha256": job["sha256"],
             "generated": True,
             **more,
             "versions": {"python": platform.python_version(), **{n: version(n) for n in ("torch", "diffusers")}},
+            "motion": round(motion, 4),
+            "measured_motion_bucket_id": common.motion_bucket(motion),
         }
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if self.args.single:
-            write_clip(target, frames, fps, output_format)
-            common.write_file(target.with_suffix(".json"), json.dumps(record, indent=1))
-            return
-        motion = common.clip_motion(frames, fps)
-        record["motion"], bucket = round(motion, 4), common.motion_bucket(motion)
-        if output_format == "frames":  # a dataset's own fields: what the clip is, not what was asked for
-            asked = {name: record[name] for name in ("num_frames", "motion_bucket_id")}
+        if settings.output_format == "frames":  # a dataset's own fields: what the clip is, not what was asked for
+            asked = {key: record[key] for key in ("num_frames", "motion_bucket_id")}
+            bucket = record.pop("measured_motion_bucket_id")
             record |= {"num_frames": len(frames), "motion_bucket_id": bucket, "requested": asked}
-            record = {"directory": job["name"], "source": record["source_image"], **record}
-        else:
-            record = {"file_name": job["name"], **record, "measured_motion_bucket_id": bucket}
-        pending = target.with_name(f".{target.name}.json")
-        common.write_file(pending, json.dumps(record))
-        write_clip(target, frames, fps, output_format)
-        self.append(record)
-        pending.unlink()
+            record = {"directory": record.pop("file_name"), "source": record["source_image"], **record}
+        if os.path.lexists(target):
+            raise UserError(f"{target}: somebody else has written it meanwhile; it stays as it is")
+        self.write_record(name, record)
+        aside = self.hidden / ".making" / target.name
+        for folder in (aside.parent, target.parent):
+            folder.mkdir(parents=True, exist_ok=True)
+        write_clip(aside, frames, settings.fps, settings.output_format)
+        os.replace(aside, target)
+        self.publish()
+
+    def write_record(self, name, record):
+        path = self.hidden / f"{name}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        common.write_file(path, json.dumps(record, indent=1))
+        self.records[name] = record
+
+
+def clip_options(settings, job):
+    """What decides the pixels of one clip besides its image and the model: {name: value}."""
+    chosen = {"seed": job["seed"], "motion_bucket_id": job["motion_bucket_id"]}
+    return {**{name: getattr(settings, name) for name in OPTIONS}, **chosen}
+
+
+def fingerprint(model):
+    """Tells two models apart, whatever their folders are called; the trained weights of a checkpoint count whole."""
+    found = common.weights_fingerprint(model.base, "unet")
+    if not model.trained:
+        return found
+    digest = hashlib.sha256(found.encode())
+    with open(model.trained, "rb") as file:
+        while block := file.read(2**24):
+            digest.update(block)
+    return digest.hexdigest()[:16]
+
+
+def parse_record(where, data):
+    """The bytes of a record, or of a line of metadata.jsonl, as a dict; raises `UserError` for anything else."""
+    try:
+        record = json.loads(data.decode("utf-8"))
+        name = record["directory"] if "directory" in record else record["file_name"]
+        inside = not Path(name).is_absolute() and ".." not in Path(name).parts
+        if inside and isinstance(record.get("requested", {}), dict):
+            return record
+    except (ValueError, KeyError, TypeError, RecursionError):
+        pass
+    raise UserError(f"{where}: damaged, or not UTF-8; repair or delete it")
+
+
+def read_set(path):
+    """metadata.jsonl of a set as {clip: record}. Raises `UserError` for lines that infer_svd.py did not write."""
+    made, data = {}, path.read_bytes() if path.exists() else b""
+    for number, line in enumerate(data.removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
+        if line.strip():
+            record = parse_record(f"{path} line {number}", line)
+            if "generated" not in record:
+                raise UserError(f"{path}: not written by infer_svd.py (real clips?); give another --output_video")
+            made[record["directory"] if "directory" in record else record["file_name"]] = record
+    return made
 
 
 def write_clip(path, frames, fps, output_format):
@@ -345,7 +473,7 @@ def read_clip(path):
     """What `write_clip` wrote as mp4 or frames."""
     if not path.is_dir():
         return common.read_video(path)
-    return np.stack([common.read_frame(frame) for frame in common.list_frames(path)])
+    return np.stack([common.read_image(frame) for frame in common.list_frames(path)])
 
 
 # ---------------------------------------------------------------------------------------------------------- Model
@@ -380,38 +508,52 @@ def save_memory(unet):
         unet.forward_of_all, unet.forward = unet.forward, one_at_a_time(unet.forward)
 
 
-def prepare(pipe, args):
-    """Wraps a stock pipeline as the options say, in place."""
+def wrap_unet(unet, compiled=False):
+    """Wraps a stock UNet in place: the same frames, but for the rounding of torch.compile."""
+    common.avoid_conv3d(unet)
+    single_token_attention(unet)
+    if compiled:
+        compile_blocks(unet)
+
+
+def single_token_attention(unet):
+    """Gives every cross-attention the shortcut over one token, in place."""
+    from diffusers.models.attention import BasicTransformerBlock, TemporalBasicTransformerBlock
+
+    for module in unet.modules():
+        if isinstance(module, (BasicTransformerBlock, TemporalBasicTransformerBlock)) and module.attn2 is not None:
+            module.attn2.set_processor(SingleTokenAttention())
+
+
+def compile_blocks(unet):
+    """Compiles each large block by itself, in place: the names in the state dict stay as they are."""
+    import torch._dynamo
     from diffusers.models.attention import BasicTransformerBlock, TemporalBasicTransformerBlock
     from diffusers.models.resnet import SpatioTemporalResBlock
 
-    pipe.set_progress_bar_config(disable=True)
-    if args.compile:
-        import torch._dynamo
-
-        torch._dynamo.config.cache_size_limit = 64  # SVD's blocks have more shapes than the default 8
-    for module in pipe.unet.modules():
-        block = isinstance(module, (BasicTransformerBlock, TemporalBasicTransformerBlock))
-        if block and module.attn2 is not None:
-            module.attn2.set_processor(SingleTokenAttention())
-        if args.compile and (block or isinstance(module, SpatioTemporalResBlock)):
+    torch._dynamo.config.cache_size_limit = 64  # the blocks come in more shapes than the default 8
+    for module in unet.modules():
+        if isinstance(module, (BasicTransformerBlock, TemporalBasicTransformerBlock, SpatioTemporalResBlock)):
             module.compile()
 
 
-def place(pipe, args, device):
+def move_to_device(pipe, low_vram, device):
     """Puts a pipeline on the device: whole, or with --low_vram each part only while it works (diffusers' offload)."""
-    if args.low_vram:
+    if pipe.vae.dtype != pipe.unet.dtype:
+        pipe.vae.to(dtype=pipe.unet.dtype)  # the pipeline's encode in fp32 was left by an out-of-memory
+    if low_vram:
         save_memory(pipe.unet)
-    if args.low_vram and device == "cuda":
+    if low_vram and device == "cuda":
         pipe.enable_model_cpu_offload()
     else:
         pipe.to(device)
 
 
-def forecast_memory(folder, args):
+def forecast_memory(base, settings):
     """GiB of GPU memory that a clip needs in fp16: the real forward passes on tensors that have a shape but no data.
 
-    Without --low_vram all parts are there all the time; with it, only the one that works. CUDA itself takes 0.5 more.
+    base: where the configuration is. Without --low_vram all parts are there all the time; with it, only the one that
+    works. CUDA itself takes 0.5 more.
     """
     import torch
     from diffusers import AutoencoderKLTemporalDecoder, UNetSpatioTemporalConditionModel
@@ -425,54 +567,53 @@ def forecast_memory(folder, args):
             function(*inputs)
         return tracker.peak
 
-    def half(model):
-        for parameter in model.parameters():
-            parameter.data = parameter.data.half()
-        return model, sum(p.numel() * 2 for p in model.parameters())
-
     with FakeTensorMode(allow_non_fake_inputs=True):
-        config = {part: common.read_config(folder, part) for part in common.MODEL_PARTS}
-        unet, unet_size = half(UNetSpatioTemporalConditionModel.from_config(config["unet"]))
-        vae, vae_size = half(AutoencoderKLTemporalDecoder.from_config(config["vae"]))
-        _, clip_size = half(CLIPVisionModelWithProjection(CLIPVisionConfig(**config["image_encoder"])))
-        if args.low_vram:
+        unet = UNetSpatioTemporalConditionModel.from_config(common.read_config(base, "unet"))
+        vae = AutoencoderKLTemporalDecoder.from_config(common.read_config(base, "vae"))
+        clip = CLIPVisionModelWithProjection(CLIPVisionConfig(**common.read_config(base, "image_encoder")))
+        for model in (unet, vae, clip):
+            common.avoid_conv3d(model)
+            for parameter in model.parameters():
+                parameter.data = parameter.data.half()
+        if settings.low_vram:
             save_memory(unet)
-        factor = 2 ** (len(vae.config.block_out_channels) - 1)
-        h, w, chunk = args.height // factor, args.width // factor, args.decode_chunk_size
-        x = torch.empty(2, args.num_frames, unet.config.in_channels, h, w, dtype=torch.half)
-        token = torch.empty(2, 1, unet.config.cross_attention_dim, dtype=torch.half)
-        ids = torch.empty(2, 3, dtype=torch.half)
-        z = torch.empty(chunk, vae.config.latent_channels, h, w, dtype=torch.half)
-        frames = 4 * 3 * args.num_frames * args.width * args.height
-        time = torch.tensor(1.0)
-        denoise = peak(unet, lambda *inputs: unet(inputs[0], time, *inputs[1:], return_dict=False), x, token, ids)
-        decode = peak(vae, lambda z: vae.decode(z, num_frames=chunk), z) + frames
-    if not args.low_vram:
-        denoise, decode = denoise + vae_size + clip_size, decode + unet_size + clip_size
-    return max(denoise, decode, clip_size + vae_size) / 2**30
+        factor = common.latent_factor(vae.config)
+        h, w, chunk = settings.height // factor, settings.width // factor, settings.decode_chunk_size
+        x = torch.empty(2, settings.num_frames, unet.config.in_channels, h, w).half()
+        token, ids = torch.empty(2, 1, unet.config.cross_attention_dim).half(), torch.empty(2, 3).half()
+        z = torch.empty(chunk, vae.config.latent_channels, h, w).half()
+        denoise = peak(unet, lambda x, token, ids: unet(x, torch.tensor(1.0), token, ids), x, token, ids)
+        decode = peak(vae, lambda z: vae.decode(z, num_frames=chunk), z)
+        decode += 4 * 3 * settings.num_frames * settings.width * settings.height  # the frames, gathered in fp32
+        sizes = [sum(2 * p.numel() for p in model.parameters()) for model in (unet, vae, clip)]
+    if not settings.low_vram:
+        denoise, decode = denoise + sizes[1] + sizes[2], decode + sizes[0] + sizes[2]
+    return max(denoise, decode, sizes[1] + sizes[2]) / 2**30
 
 
-def take_smaller(args, reason):
-    """Changes `args` to the next smaller setting, saying so, and notes it for the record; False where there is none."""
-    for low_vram, chunk in ((args.low_vram, 8), (True, LOW_VRAM_CHUNK), (True, 1)):
-        change = {"low_vram": low_vram, "decode_chunk_size": min(chunk, args.decode_chunk_size)}
-        change = {name: value for name, value in change.items() if getattr(args, name) != value}
+def smaller_memory(settings, reason):
+    """The settings with the next smaller memory mode, which it prints; None where there is none."""
+    for low_vram, chunk in ((settings.low_vram, 8), (True, LOW_VRAM_CHUNK), (True, 1)):
+        change = {"low_vram": low_vram, "decode_chunk_size": min(chunk, settings.decode_chunk_size)}
+        change = {name: value for name, value in change.items() if getattr(settings, name) != value}
         if change:
-            vars(args).update(change, fallback=reason)
             flags = " ".join(f"--{name}" + ("" if value is True else f" {value}") for name, value in change.items())
             tqdm.write(f"{reason}: going on with {flags}")
-            return True
-    return False
+            return settings._replace(**change, fallback=reason)
+    return None
 
 
-def fit_memory(args, folder):
-    """Before anything is loaded: takes smaller settings where the forecast says that the GPU has too little."""
+def fit_memory(settings, folder):
+    """Before anything is loaded: smaller settings where the forecast says that the GPU has too little memory."""
     import torch
 
     available = torch.cuda.mem_get_info()[0] / 2**30 - 0.5
-    while (needed := forecast_memory(folder, args)) > available:
-        if not take_smaller(args, f"needs {needed:.1f} GiB, {available:.1f} GiB are free"):
+    while (needed := forecast_memory(folder, settings)) > available:
+        smaller = smaller_memory(settings, f"needs {needed:.1f} GiB, {available:.1f} GiB are free")
+        if smaller is None:
             break  # a forecast may err: let it try
+        settings = smaller
+    return settings
 
 
 # ----------------------------------------------------------------------------------------------------- Generation
@@ -525,55 +666,63 @@ def describe_segment(frames):
     return {"sharpness": round(sharpness, 2), "color": color.round(2).tolist(), "motion": round(motion, 3)}
 
 
-def make_clips(clips, args, device, progress, failed):
-    """Makes what is still to be made of one ClipSet. A clip that fails is named and left out."""
+def make_clips(clips, settings, device, progress, failed):
+    """Makes what is still to be made of one set. A clip that fails is named and left out.
+
+    Returns the settings, which are smaller ones from the clip on for which the memory was not enough.
+    """
     import torch
 
-    pipe, _ = common.load_pipeline(clips.model, torch.float16 if device == "cuda" else torch.float32)
-    prepare(pipe, args)
-    placed = False
+    dtype = torch.float16 if device == "cuda" else torch.float32
+    pipe, _ = common.load_pipeline(clips.model.name, dtype, settings.base_model)
+    pipe.set_progress_bar_config(disable=True)
+    wrap_unet(pipe.unet, settings.compile)
+    common.avoid_conv3d(pipe.vae)
+    placed = None  # the settings for which the pipeline is on the device
     for job in clips.todo:
         frames, done, started = None, progress.n, time.perf_counter()
         while frames is None:
-            job["options"]["decode_chunk_size"] = args.decode_chunk_size
             try:
-                image = common.fit_frame(common.read_image(job["path"]), args.width, args.height)
-                if not placed:
-                    place(pipe, args, device)
-                    placed = True
-                frames, segments = generate(pipe, image, job["options"], progress.update)
+                image = common.fit_frame(common.read_image(job["path"]), settings.width, settings.height)
+                if placed is not settings:  # another memory mode, or the first clip
+                    move_to_device(pipe, settings.low_vram, device)
+                    placed = settings
+                frames, segments = generate(pipe, image, clip_options(settings, job), progress.update)
             except UserError as error:
-                if args.single:
+                if clips.single:
                     raise
                 failed.append(f"{job['name']}: {error}")
                 break
-            except torch.cuda.OutOfMemoryError:
-                placed = False  # and go on outside of `except`, whose traceback holds the memory
-            if not placed:
+            except RuntimeError as error:
+                if not common.is_out_of_memory(error):
+                    raise
+                settings = smaller_memory(settings, "out of GPU memory")
+            if settings is None:
+                raise UserError("out of GPU memory with the smallest settings; take fewer --num_frames")
+            if placed is not settings:  # outside of `except`, whose traceback holds the memory
                 progress.update(done - progress.n)
                 torch.cuda.empty_cache()
-                if not take_smaller(args, "out of GPU memory"):
-                    raise UserError("out of GPU memory with the smallest settings; take fewer --num_frames")
         if frames is None:
             continue
         more = {"seconds": round(time.perf_counter() - started, 2)}
-        if args.num_segments > 1:
-            more["segments"] = job["segments"] = segments
-        clips.save(job, frames, **more)
-        shown = f"{len(frames)} frames {args.width}x{args.height}, {more['seconds']:.0f} s"
+        if settings.num_segments > 1:
+            more["segments"] = segments
+        clips.save(job, settings, frames, **more)
+        shown = f"{len(frames)} frames {settings.width}x{settings.height}, {more['seconds']:.0f} s"
         progress.write(f"{job['target']}: seed {job['seed']}, {shown}")
+    return settings
 
 
 # -------------------------------------------------------------------------------------------------------- Judging
 
 
-def judge(args, sets, real_clips):
+def judge(settings, sets, real_clips):
     """Side-by-side videos of the sets (and the real clips); with real clips, scores in metrics.json and a table.
 
     An infinite PSNR (equal pictures) counts as 100 dB.
     """
-    labels = ["generated"] if len(sets) == 1 else [f"generated ({Path(s.model).resolve().name})" for s in sets]
-    labels = labels if len(set(labels)) == len(sets) else [f"generated ({s.model})" for s in sets]
+    labels = ["generated"] if len(sets) == 1 else [f"generated ({Path(s.model.name).resolve().name})" for s in sets]
+    labels = labels if len(set(labels)) == len(sets) else [f"generated ({s.model.name})" for s in sets]
     scores = {}  # {label: {real clip: [scores]}}
     for jobs in zip(*(s.jobs for s in sets)):
         if not all(job["target"].exists() for job in jobs):  # a clip that failed
@@ -581,7 +730,7 @@ def judge(args, sets, real_clips):
         videos = dict(zip(labels, (read_clip(job["target"]) for job in jobs)))
         if real_clips:
             paths = real_clips[jobs[0]["image"]]["frames"][: len(videos[labels[0]])]
-            real = np.stack([common.fit_frame(common.read_frame(p), args.width, args.height) for p in paths])
+            real = common.read_frames(paths, settings.width, settings.height)
             copied = np.repeat(real[:1], len(real), axis=0)
             for label, video in {"first frame copied": copied, **videos}.items():
                 found = common.video_metrics(video, real)
@@ -589,14 +738,17 @@ def judge(args, sets, real_clips):
                 scores.setdefault(label, {}).setdefault(jobs[0]["image"], []).append(found)
             videos = {"real": real, **videos}
         if len(videos) > 1:
-            target = Path(args.output_video) / "side_by_side" / f"{jobs[0]['name'].removesuffix('.mp4')}.mp4"
+            target = Path(settings.output_video) / "side_by_side" / f"{jobs[0]['name'].removesuffix('.mp4')}.mp4"
             target.parent.mkdir(parents=True, exist_ok=True)
-            common.write_video(target, common.side_by_side(videos), args.fps)
+            common.write_video(target, common.side_by_side(videos), settings.fps)
     if scores:
         table = {label: bootstrap(found) for label, found in scores.items()}
-        result = {"settings": {k: getattr(args, k) for k in ("model_dir", "compare_with", "reference")}, "mean": table}
+        result = {
+            "settings": {k: getattr(settings, k) for k in ("model_dir", "compare_with", "reference")},
+            "mean": table,
+        }
         result["clips"] = scores
-        common.write_file(Path(args.output_video) / "metrics.json", json.dumps(result, indent=1))
+        common.write_file(Path(settings.output_video) / "metrics.json", json.dumps(result, indent=1))
         print_table(table, len(next(iter(scores.values()))))
 
 
@@ -627,9 +779,9 @@ def print_table(table, count):
         print(f"{label:31.31s}" + "".join(f"  {text:>20s}" for text in texts))
 
 
-def report_drift(jobs):
-    """Prints how the segments differ from the first: the mean over the clips made now."""
-    by_segment = list(zip(*(job["segments"] for job in jobs if "segments" in job)))
+def report_drift(records):
+    """Prints how the segments differ from the first: the mean over the clips."""
+    by_segment = list(zip(*(record["segments"] for record in records if "segments" in record)))
     for number, reports in enumerate(by_segment, 1):
         change = {}
         for name in ("sharpness", "motion"):
@@ -642,69 +794,79 @@ def report_drift(jobs):
 # ----------------------------------------------------------------------------------------------------------- Main
 
 
-def find_real_clips(args, jobs):
+def find_real_clips(settings, images):
     """{image: its real clip} of --reference; each image's name must be a clip's."""
-    clips = {clip["directory"]: clip for clip in common.list_clips(args.reference)}
-    missing = sorted({job["image"] for job in jobs} - clips.keys())
-    if missing:
-        raise UserError(f"--reference {args.reference}: no clip named {missing[0]}; give that dataset as --input_image,"
-            " or images that are named as its clips")  # fmt: skip
-    for job in jobs:
-        clip = clips[job["image"]]
-        if len(clip["frames"]) < 2:
-            raise UserError(f"--reference: {clip['directory']} has one frame; a video needs two to be compared")
-        if abs(clip.get("fps", args.fps) - args.fps) > 0.05 * args.fps:
-            print(f"warning: {clip['directory']} is at {clip['fps']:g} fps, the generated clip at {args.fps:g}")
+    clips = {clip["directory"]: clip for clip in common.list_clips(settings.reference)}
+    for name in sorted(image["image"] for image in images):
+        if name not in clips:
+            raise UserError(f"--reference {settings.reference}: no clip named {name}; give that dataset as"
+                " --input_image, or images that are named as its clips")  # fmt: skip
+        if len(clips[name]["frames"]) < 2:
+            raise UserError(f"--reference: {name} has one frame; a video needs two to be compared")
+        fps = clips[name].get("fps", settings.fps)
+        if abs(fps - settings.fps) > 0.05 * settings.fps:
+            print(f"warning: {name} is at {fps:g} fps, the generated clip at {settings.fps:g}")
     return clips
 
 
-def plan(args):
-    """Prints what there is to make and the memory that it needs: needs the configuration alone, no weights."""
-    if Path(args.model_dir).is_dir():
-        folder, settings, _ = common.resolve_checkpoint(args.model_dir)
-    else:
-        folder, settings = common.resolve_config(args.model_dir), {}
-    fill_in_defaults(args, folder, settings)
-    common.check_sizes(args, folder)
-    count = len(list_jobs(args)[0]) * len(args.motion_bucket_id) * (2 if args.compare_with else 1)
-    size, chunk = f"{args.width}x{args.height}", args.decode_chunk_size
-    print(f"{count} clips of {args.num_frames} frames, {size}, {chunk} frames decoded at once")
-    print(f"{forecast_memory(folder, args):.1f} GiB of GPU memory in fp16, and about 0.5 GiB for CUDA itself")
-    return 0
+def print_plan(settings, images, base):
+    """--dry_run: what there is to make and the memory that it needs, from the configuration alone, without weights."""
+    count = len(images) * settings.num_videos_per_image * len(settings.motion_bucket_id)
+    count *= 2 if settings.compare_with else 1
+    size, chunk = f"{settings.width}x{settings.height}", settings.decode_chunk_size
+    print(f"{count} clips of {settings.num_frames} frames, {size}, {chunk} frames decoded at once")
+    print(f"{forecast_memory(base, settings):.1f} GiB of GPU memory in fp16, and about 0.5 GiB for CUDA itself")
+
+
+def make_all(sets, settings, failed):
+    """Makes all that is still to be made, one model after the other; the reason of each clip that fails is kept."""
+    import torch
+
+    todo, device = sum(len(clips.todo) for clips in sets), "cuda" if torch.cuda.is_available() else "cpu"
+    where = "the GPU in fp16" if device == "cuda" else "the CPU in fp32 (no CUDA GPU found)"
+    if not torch.version.cuda:
+        where = "the CPU in fp32 (this torch is built for CPUs; pytorch.org has it for CUDA)"
+    print(f"{settings.model_dir} on {where}" + ("" if sets[0].single else f", {todo} clips to make"))
+    if device == "cuda" and todo:
+        settings = fit_memory(settings, sets[0].model.base)
+    steps = todo * settings.num_inference_steps * settings.num_segments
+    with tqdm(total=steps, desc="generating", unit="step") as progress:
+        for clips in sets:
+            if clips.todo:
+                settings = make_clips(clips, settings, device, progress, failed)
+
+
+def find_model(name, args):
+    """Where a model's parts are and what it was trained with. For a dry run of a hub's model, its configuration."""
+    if args.dry_run and not Path(name).expanduser().is_dir():
+        return Model(name, common.resolve_config(name), {}, None)
+    return Model(name, *common.resolve_checkpoint(name, args.base_model))
 
 
 def main(argv=None):
     args = parse_args(argv)
-    if args.dry_run:
-        return plan(args)
-    jobs, failed = list_jobs(args)
-    sets = [ClipSet(args, args.model_dir, args.output_video)]
-    if args.compare_with:  # hidden: neither train_svd.py nor datasets takes it for a part of the set
-        sets.append(ClipSet(args, args.compare_with, Path(args.output_video) / ".compare"))
-    fill_in_defaults(args, sets[0].base, sets[0].settings)
+    images, failed = list_images(args)
     for text in failed:
         print(f"left out: {text}", file=sys.stderr)
-    for clips in sets:
-        common.check_sizes(args, clips.base)
-        clips.plan(jobs)
-    real_clips = find_real_clips(args, jobs) if args.reference else {}
-
-    import torch
-
-    todo = sum(len(clips.todo) for clips in sets)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    where = "the GPU in fp16" if device == "cuda" else "the CPU in fp32 (no CUDA GPU found)"
-    print(f"{args.model_dir} on {where}" + (f", {todo} clips to make" if not args.single else ""))
-    if device == "cuda" and todo:
-        fit_memory(args, sets[0].base)
-    with tqdm(total=todo * args.num_inference_steps * args.num_segments, desc="generating", unit="step") as progress:
+    models = [find_model(name, args) for name in (args.model_dir, args.compare_with) if name]
+    settings = resolve(args, models[0].base, models[0].settings)
+    for model in models:
+        common.check_sizes(settings, model.base)
+    warn_of_losses(images, settings, common.size_multiple(models[0].base))
+    if settings.dry_run:
+        return print_plan(settings, images, models[0].base)
+    real_clips = find_real_clips(settings, images) if settings.reference else {}
+    # .compare is hidden: neither train_svd.py nor datasets takes it for a part of the set
+    folders = [Path(settings.output_video), Path(settings.output_video) / ".compare"]
+    sets = [ClipSet(settings, model, folder, images) for model, folder in zip(models, folders)]
+    with contextlib.ExitStack() as locks:
         for clips in sets:
-            if clips.todo:
-                make_clips(clips, args, device, progress, failed)
-    if args.num_segments > 1:
-        report_drift(sets[0].jobs)
-    if args.compare_with or args.reference:
-        judge(args, sets, real_clips)
+            locks.enter_context(clips.locked(settings))
+        make_all(sets, settings, failed)
+        if settings.num_segments > 1:
+            report_drift(sets[0].records.values())
+        if settings.compare_with or settings.reference:
+            judge(settings, sets, real_clips)
     for text in failed:
         print(f"left out: {text}", file=sys.stderr)
     return 1 if failed else 0

@@ -21,6 +21,7 @@ from pathlib import Path, PurePosixPath
 os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # no decoder chatter
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin while they wait: 10 times slower on a busy CPU
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # fewer fragments: 14.5 GiB, not 14.9
+os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")  # else: "should be kept in float32: []", several times a clip
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # else: torchvision is missing, which SVD does not use
 
 try:
@@ -288,7 +289,7 @@ def write_video(path, frames, fps):
 
 def read_video(path):
     """Decodes a short, well-behaved video (one that `write_video` wrote) to (T, H, W, 3) uint8 RGB."""
-    capture, frames = cv2.VideoCapture(os.fspath(path)), []
+    capture, frames = cv2.VideoCapture(os.fsencode(path)), []  # a str that is not UTF-8 crashes it
     while True:
         ok, frame = capture.read()
         if not ok:
@@ -690,7 +691,7 @@ def hub_error(name, error):
         return UserError(f"{name}: no folder here and no model of the hub, or a private one and no login{hint}")
     elif isinstance(error, errors.EntryNotFoundError) and not isinstance(error, errors.LocalEntryNotFoundError):
         return UserError(f"{name}: on the hub, but no diffusers pipeline; {NEEDED}")
-    elif isinstance(error, ValueError):
+    elif isinstance(error, ValueError) and not isinstance(error, errors.EntryNotFoundError):
         return UserError(f"{name}: not usable from the hub ({str(error).splitlines()[0]})")
     elif getattr(error, "errno", None) in (errno.ENOSPC, errno.EROFS, errno.EACCES):
         return error

@@ -61,13 +61,14 @@ def measure(config, size, ours, flags, num_inference_steps):
         ["--model_dir", ".", "--input_image", ".", "--output_video", "./none.mp4", "--width", str(width), "--height",
          str(height), "--num_frames", str(num_frames), "--num_inference_steps", str(num_inference_steps), *flags]
     )  # fmt: skip
-    infer_svd.fill_in_defaults(args, config, {})
-    options = {name: getattr(args, name) for name in infer_svd.PIPELINE_OPTIONS} | {"motion_bucket_id": 127}
+    settings = infer_svd.resolve(args, config, {})
+    options = {name: getattr(settings, name) for name in infer_svd.PIPELINE_OPTIONS} | {"motion_bucket_id": 127}
     pipe = build(config)
     pipe.set_progress_bar_config(disable=True)
     if ours:
-        infer_svd.prepare(pipe, args)
-    infer_svd.place(pipe, args, DEVICE)
+        infer_svd.wrap_unet(pipe.unet, settings.compile)
+        common.avoid_conv3d(pipe.vae)
+    infer_svd.move_to_device(pipe, settings.low_vram, DEVICE)
     image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (height, width, 3), np.uint8))
 
     def clip(steps):
@@ -81,7 +82,7 @@ def measure(config, size, ours, flags, num_inference_steps):
     frames = clip(num_inference_steps)
     seconds = time.perf_counter() - start
     peak = torch.cuda.max_memory_allocated() / 2**30 if DEVICE == "cuda" else 0.0
-    return seconds, peak, infer_svd.forecast_memory(config, args), (frames * 255).round()
+    return seconds, peak, infer_svd.forecast_memory(config, settings), (frames * 255).round()
 
 
 def main():

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, SIZE, TINY, moving_square, run, train_arguments
-from diffusers import StableVideoDiffusionPipeline
+from diffusers import AutoencoderKLTemporalDecoder, StableVideoDiffusionPipeline
 from PIL import Image
 
 import infer_svd
@@ -134,6 +134,66 @@ def test_image_of_another_shape_is_fitted_as_training_fits_it(tmp_path, capsys):
     assert np.array_equal(common.read_video(target), common.read_video(tmp_path / "stock.mp4"))
 
 
+def test_what_an_image_loses_is_said_once_for_all_images_of_its_kind(tmp_path, capsys):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for name in ("tall", "taller", "tallest"):
+        Image.new("RGB", (90, 160)).save(folder / f"{name}.png")
+    Image.new("RGB", (96, 64)).save(folder / "fits.png")
+    Image.new("RGBA", (96, 64), (1, 2, 3, 255)).save(folder / "opaque.png")
+    Image.new("RGBA", (96, 64), (1, 2, 3, 9)).save(folder / "glass.png")
+    Image.new("CMYK", (96, 64)).save(folder / "print.jpg")
+    Image.fromarray(np.zeros((64, 96), np.uint16)).save(folder / "deep.png")
+    Image.new("RGB", (96, 64)).save(folder / "pages.tif", save_all=True, append_images=[Image.new("RGB", (96, 64))])
+    flags = ["--model_dir", TINY, "--input_image", folder, "--output_video", tmp_path / "set", *SIZE, "--dry_run"]
+    printed = infer(capsys, *flags)
+    crop = "some 60% of the picture is lost to the crop to 96x64; --width 64 --height 112 would fit"
+    assert f"tall.png and 2 more: {crop}" in printed
+    assert "glass.png: what is transparent becomes white" in printed and "print.jpg: CMYK becomes RGB" in printed
+    assert "deep.png: more than 8 bits" in printed and "pages.tif: an animation or a stack of pages" in printed
+    assert "fits.png" not in printed and "opaque.png" not in printed and printed.count("warning: ") == 5
+    fitting = [*flags, "--width", 64, "--height", 112]
+    assert "tall.png" not in infer(capsys, *fitting)
+
+
+def test_brackets_in_names_are_names_and_links_are_followed(picture, tmp_path, capsys):
+    """Where a name is there as it is written, no part of it is a pattern."""
+    folder = tmp_path / "clips [1]" / "day [a-z]"
+    folder.mkdir(parents=True)
+    (tmp_path / "clips 1").mkdir()
+    (tmp_path / "link").symlink_to(folder)
+    (folder / "round").symlink_to(tmp_path)  # a circle
+    for path in (folder / "x[0].png", folder / "x0.png", tmp_path / "clips 1" / "wrong.png"):
+        shutil.copy(picture, path)
+    find = infer_svd.find_images
+    both = {"x[0]": folder / "x[0].png", "x0": folder / "x0.png"}
+    assert find(str(folder)) == find(str(folder / "*.png")) == find(str(folder / "x*")) == both
+    assert find(str(folder / "x[0].png")) == {"x[0]": folder / "x[0].png"}
+    assert set(find(str(tmp_path / "clips [1]" / "*" / "*.png"))) == {"day [a-z]/x[0]", "day [a-z]/x0"}
+    assert set(find(str(tmp_path / "clips*" / "day [a-z]" / "x[0].png"))) == {"clips [1]/day [a-z]/x[0]"}
+    assert set(find(str(tmp_path / "link"))) == set(find(str(tmp_path / "link" / "*.png"))) == {"x[0]", "x0"}
+    assert sorted(path.name for path in find(str(tmp_path / "**" / "*.png")).values()) == [
+        "wrong.png", "x0.png", "x[0].png",
+    ]  # fmt: skip
+    target = tmp_path / "clips [1]" / "video [2].mp4"
+    infer(capsys, "--model_dir", TINY, "--input_image", folder / "x[0].png", "--output_video", target, *QUICK)
+    assert len(common.read_video(target)) == 8
+
+
+def test_a_pattern_that_the_shell_expanded_is_told_to_be_quoted(picture, tmp_path):
+    images = []
+    for number in range(5):
+        images.append(shutil.copy(picture, tmp_path / f"image{number}.png"))
+    for flags in (["--input_image", *images], ["--input_image", *images[:2]]):
+        done = run("infer_svd.py", *flags, "--model_dir", TINY, "--output_video", tmp_path / "set", ok=False)
+        line = done.stdout.splitlines()[-1]
+        assert "error: unrecognized arguments: " + str(images[1]) in line and "quote a pattern" in line
+        assert not (tmp_path / "set").exists()
+    done = run("infer_svd.py", "--input_image", picture, "--modle_dir", TINY, "--model_dir", TINY, "--output_video",
+        tmp_path / "set", ok=False)  # fmt: skip
+    assert "--modle_dir" in done.stdout and "quote" not in done.stdout
+
+
 # ------------------------------------------------------------------------------------------------------- the model
 
 
@@ -151,6 +211,21 @@ def test_fine_tuned_folder_and_checkpoints_load_with_the_defaults_of_the_trainin
     )
     for (name, ours), theirs in zip(checkpoint.named_parameters(), result.parameters()):
         assert torch.equal(ours, theirs), name
+
+
+def test_checkpoints_are_found_a_base_that_moved(trained, picture, tmp_path, capsys):
+    """A run and its base moved together, then apart."""
+    shutil.copytree(TINY, tmp_path / "new" / "tiny_svd")
+    shutil.copytree(trained / "checkpoint-3", tmp_path / "new" / "run" / "checkpoint-3")
+    state = tmp_path / "new" / "run" / "checkpoint-3" / "training_state.json"
+    state.write_text(state.read_text().replace(str(TINY), "/gone/tiny_svd"))
+    flags = ["--input_image", picture, *QUICK, "--model_dir", state.parent, "--output_video"]
+    infer(capsys, *flags, tmp_path / "beside.mp4")
+    shutil.move(tmp_path / "new" / "tiny_svd", tmp_path / "apart")
+    printed = infer(capsys, *flags, tmp_path / "apart.mp4", ok=False)
+    assert printed.count("error: ") == 1 and "--base_model" in printed and "/gone/tiny_svd" in printed
+    infer(capsys, *flags, tmp_path / "apart.mp4", "--base_model", tmp_path / "apart")
+    assert (tmp_path / "apart.mp4").read_bytes() == (tmp_path / "beside.mp4").read_bytes()
 
 
 # ------------------------------------------------------------------------------------------------ users' mistakes
@@ -243,7 +318,9 @@ def test_a_folder_of_images_becomes_a_documented_set(images, made):
     records = lines_of(made)
     names = {f"image{i}_seed{s}_motion{m}.mp4" for i in range(2) for s in range(2) for m in (60, 180)}
     assert {record["file_name"] for record in records} == names == {path.name for path in made.glob("*.mp4")}
-    assert {path.name for path in made.iterdir()} == names | {"metadata.jsonl"}  # nothing hidden is left
+    assert {path.name for path in made.iterdir()} == names | {"metadata.jsonl", ".infer"}
+    hidden = {f"{name}.json" for name in names} | {"lock", ".making"}
+    assert {path.name for path in (made / ".infer").iterdir()} == hidden
     for record in records:
         assert (
             record["generated"] is True and record["model_dir"] == str(TINY) and len(record["model_fingerprint"]) == 16
@@ -262,6 +339,10 @@ def test_a_clip_is_the_same_alone_and_in_a_batch(images, made, tmp_path, capsys)
     assert (tmp_path / "alone.mp4").read_bytes() == (made / "image1_seed1_motion180.mp4").read_bytes()
 
 
+def everything_in(folder):
+    return {path.relative_to(folder): path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+
+
 def test_kill_and_resume_give_the_same_set(images, made, tmp_path, capsys):
     folder = tmp_path / "set"
     command = [sys.executable, ROOT / "infer_svd.py", "--model_dir", TINY, "--input_image", images / "image?.png",
@@ -270,25 +351,106 @@ def test_kill_and_resume_give_the_same_set(images, made, tmp_path, capsys):
     deadline = time.time() + 120
     while process.poll() is None and time.time() < deadline and len(list(folder.glob("[!.]*.mp4"))) < 3:
         time.sleep(0.005)
+    process.send_signal(signal.SIGSTOP)  # alive: nobody else may touch what it writes
+    before = everything_in(folder)
+    printed = infer(capsys, *command[2:], ok=False)
+    assert printed.count("error: ") == 1 and "another infer_svd.py is writing here" in printed
+    assert everything_in(folder) == before
     process.send_signal(signal.SIGKILL)
     process.wait()
     before = {path: path.stat().st_mtime_ns for path in folder.glob("[!.]*.mp4")}
     assert 3 <= len(before) < 8
-    # and the two moments that a kill seldom meets: the clip in place but not yet listed, a line cut off
+    # and the moments that a kill seldom meets: a clip that is half written, one not yet listed, one not yet there
+    parts = folder / ".infer" / ".making"
+    parts.mkdir(exist_ok=True)
+    (parts / ".image1_seed1_motion180.4711.part.mp4").write_bytes(b"half")
     lines = (folder / "metadata.jsonl").read_text().splitlines(keepends=True)
-    (folder / "metadata.jsonl").write_text("".join(lines[:2])[:-9])
-    for line in lines[1:]:
-        (folder / f".{json.loads(line)['file_name']}.json").write_text(line)
-    (folder / ".image1_seed1_motion180.4711.part.mp4").write_bytes(b"half")
+    gone = max(before)
+    (folder / "metadata.jsonl").write_text("".join(line for line in lines[:2] if gone.name not in line))
+    gone.unlink()
+    del before[gone]
     printed = infer(capsys, *command[2:])
     assert f"{8 - len(before)} clips to make" in printed
     assert {path: path.stat().st_mtime_ns for path in before} == before  # none made again
-    assert sorted(path.name for path in folder.iterdir()) == sorted(path.name for path in made.iterdir())
+    assert sorted(path.name for path in folder.rglob("*")) == sorted(path.name for path in made.rglob("*"))
     assert all((folder / path.name).read_bytes() == path.read_bytes() for path in made.glob("*.mp4"))
-    assert sorted(line["file_name"] for line in lines_of(folder)) == sorted(
-        line["file_name"] for line in lines_of(made)
-    )
+    assert [line["file_name"] for line in lines_of(folder)] == [line["file_name"] for line in lines_of(made)]
     assert "0 clips to make" in infer(capsys, *command[2:])
+
+
+def test_a_single_file_and_the_compared_set_have_one_writer_too(picture, tmp_path, capsys):
+    flags = ["--model_dir", TINY, "--input_image", picture, *QUICK, "--output_video"]
+    (tmp_path / ".video.infer").mkdir()
+    (tmp_path / "set" / ".compare" / ".infer").mkdir(parents=True)
+    with common.lock_file(tmp_path / ".video.infer" / "lock", "taken"):
+        for name in ("video.mp4", "video.gif"):  # whose settings go into one video.json
+            assert "another infer_svd.py is writing here" in infer(capsys, *flags, tmp_path / name, ok=False)
+    with common.lock_file(tmp_path / "set" / ".compare" / ".infer" / "lock", "taken"):
+        printed = infer(capsys, *flags, tmp_path / "set", "--compare_with", TINY, ok=False)
+        assert "another infer_svd.py is writing here" in printed and not list(tmp_path.rglob("*.mp4"))
+    infer(capsys, *flags, tmp_path / "video.mp4")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["set", "video.json", "video.mp4"]
+
+
+def test_a_kill_between_a_single_clip_and_its_settings_is_made_good(picture, tmp_path, capsys):
+    flags = ["--model_dir", TINY, "--input_image", picture, *QUICK, "--output_video", tmp_path / "video.mp4"]
+    infer(capsys, *flags)
+    video, record = (tmp_path / "video.mp4").read_bytes(), (tmp_path / "video.json").read_text()
+    (tmp_path / ".video.infer").mkdir()
+    (tmp_path / "video.json").rename(tmp_path / ".video.infer" / "video.mp4.json")
+    assert "made before with other settings" in infer(capsys, *flags, "--seed", 3, ok=False)
+    infer(capsys, *flags)
+    assert (tmp_path / "video.mp4").read_bytes() == video and (tmp_path / "video.json").read_text() == record
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["video.json", "video.mp4"]
+
+
+def test_a_clip_that_was_deleted_stays_away_until_its_record_goes_too(images, made, tmp_path, capsys):
+    folder = shutil.copytree(made, tmp_path / "set")
+    flags = ["--model_dir", TINY, "--input_image", images / "image?.png", "--output_video", folder, *QUICK, *MANY]
+    dropped = folder / "image0_seed1_motion60.mp4"
+    dropped.unlink()
+    for _ in range(2):
+        printed = infer(capsys, *flags)
+        assert "0 clips to make" in printed and f"delete {folder}/.infer/{dropped.name}.json" in printed
+        assert dropped.name not in (folder / "metadata.jsonl").read_text() and len(lines_of(folder)) == 7
+    (folder / ".infer" / f"{dropped.name}.json").unlink()
+    assert "1 clips to make" in infer(capsys, *flags)
+    assert dropped.read_bytes() == (made / dropped.name).read_bytes() and len(lines_of(folder)) == 8
+
+
+def test_sets_of_the_version_without_records_are_gone_on_with(images, made, tmp_path, capsys):
+    """Their metadata.jsonl is all there is; fields that a user added stay. What is not sure is left as it is."""
+    folder = shutil.copytree(made, tmp_path / "set")
+    shutil.rmtree(folder / ".infer")
+    flags = ["--model_dir", TINY, "--input_image", images / "image?.png", "--output_video", folder, *QUICK, *MANY]
+    lines = [{**line, "text": f"clip {number}"} for number, line in enumerate(lines_of(folder))]
+    (folder / lines[0]["file_name"]).unlink()
+    text = "\ufeff" + "".join(json.dumps(line) + "\n" for line in lines[1:])  # as Windows' editors save it
+    (folder / "metadata.jsonl").write_text(text, encoding="utf-8")
+    assert "1 clips to make" in infer(capsys, *flags)
+    assert [line.get("text") for line in lines_of(folder)] == [None, *(f"clip {number}" for number in range(1, 8))]
+    for damaged, words in ((text[1:-9], "line 7: damaged"), (json.dumps(lines[1]), "metadata.jsonl does not know it")):
+        shutil.rmtree(folder / ".infer", ignore_errors=True)
+        (folder / "metadata.jsonl").write_text(damaged, encoding="utf-8")
+        before = everything_in(folder)
+        assert words in infer(capsys, *flags, ok=False) and everything_in(folder) == before
+
+
+def test_nonsense_in_a_sets_metadata_is_one_line(picture, tmp_path, capsys):
+    flags = ["--model_dir", TINY, "--input_image", picture, *QUICK, "--output_video", tmp_path / "set"]
+    path = tmp_path / "set" / "metadata.jsonl"
+    path.parent.mkdir()
+    ours = b'{"file_name": "x.mp4", "generated": true}'
+    for data, words in (
+        (ours.decode().encode("utf-16"), "UTF-8"), (ours + b"\n\xff\n", "UTF-8"), (b"[1]\n" + ours, "line 1"),
+        (ours + b'\n{"file_name": 5, "generated": true}\n', "line 2"), (ours + b"\nnull\n", "line 2"),
+        (b'{"file_name": "../x", "generated": true}\n', "line 1"), (b"[" * 9999 + b"\n", "line 1"),
+        (b'{"file_name": "first_seed0_motion127.mp4", "generated": true, "requested": 3}\n', "line 1"),
+    ):  # fmt: skip
+        path.write_bytes(data)
+        printed = infer(capsys, *flags, ok=False)
+        assert printed.count("error: ") == 1 and words in printed.split("metadata.jsonl")[1], printed
+        assert path.read_bytes() == data and len(list(path.parent.iterdir())) == 1
 
 
 def test_datasets_reads_the_set(made):
@@ -347,12 +509,12 @@ def test_a_generated_set_of_frames_trains(made, images, tmp_path, capsys):
     clips = common.list_clips(folder)
     assert len(clips) == 2
     for clip in clips:
-        frames = np.stack([common.read_frame(path) for path in clip["frames"]])
+        frames = np.stack([common.read_image(path) for path in clip["frames"]])
         assert clip["generated"] is True and clip["fps"] == 9 and clip["num_frames"] == len(frames) == 8
         assert clip["motion_bucket_id"] == common.motion_bucket(common.clip_motion(frames, 9))  # what it shows
         assert clip["requested"]["motion_bucket_id"] in (60, 180)  # what was asked for
     stock = stock_frames(TINY, moving_square(1)[0], fps=9, motion_bucket_id=180)
-    assert np.array_equal([common.read_frame(p) for p in clips[1]["frames"]], stock)  # exactly: PNG loses nothing
+    assert np.array_equal([common.read_image(p) for p in clips[1]["frames"]], stock)  # exactly: PNG loses nothing
     run("train_svd.py", *train_arguments(folder, tmp_path / "trained"), "--max_train_steps", 1)
     again = infer(capsys, "--model_dir", TINY, "--input_image", images / "image0.png", "--output_video", folder, *FAST,
         "--output_format", "frames", "--motion_bucket_id", 60, 180, "--fps", 9)  # fmt: skip
@@ -380,7 +542,7 @@ def test_segments_join_without_a_repeated_frame(picture, tmp_path, capsys):
         assert "segment 2: sharpness x" in printed
         clip = common.list_clips(tmp_path / name)[0]
         assert len(clip["segments"]) == 2 and clip["segments"][0].keys() == {"sharpness", "color", "motion"}
-        videos.append(np.stack([common.read_frame(path) for path in clip["frames"]]))
+        videos.append(np.stack([common.read_image(path) for path in clip["frames"]]))
     # the stock pipeline, started again from the last frame; the second segment's own first frame is dropped
     generator = torch.Generator().manual_seed(0)
     first = stock_frames(TINY, moving_square(1)[0], generator, num_inference_steps=1)
@@ -404,7 +566,7 @@ def test_low_vram_frames_equal_the_ordinary_ones_within_rounding(picture, tmp_pa
             "--output_format", "frames")  # fmt: skip
         clip = common.list_clips(tmp_path / name)[0]
         assert clip["decode_chunk_size"] == 4
-        videos.append(np.stack([common.read_frame(path) for path in clip["frames"]]).astype(int))
+        videos.append(np.stack([common.read_image(path) for path in clip["frames"]]).astype(int))
     assert np.abs(videos[0] - videos[1]).max() <= (3 if torch.cuda.is_available() else 1)
 
 
@@ -428,10 +590,48 @@ def test_out_of_memory_falls_back_and_says_so(images, tmp_path, capsys, monkeypa
     assert "with the smallest settings" in infer(capsys, *arguments, "--seed", 7, ok=False)
 
 
+@pytest.mark.parametrize("words", ["CUDA out of memory", "CUDNN_STATUS_ALLOCATION_FAILED"])
+def test_out_of_memory_within_the_fp32_encode_leaves_no_fp32_vae(words, picture, tmp_path, capsys, monkeypatch):
+    """In half precision the pipeline encodes with the VAE in fp32, and an exception there passes by its way back."""
+    load, encode, dtypes = common.load_pipeline, AutoencoderKLTemporalDecoder.encode, []
+
+    def load_half(name, dtype, *more):
+        return load(name, torch.float16, *more)
+
+    def encode_later(vae, *given, **options):
+        dtypes.append(vae.dtype)
+        if len(dtypes) == 1:
+            raise RuntimeError(words)
+        return encode(vae, *given, **options)
+
+    monkeypatch.setattr(common, "load_pipeline", load_half)
+    monkeypatch.setattr(AutoencoderKLTemporalDecoder, "encode", encode_later)
+    target = tmp_path / "set" / "first_seed0_motion127.mp4"
+    flags = ["--model_dir", TINY, "--input_image", picture, "--output_video", target.parent, *QUICK]
+    assert "out of GPU memory: going on with --low_vram" in infer(capsys, *flags)
+    assert dtypes == [torch.float32] * 2 and len(common.read_video(target)) == 8
+
+
+def test_half_precision_uses_no_3d_convolution_and_gives_the_stock_frames(picture, monkeypatch):
+    """torch 2.8 to 2.10 bring a cuDNN without half-precision Conv3d. Frames of the stock pipeline, within a level."""
+    image = Image.fromarray(moving_square(1)[0])
+
+    def frames(pipe):
+        pipe.set_progress_bar_config(disable=True)
+        options = {"width": 96, "height": 64, "num_frames": 4, "num_inference_steps": 1}
+        return pipe(image, generator=torch.Generator().manual_seed(0), output_type="np", **options).frames[0]
+
+    stock, ours = (common.load_pipeline(TINY, torch.float16)[0] for _ in range(2))
+    expected = frames(stock)
+    infer_svd.wrap_unet(ours.unet)
+    common.avoid_conv3d(ours.vae)
+    monkeypatch.setattr(torch.nn.Conv3d, "_conv_forward", None)
+    assert np.abs(frames(ours) - expected).max() <= 1 / 255
+
+
 def test_single_token_shortcut_gives_the_same_bits():
     pipes = [common.load_pipeline(TINY, torch.float32)[0] for _ in range(2)]
-    given = ["--model_dir", "m", "--input_image", "i", "--output_video", "o.mp4"]
-    infer_svd.prepare(pipes[1], infer_svd.parse_args(given))
+    infer_svd.wrap_unet(pipes[1].unet)
     generator = torch.Generator().manual_seed(0)
     sample, token = torch.randn(2, 8, 8, 16, 24, generator=generator), torch.randn(2, 1, 32, generator=generator)
     ids = torch.tensor([[6.0, 127.0, 0.02]] * 2)
@@ -498,11 +698,10 @@ def test_bootstrap_interval_covers_the_mean_and_leaves_out_what_a_clip_does_not_
 def test_conditioning_far_from_the_training_data_is_warned_of(capsys):
     settings = {"median_fps": 9.99, "median_motion_bucket_id": 100, "motion_bucket_id_range": [90, 120]}
     arguments = ["--model_dir", "m", "--input_image", "i", "--output_video", "o"]
-    args = infer_svd.parse_args(arguments)
-    infer_svd.fill_in_defaults(args, TINY, settings)
-    assert args.fps == 9.99 and args.motion_bucket_id == [100] and not capsys.readouterr().out
+    resolved = infer_svd.resolve(infer_svd.parse_args(arguments), TINY, settings)
+    assert resolved.fps == 9.99 and resolved.motion_bucket_id == [100] and not capsys.readouterr().out
     args = infer_svd.parse_args([*arguments, "--fps", "30", "--motion_bucket_id", "110", "200"])
-    infer_svd.fill_in_defaults(args, TINY, settings)
+    infer_svd.resolve(args, TINY, settings)
     printed = capsys.readouterr().out
     assert "--motion_bucket_id 200: the model was fine-tuned on clips of 90 to 120" in printed and "110" not in printed
     assert "--fps 30" in printed
