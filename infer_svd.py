@@ -62,10 +62,8 @@ def build_parser():
     add = parser.add_argument_group("in and out").add_argument
     add("--model_dir", required=True, help="fine-tuned folder, checkpoint-N of a run, base folder or hub name")
     add("--base_model", metavar="FOLDER_OR_NAME", help="what a checkpoint was trained from, where that has moved")
-    add("--input_image", required=True, help="first frame: an image file, a folder of images, a prepared dataset (the"
-        " first frame of each clip) or a quoted glob; resized and centre-cropped to fit")  # fmt: skip
-    add("--output_video", required=True, help="one clip: the .mp4 (.gif, .webp) to write, its settings go beside it as"
-        " .json; any number: a folder")  # fmt: skip
+    add("--input_image", required=True, help="an image, a folder of them, a prepared dataset or a quoted pattern")
+    add("--output_video", required=True, help="one clip: the .mp4, .gif or .webp to write; any number: a folder")
     add("--output_format", choices=list(FORMATS), help="of a folder; frames: a dataset for train_svd.py (default mp4)")
     add("--num_videos_per_image", type=int, default=1, help="clips of each, with seeds SEED, SEED+1, ... (default 1)")
 
@@ -74,28 +72,25 @@ def build_parser():
     add("--height", type=int, help="pixels (default: what the model was trained at, or 576)")
     add("--num_frames", type=int, help="frames to make (default: what the model was trained at)")
     add("--fps", type=float, help="frames a second, conditioning and video (default: the training data's, or 7)")
-    add("--motion_bucket_id", type=int, nargs="+", help="0..255, more is more motion; with several, a clip for each"
-        " (default: the training data's, or 127)")  # fmt: skip
+    add("--motion_bucket_id", type=int, nargs="+", help="0..255, each makes a clip (default: the training's, or 127)")
     add("--noise_aug_strength", type=float, default=0.02, help="noise on the first frame, 0..10 (default 0.02)")
     add("--num_inference_steps", type=int, default=25, help="denoising steps (default 25)")
     add("--min_guidance_scale", type=float, default=1.0, help="guidance at the first frame (default 1.0)")
     add("--max_guidance_scale", type=float, default=3.0, help="guidance at the last frame (default 3.0)")
     add("--seed", type=int, default=0, help="of the noise (default 0)")
     add("--num_segments", type=int, default=1, help="go on from the last frame so many times in all (default 1)")
-    add("--color_correction", action=argparse.BooleanOptionalAction, default=True,
-        help="from segment 2 on, match the colours to the frame that it started from (default)")  # fmt: skip
+    yes_no = argparse.BooleanOptionalAction
+    add("--color_correction", action=yes_no, default=True, help="keep the colours from segment to segment (default)")
 
     add = parser.add_argument_group("judging (into a folder)").add_argument
     add("--compare_with", metavar="MODEL", help="make the same clips with this model too; writes them side by side")
     add("--reference", metavar="DIR", help="prepared dataset with the real clips of these images: metrics.json")
 
     add = parser.add_argument_group("memory and speed").add_argument
-    add("--decode_chunk_size", type=int, help="frames decoded at once; fewer need less memory, flicker more"
-        " (default: all; 4 with --low_vram)")  # fmt: skip
+    add("--decode_chunk_size", type=int, help="frames decoded at once (default: all, no flicker; 4 with --low_vram)")
     add("--low_vram", action="store_true", help="parts of the model on the GPU only while they work: slower")
     add("--compile", action="store_true", help="torch.compile the blocks: minutes to start, for long runs on a GPU")
-    add("--dry_run", action="store_true", help="print the clips and the GPU memory that they need, from the"
-        " configuration alone")  # fmt: skip
+    add("--dry_run", action="store_true", help="print the clips and the GPU memory that they need; loads no weights")
     return parser
 
 
@@ -120,10 +115,8 @@ def parse_args(argv=None):
             if value is not None and not (low <= value <= (high or value)):
                 parser.error(f"--{flag} must be {f'{low}..{high}' if high else f'at least {low}'}, got {value}")
     if args.min_guidance_scale > args.max_guidance_scale:
-        parser.error(
-            f"--min_guidance_scale {args.min_guidance_scale:g} must not be over --max_guidance_scale"
-            f" {args.max_guidance_scale:g}: the guidance rises from the first frame to the last"
-        )
+        low, high = args.min_guidance_scale, args.max_guidance_scale
+        parser.error(f"--min_guidance_scale {low:g} must not be over --max_guidance_scale {high:g}: guidance rises")
 
     output, suffix = Path(args.output_video).absolute(), Path(args.output_video).suffix.lower()
     many = args.num_videos_per_image > 1 or len(args.motion_bucket_id or []) > 1 or args.compare_with or args.reference
@@ -355,15 +348,14 @@ class ClipSet:
 
     def check_same(self, job, record, settings):
         """Raises `UserError` if the clip of this name was made from something else than what is asked for now."""
-        free = ("decode_chunk_size",) if record.get("fallback") else ()
-        now = {**clip_options(settings, job), "source_image_sha256": job["sha256"]}
-        now["model_fingerprint"] = self.fingerprint
+        now = {"source_image_sha256": job["sha256"], "model_fingerprint": self.fingerprint}
+        now = {**clip_options(settings, job), **now}
+        if record.get("fallback"):  # memory ran short: it was made with fewer frames decoded at once
+            del now["decode_chunk_size"]
         before = {**record, **record.get("requested", {})}
-        changed = [key for key in now if key not in free and before.get(key) != now[key]]
+        changed = ", ".join(f"{key} was {before.get(key)}, is {now[key]}" for key in now if before.get(key) != now[key])
         if changed:
-            changed = ", ".join(f"{key} was {before.get(key)}, is {now[key]}" for key in changed)
-            raise UserError(f"{job['target']}: made before with other settings ({changed}); give another"
-                " --output_video")  # fmt: skip
+            raise UserError(f"{job['target']}: made before with other settings ({changed}); give another folder")
 
     def save(self, job, settings, frames, **more):
         """Writes the record, then the clip, whole or not at all, then the metadata."""
@@ -743,11 +735,8 @@ def judge(settings, sets, real_clips):
             common.write_video(target, common.side_by_side(videos), settings.fps)
     if scores:
         table = {label: bootstrap(found) for label, found in scores.items()}
-        result = {
-            "settings": {k: getattr(settings, k) for k in ("model_dir", "compare_with", "reference")},
-            "mean": table,
-        }
-        result["clips"] = scores
+        asked = {name: getattr(settings, name) for name in ("model_dir", "compare_with", "reference")}
+        result = {"settings": asked, "mean": table, "clips": scores}
         common.write_file(Path(settings.output_video) / "metrics.json", json.dumps(result, indent=1))
         print_table(table, len(next(iter(scores.values()))))
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import resource
 import shutil
 import signal
@@ -88,9 +89,13 @@ def test_every_option_is_recorded_and_the_video_plays_everywhere(picture, tmp_pa
 
 
 def test_the_real_script_runs_and_says_where(picture, tmp_path):
-    target = tmp_path / "v.mp4"
-    done = run("infer_svd.py", "--model_dir", TINY, "--input_image", picture, "--output_video", target, *FAST)
+    """On a terminal that knows ASCII alone, with names that are not even UTF-8."""
+    target, image = tmp_path / os.fsdecode(b"caf\xe9.mp4"), tmp_path / "\u673a\u5668.png"
+    shutil.copy(picture, image)
+    done = run("infer_svd.py", "--model_dir", TINY, "--input_image", image, "--output_video", target, *FAST,
+        env={"PYTHONIOENCODING": "ascii"})  # fmt: skip
     assert ("the GPU in fp16" if torch.cuda.is_available() else "the CPU in fp32") in done.stdout
+    assert ("pytorch.org" in done.stdout) == (torch.version.cuda is None) and "float32: []" not in done.stdout
     assert "seed 0" in done.stdout and target.exists() and target.with_suffix(".json").exists()
 
 
@@ -728,6 +733,10 @@ def test_combinations_that_cannot_work_are_refused_before_the_model_is_loaded(
     (tmp_path / "empty").mkdir()
     assert "no folder of frames" in refused(image=tmp_path / "empty")
     assert "--num_segments must be" in refused("--num_segments", 0)
+    assert "--reference" in refused("--reference", tmp_path / "nothing")
+    long = Path(shutil.copy(picture, tmp_path / ("\u957f" * 80 + ".png")))
+    assert "name is too long" in infer(capsys, "--model_dir", TINY, "--input_image", long, *FAST, "--output_video",
+        tmp_path / "out", ok=False)  # fmt: skip
     assert "--num_videos_per_image must be" in refused("--num_videos_per_image", 0)
     assert "no such model folder" in refused()
     printed = infer(capsys, "--model_dir", TINY, "--input_image", picture, "--output_video", tmp_path / "out", *FAST,
