@@ -15,7 +15,7 @@ $(VENV)/.installed: requirements.txt
 	@touch $@
 
 $(VENV)/.installed-test: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) pytest ruff isal scikit-image datasets
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) pytest pytest-xdist ruff isal scikit-image datasets
 	@touch $@
 
 # Prepares the bundled clips, fine-tunes the tiny checkpoint, generates from held-out first frames, scores: demo/
@@ -25,7 +25,7 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed-test
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n auto --maxprocesses 4
 
 # Makes tests/tiny_svd again from nothing (needs PyBullet to render; hours on a CPU): see tests/tiny/README.md
 tiny: $(VENV)/.installed
