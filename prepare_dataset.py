@@ -355,7 +355,8 @@ def probe_video(video, max_packets=None):
     header, _, output = "\n".join(log).partition("\n[info] Stream mapping:")
     packets = [parse_packet(row) for row in rows if row[:1].isdigit()]
     shown = [packet for packet in packets if packet.stream == 0]
-    if re.search(r"\((encv|drm\w) / |DRM protected", header) or any("Encryption info" in row for row in rows):
+    encrypted = any(row[:2] == "0," and "Encryption info" in row for row in rows)
+    if encrypted or re.search(r"\((encv|drm\w) / |DRM protected", header):
         raise Failure("encrypted: only a copy without protection can be read")
     if not shown:
         raise Failure(why_unreadable(header))
@@ -372,9 +373,8 @@ def probe_video(video, max_packets=None):
     frames = re.split(r"\] n: *\d+ ", "\n".join(line for line in log if "showinfo" in line))
     looks = [match.groups() for match in map(LOOK.search, frames) if match]
     stored = fields["dimensions 0"].split("x")
-    pixel_format, aspect, *coded, scan, turn, matrix, transfer = (
-        looks[0] if looks else ("", "1/1", *stored, "P", "", "unknown", "")
-    )
+    unknown = ("", "1/1", *stored, "P", "", "unknown", "")
+    pixel_format, aspect, *coded, scan, turn, matrix, transfer = looks[0] if looks else unknown
     aspect = parse_ratio(aspect) if 0.1 < parse_ratio(aspect) < 10 else 1
     sideways = bool(turn) and 45 < abs(float(turn)) < 135
     size = round(int(coded[0]) * aspect), int(coded[1])
@@ -449,14 +449,17 @@ def judge_ending(video, probe, packets, ticks, header):
     begin = min((stamp * tick for stamp, _, tick in timed), default=0)
     lasts = max(((stamp + duration) * tick - begin for stamp, duration, tick in timed), default=claim)
     size, end = os.path.getsize(video.path), container_end(video.path)
+    used = sum(packet.size for packet in packets)
     if claim - lasts > max(0.5, 0.05 * claim) + 1 / (probe.fps or 25):
         probe.problems.append(f"ends after {lasts:.1f} s of the {claim:.1f} s that its header claims")
     elif end > size + 1024:
         probe.problems.append(f"ends after {size} of the {end} bytes that its header claims")
     elif packets[-1].flags & UNSURE:
         probe.problems.append("ends in the middle of a packet")
-    elif 0 < end < size - 1024 and sum(packet.size for packet in packets) <= end:
+    elif 0 < end < size - 1024 and used <= end:
         probe.notes.append(f"its last {size - end} bytes of {size} belong to nothing: another file behind it?")
+    elif not end and used < 0.6 * size and "Input #0, mpeg" not in header:  # MPEG streams may be stuffed
+        probe.notes.append(f"{size - used} bytes of {size} belong to nothing: another file behind it?")
     probe.truncated = bool(probe.problems)
 
 

@@ -639,6 +639,15 @@ def test_recordings_joined_into_one_file(tmp_path, suffix):
         assert np.array_equal(frames_of(tmp_path / f"out{len(options)}", line), whole)
 
 
+def test_a_joined_flash_video_of_which_ffmpeg_reads_the_first_is_noted(tmp_path):
+    one = make(tmp_path / "one.flv", *LIBX264, picture=PICTURE + ",noise=alls=30:allf=t")
+    joined(tmp_path / "videos/two.flv", one, one)
+    joined(tmp_path / "videos/one.flv", one)
+    lines = prepare(tmp_path / "videos", tmp_path / "out")[1]
+    assert not lines["one.flv"]["notes"] and lines["one.flv"]["num_frames"] == 25
+    assert lines["two.flv"]["num_frames"] == 50 or "belong to nothing" in lines["two.flv"]["notes"][-1]
+
+
 @pytest.mark.parametrize("suffix", ["mp4", "mov", "avi"])
 def test_bytes_that_belong_to_nothing_are_noted(tmp_path, suffix):
     one = make(tmp_path / f"one.{suffix}", "-pix_fmt", "yuv420p")
