@@ -5,19 +5,21 @@
 Run the same command again after a stop: what is done stays, the rest is done. Exit status 0: every video is whole in
 the dataset; 1: some are not, each named with its reason; 2: nothing to do, or a wrong option.
 
-The way of one video: `find_videos` -> `probe_video` (ffmpeg lists its packets) -> `read_opencv`, or `read_ffmpeg` where
-OpenCV is known to be wrong or gives fewer frames than there are -> `cut_clips` -> `write_clips` (threads encode the
-images) -> `publish` (rename, then record).
+The way of one video: `find_videos` -> `probe_video` (ffmpeg lists its packets and shows its key frames) ->
+`read_opencv`, or `read_ffmpeg` where OpenCV is known to be wrong or gives fewer frames than there are -> `cut_clips`
+-> `FrameWriter` (threads encode the images) -> `publish` (rename, then record).
 """
 
 import argparse
 import bisect
+import collections
 import contextlib
 import ctypes
 import dataclasses
 import fnmatch
 import functools
 import hashlib
+import io
 import itertools
 import json
 import math
@@ -33,16 +35,21 @@ import sys
 import tempfile
 import threading
 import unicodedata
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed, wait
+from concurrent.futures import ThreadPoolExecutor, as_completed, wait
 from pathlib import Path
 
-os.environ["OPENCV_FFMPEG_LOGLEVEL"] = "16"  # errors: `Complaints` hears them. Read when cv2 is imported
+os.environ["OPENCV_FFMPEG_LOGLEVEL"] = "16"  # errors, which `hear_opencv` counts. Read when cv2 is imported
 os.environ["OPENCV_FFMPEG_CAPTURE_OPTIONS"] = "protocol_whitelist;file"
 
 import cv2
 import imageio_ffmpeg
 import numpy as np
 from tqdm import tqdm
+
+try:
+    from isal import isal_zlib
+except ImportError:
+    isal_zlib = None
 
 import svd_common as common
 
@@ -52,16 +59,20 @@ VIDEO_SUFFIXES = frozenset(
     " .mxf .nut .obu .ogm .ogv .qt .rm .rmvb .tod .trp .ts .vob .vvc .webm .webp .wmv .wtv .xvid .y4m".split()
 )
 PARTIAL_SUFFIXES = (".part", ".crdownload", ".download", ".aria2", ".ytdl")  # x.mp4.part: x.mp4 is not whole yet
+SYSTEM_FOLDERS = frozenset(  # deleted files, thumbnails and snapshots of Windows, macOS and network storage
+    "$recycle.bin|recycler|recycled|#recycle|@recycle|@eadir|@tmp|#snapshot|@recently-snapshot|~snapshot|lost+found"
+    "|system volume information|__macosx".split("|")
+)
 JPG_OPTIONS = [cv2.IMWRITE_JPEG_QUALITY, 95, cv2.IMWRITE_JPEG_SAMPLING_FACTOR, cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444]
-BYTES_IN_FLIGHT = 1 << 28  # decoded frames that wait for an encoder, all videos together
+BYTES_IN_FLIGHT = 1 << 27  # decoded frames of one video that wait for an encoder
 
 
 class Failure(Exception):
     """Why one video gives nothing; the others go on."""
 
 
-class Distrust(Exception):
-    """OpenCV's frames of this file are not the right ones: ffmpeg decodes it instead."""
+class DecodeAgain(Exception):
+    """The frames of this attempt are not the right ones: the next decoder, or one thread, has to do it."""
 
 
 class Stopped(Exception):
@@ -81,11 +92,12 @@ class Video:
     directory: str  # its folder in the dataset, and the stem of its record
     group: str  # clips of one group (the cameras of an episode) belong on one side of a held-out split
     camera: str = ""
-    episodes: list = None  # LeRobot v3: (first second, end, episode) of the episodes in this file
+    episodes: list = None  # LeRobot v3: (first second, end, episode, frames or None) of the episodes in this file
 
-    @property
-    def number(self):
-        return int(hashlib.sha256(os.fsencode(self.source)).hexdigest()[:8], 16)
+
+def name_digest(source):
+    """Eight hexadecimal digits that depend on the name alone."""
+    return hashlib.sha256(os.fsencode(source)).hexdigest()[:8]
 
 
 def directory_name(source):
@@ -103,35 +115,55 @@ def directory_name(source):
         plain = False
     if re.match(r"(con|prn|aux|nul|com\d|lpt\d)(\.|$)", name, re.IGNORECASE):  # devices of Windows
         name, plain = "_" + name, False
-    if plain:
-        return name
-    digest = hashlib.sha256(os.fsencode(source)).hexdigest()[:8]
-    return f"{name.encode()[:100].decode(errors='ignore')}+{digest}"
+    return name if plain else f"{name.encode()[:100].decode(errors='ignore')}+{name_digest(source)}"
+
+
+def list_files(root):
+    """The paths of all files below `root`; and of what cannot be followed: closed folders, links that lead nowhere.
+
+    Links are followed, each folder is listed once, real folders first, so that files keep their real names. Hidden
+    files and the folders of operating systems are left out.
+    """
+    folders, links, seen, files, broken = [root], [], set(), [], []
+    while folders or links:
+        folder = folders.pop() if folders else links.pop()
+        try:
+            status = os.stat(folder)
+            entries = [] if (status.st_dev, status.st_ino) in seen else list(os.scandir(folder))
+        except OSError:
+            broken.append(folder)
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        for entry in entries:
+            if entry.name.startswith(".") or entry.name.casefold() in SYSTEM_FOLDERS:
+                continue
+            if not entry.is_symlink():
+                (folders if entry.is_dir() else files).append(entry.path)
+            elif os.path.isdir(entry.path):
+                links.append(entry.path)
+            else:
+                (files if os.path.exists(entry.path) else broken).append(entry.path)
+    return files, broken
 
 
 def find_videos(args):
-    """Every video file of --video_dir, in name order. Links are followed; hidden and partial files are left out."""
+    """The videos of --video_dir that the options choose, in name order; and `{source: why}` of unfinished downloads."""
     root = os.path.abspath(args.video_dir)
-    folders, links, seen, videos = [root], [], set(), []
-    while folders or links:
-        folder = folders.pop() if folders else links.pop()  # real folders first, so that files keep their real names
-        status = os.stat(folder)
-        if (status.st_dev, status.st_ino) in seen:
-            continue
-        seen.add((status.st_dev, status.st_ino))
-        try:
-            entries = {e.name: e for e in os.scandir(folder) if not e.name.startswith(".") and e.name != "__MACOSX"}
-        except OSError:  # named with the videos that fail
-            entries = {}
-            videos.append(describe_video(folder, root))
-        for name, entry in entries.items():
-            if entry.is_dir():
-                (links if entry.is_symlink() else folders).append(entry.path)
-            elif os.path.splitext(name)[1].lower() in VIDEO_SUFFIXES and not is_still_webp(entry):
-                if not any(name + partial in entries for partial in PARTIAL_SUFFIXES):
-                    videos.append(describe_video(entry.path, root))
+    files, broken = list_files(root)
+    present, videos, unfinished = set(files), [describe_video(path, root) for path in broken], {}
+    for path in files:
+        if os.path.splitext(path)[1].lower() in VIDEO_SUFFIXES and not is_still_webp(path):
+            video = describe_video(path, root)
+            partial = next((video.source + p for p in PARTIAL_SUFFIXES if path + p in present), None)
+            if partial:
+                unfinished[video.source] = f"beside it lies {partial}; if it is whole nevertheless, delete that"
+            else:
+                videos.append(video)
     if not videos:
-        raise common.UserError(f"--video_dir {args.video_dir}: no video in it")
+        hint = " but unfinished downloads: " + ", ".join(unfinished) if unfinished else ""
+        if any(path.lower().endswith(common.IMAGE_SUFFIXES) for path in files):
+            hint += ", but images: train_svd.py --dataset_dir takes a folder with a folder of frames for each clip"
+        raise common.UserError(f"--video_dir {args.video_dir}: no video in it{hint}")
     chosen = [video for video in videos if is_wanted(video, args)]
     if not chosen:
         cameras = sorted({video.camera for video in videos if video.camera})
@@ -139,22 +171,17 @@ def find_videos(args):
         raise common.UserError(f"--camera, --include and --exclude leave none of {len(videos)} videos{hint}")
     for video in chosen:
         if match := LEROBOT_V3.fullmatch(video.path.replace(os.sep, "/")):
-            episodes = read_episodes(match["root"]).get((match["camera"], int(match["chunk"]), int(match["file"])))
-            if not episodes:
-                raise common.UserError(f"{match['root']}meta/episodes names no episode of {video.source}")
-            video.episodes = sorted(episodes)
-    return sorted(chosen, key=lambda video: common.natural_key(video.source))
+            place = match["camera"], int(match["chunk"]), int(match["file"])
+            video.episodes = sorted(read_episodes(match["root"]).get(place, []))
+    return sorted(chosen, key=lambda video: common.natural_key(video.source)), unfinished
 
 
-def is_still_webp(entry):
-    if not entry.name.lower().endswith(".webp") or not entry.is_file():
+def is_still_webp(path):
+    if not path.lower().endswith(".webp"):
         return False
-    try:
-        with open(entry.path, "rb") as file:
-            head = file.read(21)
-    except OSError:
-        return False
-    return head[8:12] == b"WEBP" and not (head[12:16] == b"VP8X" and head[20] & 2)
+    with contextlib.suppress(OSError), open(path, "rb") as file:  # `check_file` says why it cannot be read
+        head = file.read(21)
+        return head[8:12] == b"WEBP" and not (head[12:16] == b"VP8X" and head[20] & 2)
 
 
 def describe_video(path, root):
@@ -171,69 +198,85 @@ def describe_video(path, root):
 
 def is_wanted(video, args):
     def named(patterns):
-        return any(
-            fnmatch.fnmatch(video.source, p) or fnmatch.fnmatch(os.path.basename(video.source), p) for p in patterns
-        )
+        names = video.source, os.path.basename(video.source)
+        return any(fnmatch.fnmatch(name, pattern) for pattern in patterns for name in names)
 
     camera = not args.camera or any(video.camera == c or video.camera.endswith("." + c) for c in args.camera)
     return camera and (not args.include or named(args.include)) and not named(args.exclude)
 
 
+def find_twins(videos):
+    """`{source: why}` of videos that seem to show what one beside them shows: a small copy, another format."""
+    originals, twins = {}, {}
+    for video in sorted(videos, key=lambda video: video.source.lower().endswith((".lrv", ".webm", ".gif"))):
+        stem = re.sub(r"[ ._-](proxy|preview|small|low|thumb|\d{3,4}p)$", "", os.path.splitext(video.source)[0].lower())
+        stem = re.sub(r"(^|/)g[xhl](\d{6})$", r"\1g\2", stem)  # GoPro: GL010001.LRV is the small GX010001.MP4
+        original = originals.setdefault(stem, video.source)
+        if original != video.source:
+            twins[video.source] = f"the same recording as {original}? --exclude leaves one of them out"
+    return twins
+
+
 @functools.cache
 def read_episodes(root):
-    """LeRobot v3: where each file's episodes lie, `{(camera, chunk, file): [(first second, end, episode)]}`."""
-    why = (
-        f"{root} is a LeRobot v3 dataset: a file holds several episodes, and windows would cross from one to the next. "
-    )
+    """LeRobot v3: where each file's episodes lie, `{(camera, chunk, file): [(first second, end, episode, frames)]}`."""
+    why = f"{root} is a LeRobot v3 dataset, whose files hold several episodes each. "
     try:
         from pyarrow import parquet
     except ImportError:
-        raise common.UserError(why + "pip install pyarrow, which reads their boundaries") from None
+        raise common.UserError(why + "pip install pyarrow, which reads where they begin") from None
     tables = sorted(Path(root, "meta", "episodes").rglob("*.parquet"))
     if not tables:
-        raise common.UserError(why + "Their boundaries, meta/episodes/*/*.parquet, are missing") from None
-    episodes = {}
-    for row in itertools.chain.from_iterable(parquet.read_table(table).to_pylist() for table in tables):
-        for camera in (key.split("/")[1] for key in row if re.fullmatch(r"videos/[^/]+/from_timestamp", key)):
-            chunk, file, start, end = (
-                row[f"videos/{camera}/{name}"]
-                for name in ("chunk_index", "file_index", "from_timestamp", "to_timestamp")
-            )
-            episodes.setdefault((camera, int(chunk), int(file)), []).append((start, end, int(row["episode_index"])))
+        raise common.UserError(why + "Where they begin stands in meta/episodes/*/*.parquet, which is missing")
+    fields, episodes = ("chunk_index", "file_index", "from_timestamp", "to_timestamp"), {}
+    for table in tables:
+        names = parquet.read_schema(table).names
+        cameras = [name.split("/")[1] for name in names if re.fullmatch(r"videos/[^/]+/from_timestamp", name)]
+        needed = [f"videos/{camera}/{field}" for camera in cameras for field in fields]
+        needed += [name for name in ("episode_index", "length") if name in names]  # the statistics would be large
+        for row in parquet.read_table(table, columns=needed).to_pylist():
+            for camera in cameras:
+                chunk, file, start, end = (row[f"videos/{camera}/{field}"] for field in fields)
+                if chunk is not None:  # an episode may lack a camera
+                    episode = start, end, int(row["episode_index"]), row.get("length")
+                    episodes.setdefault((camera, int(chunk), int(file)), []).append(episode)
     return episodes
 
 
 # ----------------------------------------------------------------------------------------------------------- probe
 
 PLAIN_CODECS = {"h264", "hevc", "mpeg4", "mpeg1video", "mpeg2video", "vp8", "vp9", "mjpeg"}
-PLAIN_MATRICES = {"", "unknown", "bt709", "bt470bg", "smpte170m"}  # OpenCV turns these into RGB as ffmpeg does
+PLAIN_MATRICES = {"unknown", "bt709", "bt470bg", "smpte170m"}  # OpenCV turns these into RGB as ffmpeg does
 HDR = {"smpte2084", "arib-std-b67"}  # PQ and HLG
-CUT_LEAST, CUT_RATIO = (
-    10,
-    3.5,
-)  # of 255: how much a cut changes the picture, and more than the frames before by how much
+NO_TIMESTAMP = -(1 << 62)  # what is below stands for none
+LOOK = re.compile(  # what the showinfo filter says of a frame
+    r" fmt:(\w+) .*sar:(\S+) s:(\d+)x(\d+) i:(\w)(?s:.*?displaymatrix: rotation of (\S+))?"
+    r"(?s:.*?)color_space:(\S+) .*color_trc:(\S+)"
+)
+BESIDE_THE_PICTURE = re.compile(r"(?i)\b(sei|vui|app\d*|com|icc|exif|side data|metadata|user ?data|timecode|caption)\b")
+Packet = collections.namedtuple("Packet", "stream dts pts duration size flags")  # times in ticks; flags: see below
+KEY_FRAME, UNSURE = 1, 2  # UNSURE: the container has lost something before it or in it
 
 
 @dataclasses.dataclass
 class Probe:
-    """What ffmpeg says of a file without decoding it. The header may lie; the packets are there."""
+    """What a file's header, its packets and its key frames say; nothing else of it has been decoded yet."""
 
     codec: str
+    decoder: str  # ffmpeg's name of what decodes it
     pixel_format: str
-    matrix: str  # of the colours, where it is tagged
+    matrix: str  # of the colours
     transfer: str
-    size: tuple  # width, height as shown: turned, and with square pixels
-    stored: tuple  # as coded
-    turned: bool  # by the display matrix: a rotation, a mirror
-    tracks: int
-    fps: float
-    duration: float  # as claimed; 0 where it is not, or where it may be that of the sound
-    times: list  # seconds of every packet in display order; None where the file has no timestamps
+    pixel_aspect: float  # width of a pixel by its height
+    sideways: bool  # a quarter turn stands in the file
+    size: tuple  # width, height as shown: cropped, turned, and with square pixels
+    ordinary: bool  # one video track, not turned nor cropped nor interlaced, and all key frames alike
+    fps: float  # as claimed; 0 where it is not
+    times: list  # seconds of every packet in display order; None where the file has none, or they run backwards
     packets: int
-    errors: list
-    notes: list
-    decoded: int = 0
-    last: float = None  # seconds of the last frame, where the decoder came to the end
+    truncated: bool = False
+    problems: list = dataclasses.field(default_factory=list)
+    notes: list = dataclasses.field(default_factory=list)
 
 
 def start_ffmpeg(video, decoder_options, output_options):
@@ -247,10 +290,38 @@ def start_ffmpeg(video, decoder_options, output_options):
         return subprocess.Popen(command, stdin=file, **options)
 
 
-def error_messages(lines):
-    """The complaints in the lines of `-v level+info`."""
-    found = (re.match(r"(?:\[[^\]]* @ [^\]]*\] )?\[(error|fatal|panic|warning)\] (.*)", line) for line in lines)
-    return [match[2] for match in found if match and (match[1] != "warning" or "corrupt" in match[2])]
+def check_exit(code):
+    """Raises `Failure` where ffmpeg did not end by itself. Windows gives a crash a large number instead of a signal."""
+    if code == -9:
+        raise Failure("ffmpeg was killed by signal 9: too little memory?")
+    if code < 0 or code > 255:
+        version = imageio_ffmpeg.get_ffmpeg_version()  # 7.0 crashes on every .ts
+        cure = ": a newer imageio-ffmpeg is needed, and for that a newer Python, 3.10 or later"
+        raise Failure(f"ffmpeg {version} crashed on it (signal {-code})" + cure * version.startswith("7.0"))
+
+
+def error_messages(lines, *speakers):
+    """What parts of ffmpeg, by their names, complain of in lines such as `[h264 @ 0x55d] [error] no frame!`"""
+    names = "|".join(map(re.escape, speakers))
+    pattern = re.compile(rf"\[(?:\S+ @ \S+\] \[dec:)?(?:{names})(?:/\S+)? @ \S+\] \[error\] (.*)")
+    return [match[1] for match in map(pattern.match, lines) if match]
+
+
+def picture_errors(lines, probe):
+    """The messages that tell of damaged pictures: ffmpeg's own verdict on a frame, and what the decoder of this video
+    cannot read; not those of sound, of the container, or of data beside the picture."""
+    corrupt = [f"{probe.codec}: corrupt decoded frame" for line in lines if "corrupt decoded frame" in line]
+    said = error_messages(lines, probe.codec, probe.decoder)
+    return corrupt + [text for text in said if not BESIDE_THE_PICTURE.search(text)]
+
+
+NO_VIDEOS = {  # how the file begins, in small letters: what it is
+    (b"version https://git-lfs",): "a git-lfs pointer, not the video itself: run `git lfs pull`",
+    (b"<!doctype html", b"<html"): "an HTML page, not a video: a failed download?",
+    (b"#extm3u", b"ffconcat", b"[playlist]", b"<asx", b"<smil", b"file ", b"v=0"): (
+        "a playlist, not a video: put the files that it names into --video_dir"
+    ),
+}
 
 
 def check_file(video):
@@ -264,76 +335,183 @@ def check_file(video):
         with open(video.path, "rb") as file:
             head = file.read(1024)
     except FileNotFoundError:
-        raise Failure("a link to a file that is not there") from None
+        raise Failure("a link to something that is not there") from None
     except OSError as error:
         raise Failure(f"cannot be read: {error.strerror}") from None
     text = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
-    if text.startswith(b"version https://git-lfs"):
-        raise Failure("a git-lfs pointer, not the video itself: run `git lfs pull`")
-    if text.startswith((b"<!doctype html", b"<html")):
-        raise Failure("an HTML page, not a video: a failed download?")
-    if b"<mpd" in text or text.startswith(
-        (b"#extm3u", b"ffconcat", b"[playlist]", b"<asx", b"<smil", b"file ", b"v=0")
-    ):
-        raise Failure("a playlist, not a video: put the files that it names into --video_dir")
+    for beginnings, reason in NO_VIDEOS.items():
+        if text.startswith(beginnings):
+            raise Failure(reason)
     if not head.strip(b"\0"):
         raise Failure("holds zeros instead of a video: an interrupted download?")
     if not text.startswith(b"yuv4mpeg") and all(byte in b"\t\n\r\f\x1b" or 32 <= byte < 127 for byte in head):
-        raise Failure("text, not a video")
+        raise Failure("a playlist, not a video" if b"<mpd" in text else "text, not a video")
     return status
 
 
 def probe_video(video, max_packets=None):
-    """Lists a file's packets without decoding them. Raises `Failure` with the reason where there is no video in it."""
-    limit = ["-frames:v", str(max_packets)] if max_packets else []
-    process = start_ffmpeg(video, [], ["-c", "copy", *limit, "-f", "framecrc", "pipe:1"])
-    listing, log = (part.decode("utf-8", "replace").splitlines() for part in process.communicate())
-    header = list(itertools.takewhile(lambda line: not re.match(r"\[info\] (Output #0|Stream mapping)", line), log))
-    output, header, errors = "\n".join(log[len(header) :]), "\n".join(header), error_messages(log)
-    tracks = re.findall(r"^\[info\]   Stream #0:\d+.*?: (\w+): ", header, re.MULTILINE)
-    packets = [line.split(",") for line in listing if line[:2] == "0,"]
-    if not packets:
-        raise Failure(why_unreadable(tracks, errors))
+    """Lists a file's packets and looks at its key frames. Raises `Failure` with the reason where there is no video."""
+    rows, log = list_packets(video, max_packets)
+    header, _, output = "\n".join(log).partition("\n[info] Stream mapping:")
+    packets = [parse_packet(row) for row in rows if row[:1].isdigit()]
+    shown = [packet for packet in packets if packet.stream == 0]
+    encrypted = any(row[:2] == "0," and "Encryption info" in row for row in rows)
+    if encrypted or re.search(r"\((encv|drm\w) / |DRM protected", header):
+        raise Failure("encrypted: only a copy without protection can be read")
+    if not shown:
+        raise Failure(why_unreadable(header))
     if re.search(r"^\[info\] Input #0, (\w+_pipe|image2|tty), from ", header, re.MULTILINE):
         raise Failure("a still image or text, not a video")
-    fields = dict(match.groups() for row in listing if (match := re.match(r"#(\w+) 0: (.*)", row)))
-    track = re.search(r"^\[info\]   Stream #0:0.*: Video: .*?, (\w+)(?:\((.*?)\))?, \d+x\d+.*", output, re.MULTILINE)
-    pixel_format, tags = track.groups(default="") if track else ("", "")
-    colour = [tag for tag in tags.split(", ") if tag not in ("tv", "pc", "progressive") and " first" not in tag]
-    matrix, transfer = colour[0].split("/")[0] if colour else "", colour[0].split("/")[-1] if colour else ""
-    turn = re.search(r"Display Matrix: rotation of (-?[\d.]+)?", output)
-    fps = re.search(r", ([\d.]+)(k?) fps", track[0] if track else "")
-    clock = re.search(r"^\[info\]   Duration: (\d+):(\d+):([\d.]+)(?:, start: ([\d.]+))?", header, re.MULTILINE)
-    hours, minutes, seconds, start = (float(part or 0) for part in (clock.groups() if clock else "0000"))
-    tick, sar = (n / d if d else 1 for n, d in (map(int, fields[name].split("/")) for name in ("tb", "sar")))
-    stored = width, height = tuple(int(n) for n in fields["dimensions"].split("x"))
-    width = round(width * sar) if 0.1 < sar < 10 else width
-    if turn and 45 < abs(float(turn[1] or 0)) < 135:
-        width, height = height, width
-    stamps = [int(packet[2]) for packet in packets]
-    if min(stamps) < -(1 << 62):  # AVI and bare streams: no presentation times, but steady decoding times
-        stamps = [int(packet[1]) for packet in packets]
-    notes = ["interlaced"] * (" first" in tags) + [f"HDR ({transfer}) made SDR"] * (transfer in HDR)
-    notes += ["alpha dropped"] * bool(re.match(r"yuva|gbra|rgba|bgra|argb|abgr|ya\d", pixel_format))
-    return Probe(
-        codec=fields["codec_id"],
+    fields = dict(match.groups() for row in rows if (match := re.match(r"#(\w+ \d+): (.*)", row)))
+    ticks = {packet.stream: parse_ratio(fields[f"tb {packet.stream}"]) for packet in packets}
+    stamps = sorted(packet.pts for packet in shown)
+    if stamps[0] < NO_TIMESTAMP:  # AVI and bare streams: no presentation times, but steady decoding times
+        stamps = sorted(packet.dts for packet in shown)
+    steady = stamps[0] > NO_TIMESTAMP and len(set(stamps)) == len(stamps)  # ffmpeg repeats those that run backwards
+    fps = re.search(r"Stream #0:0.*: Video: .*, ([\d.]+)(k?) fps", output)
+    decoder = re.search(r"#1:0 \(\w+ \((\w+)\)", output)
+    frames = re.split(r"\] n: *\d+ ", "\n".join(line for line in log if "showinfo" in line))
+    looks = [match.groups() for match in map(LOOK.search, frames) if match]
+    stored = fields["dimensions 0"].split("x")
+    unknown = ("", "1/1", *stored, "P", "", "unknown", "")
+    pixel_format, aspect, *coded, scan, turn, matrix, transfer = looks[0] if looks else unknown
+    aspect = parse_ratio(aspect) if 0.1 < parse_ratio(aspect) < 10 else 1
+    sideways = bool(turn) and 45 < abs(float(turn)) < 135
+    size = round(int(coded[0]) * aspect), int(coded[1])
+    one_track = len(re.findall(r"^\[info\]   Stream #0:\d+.*?: Video: ", header, re.MULTILINE)) == 1
+    alike = len(set(looks)) == 1 and coded == stored
+    probe = Probe(
+        codec=fields["codec_id 0"],
+        decoder=decoder[1] if decoder else "",
         pixel_format=pixel_format,
         matrix=matrix,
         transfer=transfer,
-        size=(width, height),
-        stored=stored,
-        turned=bool(turn),
-        tracks=tracks.count("Video"),
+        pixel_aspect=aspect,
+        sideways=sideways,
+        size=size[::-1] if sideways else size,
+        ordinary=one_track and alike and aspect == 1 and not turn and scan == "P",
         fps=float(fps[1]) * (1000 if fps[2] else 1) if fps else 0.0,
-        duration=0 if "Audio" in tracks else max(0, hours * 3600 + minutes * 60 + seconds - start),
-        times=None if min(stamps) < -(1 << 62) else [(stamp - min(stamps)) * tick for stamp in sorted(stamps)],
-        packets=len(packets),
-        errors=errors,
-        notes=notes,
+        times=[(stamp - stamps[0]) * ticks[0] for stamp in stamps] if steady else None,
+        packets=len(shown),
     )
+    probe.notes += ["interlaced"] * (scan != "P") + [f"HDR ({transfer}) made SDR"] * (transfer in HDR)
+    probe.notes += ["alpha dropped"] * bool(re.match(r"yuva|gbra|rgba|bgra|argb|abgr|ya\d", pixel_format))
+    if re.search(r"DOVI configuration record:.*profile: 5\b", header):
+        probe.notes.append("Dolby Vision profile 5: its colours are wrong without Dolby's decoder")
+    if not max_packets or len(shown) < max_packets:
+        judge_ending(video, probe, packets, ticks, header)
+    judge_packets(probe, shown, error_messages(log, "in#0"))
+    return probe
 
 
-def why_unreadable(tracks, errors):
+def run_ffmpeg(video, decoder_options, output_options):
+    """The lines of ffmpeg's output and of its log."""
+    process = start_ffmpeg(video, decoder_options, output_options)
+    rows, log = (part.decode("utf-8", "replace").splitlines() for part in process.communicate())
+    check_exit(process.returncode)
+    return rows, log
+
+
+def list_packets(video, max_packets):
+    """ffmpeg's list of packets (its framecrc format), and its log with what showinfo says of up to 1000 key frames.
+
+    All tracks are listed, because a whole file may end later than its video does; only the first `max_packets` of the
+    video where no more is wanted.
+    """
+    tracks, until = "-map 0:a? -map 0:s? -map 0:d? -copy_unknown", ""
+    if max_packets:
+        tracks, until = f"-frames:v {max_packets}", f"-t {max_packets / 5}"  # seconds: longer than these packets last
+    packets = f"{tracks} -c copy -f framecrc pipe:1"
+    frames = f"-map 0:V:0 -frames:v 1000 {until} -vf showinfo=checksum=0 -f null -"
+    decoder = "-threads 1 -noautorotate -skip_frame nokey"
+    return run_ffmpeg(video, decoder.split(), f"{packets} {frames}".split())
+
+
+def parse_packet(row):
+    """`0, 512, 1024, 512, 648, 0xa299, F=0x0, S=1, ...` -> Packet."""
+    parts = row.split(",")
+    flags = int(parts[6][3:], 16) if len(parts) > 6 and parts[6].startswith(" F=") else KEY_FRAME
+    return Packet(*map(int, parts[:5]), flags)
+
+
+def parse_ratio(text):
+    """`1/12288` -> a number; 1 for `0/1` and `1/0`, which say nothing."""
+    n, d = map(int, text.split("/"))
+    return n / d if n and d else 1
+
+
+def judge_ending(video, probe, packets, ticks, header):
+    """Whether the file ends where it should, by its header's duration, its own lengths and its last packet."""
+    clock = re.search(r"^\[info\]   Duration: (\d+):(\d+):([\d.]+)(?:, start: ([\d.]+))?", header, re.MULTILINE)
+    hours, minutes, seconds, start = (float(part or 0) for part in (clock.groups() if clock else "0000"))
+    claim = hours * 3600 + minutes * 60 + seconds - start
+    timed = [(max(p.dts, p.pts), p.duration, ticks[p.stream]) for p in packets if max(p.dts, p.pts) > NO_TIMESTAMP]
+    begin = min((stamp * tick for stamp, _, tick in timed), default=0)
+    lasts = max(((stamp + duration) * tick - begin for stamp, duration, tick in timed), default=claim)
+    size, end = os.path.getsize(video.path), container_end(video.path)
+    used = sum(packet.size for packet in packets)
+    if claim - lasts > max(0.5, 0.05 * claim) + 1 / (probe.fps or 25):
+        probe.problems.append(f"ends after {lasts:.1f} s of the {claim:.1f} s that its header claims")
+    elif end > size + 1024:
+        probe.problems.append(f"ends after {size} of the {end} bytes that its header claims")
+    elif packets[-1].flags & UNSURE:
+        probe.problems.append("ends in the middle of a packet")
+    elif 0 < end < size - 1024 and used <= end:
+        probe.notes.append(f"its last {size - end} bytes of {size} belong to nothing: another file behind it?")
+    elif not end and used < 0.6 * size and "Input #0, mpeg" not in header:  # MPEG streams may be stuffed
+        probe.notes.append(f"{size - used} bytes of {size} belong to nothing: another file behind it?")
+    probe.truncated = bool(probe.problems)
+
+
+BOXES = frozenset(b"ftyp styp moov moof mdat mfra free skip wide uuid meta sidx ssix emsg prft pdin pnot udta".split())
+ASF_FILE_PROPERTIES = bytes.fromhex("a1dcab8c47a9cf118ee400c00c205365")
+
+
+def container_end(path):
+    """Where an MP4, an AVI or a WMV ends by the lengths that stand in it; 0 for other files.
+
+    Beyond the file's end: the file was cut. Before it: what follows belongs to nothing, or is another file.
+    """
+    end, size = 0, os.path.getsize(path)
+    with open(path, "rb") as file:
+        _, wmv, properties = file.read(4096).partition(ASF_FILE_PROPERTIES)
+        if wmv:
+            return int.from_bytes(properties[24:32], "little")
+        while end < size:
+            file.seek(end)
+            head = file.read(16)
+            if head[:4] == b"RIFF":
+                length = int.from_bytes(head[4:8], "little")
+                length = 8 + length if 0 < length < 0xFFFFFFFF else 0
+            elif head[4:8] in BOXES and not (end and head[4:8] == b"ftyp"):  # a second ftyp begins another file
+                length = int.from_bytes(head[8:16] if head[:4] == b"\0\0\0\1" else head[:4], "big")
+            else:
+                break
+            if not length:  # to the end of the file, or never written
+                return 0
+            end += length
+    return end
+
+
+def judge_packets(probe, packets, said):
+    """Whether the container lost pictures: packets that it is unsure of, or complaints that come with a gap in time.
+
+    Right before a key frame, it is unsure because two recordings were joined; complaints alone are of other things.
+    """
+    for number, packet in enumerate(packets[:-1]):
+        if packet.flags & UNSURE and not any(after.flags & KEY_FRAME for after in packets[number + 1 : number + 4]):
+            probe.problems.append("damaged: the container has lost a part of the video")
+            break
+    gaps = [b - a for a, b in zip(probe.times or [], (probe.times or [])[1:])]
+    if said and (probe.truncated or (gaps and max(gaps) > 1.6 * statistics.median(gaps))):
+        probe.problems.append(f"damaged: {said[0]}")
+    elif said:
+        probe.notes.append(f"ffmpeg says: {said[0]}")
+
+
+def why_unreadable(header):
+    tracks = re.findall(r"^\[info\]   Stream #0:\d+.*?: (\w+): ", header, re.MULTILINE)
+    errors = re.findall(r"\[(?:error|fatal)\] (.*)", header)
     if any("Protocol not found" in error for error in errors):
         raise common.UserError(f"{imageio_ffmpeg.get_ffmpeg_exe()} is too old: pip install -U imageio-ffmpeg")
     if "Video" in tracks and not any("matches no streams" in error for error in errors):
@@ -347,136 +525,142 @@ def why_unreadable(tracks, errors):
 
 def opencv_is_right(video, probe):
     """Whether OpenCV is known to give a file's frames as a player shows them (interlaced: black; mirrored: turned)."""
-    return (
-        probe.codec in PLAIN_CODECS
-        and probe.pixel_format in ("yuv420p", "yuvj420p")
-        and probe.matrix in PLAIN_MATRICES
-        and probe.size == probe.stored
-        and probe.tracks == 1
-        and probe.times is not None
-        and not (probe.turned or probe.notes)
-        and "%" not in video.path  # could be read as a pattern
-        and not any("\udc80" <= letter <= "\udcff" for letter in video.path)  # not UTF-8: OpenCV crashes
-    )
+    plain_colours = probe.matrix in PLAIN_MATRICES and probe.transfer not in HDR
+    plain_frames = probe.codec in PLAIN_CODECS and probe.pixel_format in ("yuv420p", "yuvj420p") and plain_colours
+    plain_name = "%" not in video.path and not re.search("[\udc80-\udcff]", video.path)  # a pattern; not UTF-8: a crash
+    return probe.ordinary and plain_frames and plain_name and probe.times is not None
 
 
 # ---------------------------------------------------------------------------------------------------------- decode
 
 
-def read_opencv(video, probe, args, threads):
-    """Yields (seconds, BGR frame) as OpenCV decodes them. Raises `Distrust` at the first sign that they are wrong."""
+@dataclasses.dataclass
+class Decoded:
+    """What a reader has found so far."""
+
+    frames: int = 0
+    errors: list = dataclasses.field(default_factory=list)
+    notes: list = dataclasses.field(default_factory=list)
+
+
+def read_opencv(video, probe, args, threads, decoded):
+    """Yields (seconds, BGR frame) as OpenCV decodes them. Raises `DecodeAgain` at the first sign of wrong ones."""
     capture = cv2.VideoCapture(video.path, cv2.CAP_FFMPEG, [cv2.CAP_PROP_N_THREADS, threads])
     for time in probe.times:
         ok, frame = capture.read()
-        if not ok:
-            raise Distrust("fewer frames than packets")
-        if frame.shape != (*probe.size[::-1], 3):
-            raise Distrust("another size")
+        if not ok or frame.shape != (*probe.size[::-1], 3):
+            raise DecodeAgain("fewer frames than packets, or of another size")
         if not frame[::16, ::16].any() and not frame.any():
-            raise Distrust("an all-black frame, as interlaced video gives")
-        probe.decoded += 1
+            raise DecodeAgain("an all-black frame, as interlaced video gives")
+        decoded.frames += 1
         yield time, frame
     if capture.grab():
-        raise Distrust("more frames than packets")
-    probe.last = time
+        raise DecodeAgain("more frames than packets")
 
 
-class Complaints:
-    """Hears whether OpenCV's decoders, of any video, print errors: the only sign of damage that they conceal.
+@contextlib.contextmanager
+def hear_opencv():
+    """Gives a function that says how many bytes of errors OpenCV's decoders, of all videos, have printed so far: the
+    only sign of damage that they conceal. They print to the C library's standard output, a file meanwhile."""
+    libc = ctypes.CDLL(None if os.name == "posix" else "ucrtbase")
 
-    They print to the C library's standard output, which leads into a file meanwhile.
-    """
+    def heard():
+        libc.fflush(None)
+        return os.fstat(file.fileno()).st_size
 
-    def __enter__(self):
-        sys.stdout.flush()
-        self.libc = ctypes.CDLL(None if os.name == "posix" else "ucrtbase")
-        self.file, self.terminal = tempfile.TemporaryFile(), os.dup(1)
-        os.dup2(self.file.fileno(), 1)
-        return self
-
-    def size(self):
-        """Grows with every error."""
-        self.libc.fflush(None)
-        return os.fstat(self.file.fileno()).st_size
-
-    def __exit__(self, *_):
-        self.size()
-        os.dup2(self.terminal, 1)
-        os.close(self.terminal)
-        self.file.close()
+    sys.stdout.flush()
+    terminal = os.dup(1)
+    with tempfile.TemporaryFile() as file:
+        os.dup2(file.fileno(), 1)
+        try:
+            yield heard
+        finally:
+            libc.fflush(None)
+            os.dup2(terminal, 1)
+            os.close(terminal)
 
 
-def decoding_errors(video, args):
-    """Whether ffmpeg complains of the frames that are wanted."""
-    limit = ["-frames:v", str(args.max_frames)] if args.max_frames and not args.fps and not video.episodes else []
-    process = start_ffmpeg(video, [], [*limit, "-f", "null", "-"])
-    return error_messages(process.communicate()[1].decode("utf-8", "replace").splitlines())
+def ffmpeg_finds_damage(video, probe, args):
+    """Whether ffmpeg, in a pass of its own, finds damaged pictures among those that are wanted."""
+    limit = ["-frames:v", str(args.max_frames)] if args.max_frames and not args.fps and video.episodes is None else []
+    return bool(picture_errors(run_ffmpeg(video, [], [*limit, "-f", "null", "-"])[1], probe))
 
 
 def video_filters(probe, args):
-    """ffmpeg's filters: HDR to SDR, square pixels, --width x --height (cover, then crop the centre), RGB."""
+    """ffmpeg's filters: HDR to SDR, square pixels, --width x --height (cover, then crop the centre), RGB.
+
+    Sizes are formulas of each frame's own, since a video's size may change midway.
+    """
     filters = []
     if probe.transfer in HDR:
         matrix = probe.matrix if probe.matrix.startswith("bt2020") else "bt2020nc"
+        filters.append("format=yuv444p12le|gbrp12le")  # zscale cannot halve an odd size
         filters.append(f"zscale=min={matrix}:pin=bt2020:tin={probe.transfer}:t=linear:npl=100,format=gbrpf32le")
         filters.append("zscale=p=bt709,tonemap=hable:desat=0,zscale=t=bt709:m=bt709:r=tv,format=yuv444p")
+    aspect = "if(between(sar,0.1,10),sar,1)"
+    width, height = ("iw", f"ih/{aspect}") if probe.sideways else (f"iw*{aspect}", "ih")
     if args.width:
-        scale = max(args.width / probe.size[0], args.height / probe.size[1])
-        size = [max(least, round(n * scale)) for n, least in zip(probe.size, (args.width, args.height))]
-        kind = "area" if scale < 1 else "bicubic"
-        filters += [f"scale={size[0]}:{size[1]}:flags={kind}", f"crop={args.width}:{args.height}"]
-        if probe.pixel_format == "yuv420p" and scale < 1:  # cheaper and truer than to scale and go to RGB in one step
-            filters.insert(-1, "format=yuv444p")
-    elif probe.size not in (probe.stored, probe.stored[::-1]):
-        filters.append(f"scale={probe.size[0]}:{probe.size[1]}")
+        scale = f"max({args.width}/({width}),{args.height}/({height}))"
+        width, height = f"max({args.width},round({width}*{scale}))", f"max({args.height},round({height}*{scale}))"
+        smaller = max(args.width / probe.size[0], args.height / probe.size[1]) < 1
+        filters.append(f"scale='{width}':'{height}':flags={'area' if smaller else 'bicubic'}")
+        if probe.pixel_format == "yuv420p" and smaller:  # cheaper and truer than to scale and go to RGB in one step
+            filters.append("format=yuv444p")
+        filters.append(f"crop={args.width}:{args.height}")
+    elif probe.pixel_aspect != 1:
+        filters.append(f"scale='round({width})':'round({height})'")
     return ",".join([*filters, "setsar=1", "format=rgb24", "showinfo=checksum=0"])
 
 
-def read_ffmpeg(video, probe, args, threads):
-    """Yields (seconds, BGR frame) from a pipe of ffmpeg, which turns and mirrors as the display matrix says."""
-    output = ["-vf", video_filters(probe, args), "-fps_mode", "passthrough", "-f", "rawvideo", "pipe:1"]
+def read_ffmpeg(video, probe, args, threads, decoded):
+    """Yields (seconds, BGR frame) from a pipe of ffmpeg, which crops, turns and mirrors as the file says.
+
+    Where the size changes midway, later frames are made to cover the first one's. Where timestamps begin again, in
+    recordings joined into one file, they go on where they were.
+    """
+    output = ["-vf", video_filters(probe, args), *"-noautoscale -fps_mode passthrough -f rawvideo pipe:1".split()]
     process = start_ffmpeg(video, ["-threads", str(threads)], output)
     with contextlib.suppress(ImportError, AttributeError, OSError):  # a larger pipe, where there is such a thing
         import fcntl
 
         fcntl.fcntl(process.stdout, fcntl.F_SETPIPE_SZ, 1 << 20)
-    times, sizes = queue.Queue(), queue.Queue()
+    announced = queue.Queue()  # (seconds or NOPTS, width, height) of each frame, before it comes; None at the end
 
     def read_log():
         for line in process.stderr:
             line = line.decode("utf-8", "replace").rstrip()
-            if match := re.search(r"showinfo.*\bpts_time:(\S+)", line):
-                times.put(None if match[1] == "NOPTS" else float(match[1]))
-            elif match := re.match(r"\[info\]   Stream #0:0.*: Video: rawvideo.*?, (\d+)x(\d+)", line):
-                sizes.put((int(match[2]), int(match[1]), 3))
+            if match := re.search(r"showinfo.*\bpts_time:(\S+) .* s:(\d+)x(\d+) ", line):
+                announced.put((match[1], int(match[2]), int(match[3])))
             else:
-                probe.errors.extend(error_messages([line]))
-        sizes.put(None)
+                decoded.errors.extend(picture_errors([line], probe))
+        announced.put(None)
 
-    log = threading.Thread(target=read_log, daemon=True)
-    log.start()
-    first, probe.decoded = None, 0
+    threading.Thread(target=read_log, daemon=True).start()
+    step, size, begin, last, shift = 1 / (probe.fps or 25), None, None, 0, 0
     try:
-        shape = sizes.get()
-        while shape:
-            frame = np.empty(shape, np.uint8)
+        while (coming := announced.get()) is not None:
+            stamp, *own_size = coming
+            frame = np.empty((*own_size[::-1], 3), np.uint8)
             view = memoryview(frame).cast("B")
             while view and (count := process.stdout.readinto(view)):
                 view = view[count:]
             if view:
                 break
-            time = times.get()
-            time = probe.decoded / (probe.fps or 25) if time is None else time
-            first = time if first is None else first
-            probe.decoded, last = probe.decoded + 1, time - first
+            time = decoded.frames * step if stamp == "NOPTS" else float(stamp)
+            begin, size = (time, own_size) if begin is None else (begin, size)
+            if time - begin + shift < last:
+                shift = last + step - (time - begin)
+                decoded.notes.append(f"timestamps begin again at {last + step:.3f} s: recordings joined?")
+            last = time - begin + shift
+            if own_size != size:
+                frame = common.fit_frame(frame, *size)
+                decoded.notes.append(f"its size changes midway, to {own_size[0]}x{own_size[1]}: fitted to the first")
+            decoded.frames += 1
             yield (
                 last,
                 cv2.cvtColor(frame, cv2.COLOR_RGB2BGR, dst=frame),
-            )  # ffmpeg's own RGB: its BGR is not quite equal
-        log.join()
-        if process.wait() < 0:
-            raise Failure(f"ffmpeg was killed by signal {-process.returncode}: too little memory?")
-        probe.last = last if probe.decoded else None
+            )  # not ffmpeg's own BGR, which differs a little
+        check_exit(process.wait())
     finally:
         process.kill()
         process.stdout.close()
@@ -503,55 +687,103 @@ def resample(frames, fps):
         yield best[2:]
 
 
-def number_scenes(frames):
-    """Yields (scene, (seconds, frame)): the number rises where the shot changes, or where the timestamps have a hole.
+CUT_LEAST, CUT_RATIO = 10, 2.5  # a cut changes the picture by so much of 255, and by so many times what is around it
+SHORTEST_SHOT = 5  # frames; as many changes after a change are looked at
 
-    A cut: small pictures of two frames differ by far more than those of the frames before did.
-    """
-    scene, before, recent, gaps, last = 0, None, [], [], None
+
+def measure_changes(frames):
+    """Yields ((seconds, frame), change of the picture since the frame before, of 255, and seconds since it)."""
+    before, last = None, None
     for time, frame in frames:
         step = max(1, min(frame.shape[:2]) // 96)
         small = cv2.resize(frame[::step, ::step], (48, 32), interpolation=cv2.INTER_AREA).astype(np.float32)
-        if before is not None:
-            change, gap = float(np.abs(small - before).mean()), time - last
-            if change > max(CUT_LEAST, CUT_RATIO * max(recent, default=0)) or gap > max(1, 10 * max(gaps, default=gap)):
-                scene, recent = scene + 1, []
-            else:
-                recent, gaps = [*recent[-7:], change], [*gaps[-7:], gap]
+        yield (time, frame), (0 if last is None else float(np.abs(small - before).mean())), time - (last or 0)
         before, last = small, time
-        yield scene, (time, frame)
 
 
-def cut_clips(frames, video, args):
+def number_scenes(frames):
+    """Yields (scene, (seconds, frame)): the number rises where the shot changes, or where the timestamps have a hole.
+
+    A cut is a change between two frames far larger than those before and after it: where the camera or the scene
+    moves, the neighbours change as much. No shot is shorter than `SHORTEST_SHOT` frames.
+    """
+    scene, changes, gaps, ahead = 0, [], [], collections.deque()
+    for step in itertools.chain(measure_changes(frames), [None] * SHORTEST_SHOT):
+        if step:
+            ahead.append(step)
+        if not ahead or (step and len(ahead) <= SHORTEST_SHOT):
+            continue
+        pair, change, gap = ahead.popleft()
+        around = max([*changes[-8:], *(later for _, later, _ in ahead)], default=0)
+        long_enough = len(changes) >= SHORTEST_SHOT and len(ahead) >= SHORTEST_SHOT - 1
+        cut = long_enough and change > max(CUT_LEAST, CUT_RATIO * around)
+        if cut or (changes and gap > max(1, 10 * max(gaps, default=gap))):
+            scene, changes, gaps = scene + 1, [0], []
+        else:
+            gaps = [*gaps[-7:], gap] if changes else []
+            changes.append(change)
+        yield scene, pair
+
+
+def place_episodes(video, probe):
+    """`[(first second, end, episode)]` of the episodes in a LeRobot v3 file; None for other files.
+
+    Where their numbers of frames add up to the file's, the frames are counted: the timestamps drift from episode to
+    episode. Raises `Failure` where the timestamps are not those of this file.
+    """
+    if video.episodes is None:
+        return None
+    times = probe.times or [number / (probe.fps or 25) for number in range(probe.packets)]
+    half_gap = 0.5 / average_fps(times, probe.fps)[0]
+    counted = sum(frames or 0 for *_, frames in video.episodes) == len(times)
+    stop, places, short = 0, [], []
+    for start, end, episode, frames in video.episodes:
+        at = stop if counted else bisect.bisect_left(times, start - half_gap)
+        stop = at + frames if frames else bisect.bisect_left(times, end - half_gap)
+        if counted and abs(times[at] - start) > 0.2 + 0.01 * start:
+            raise Failure(f"meta/episodes: episode {episode} begins at {start:.1f} s, the frames say {times[at]:.1f} s")
+        if at < len(times):
+            places.append((times[at] - half_gap, times[stop] - half_gap if stop < len(times) else math.inf, episode))
+        if at == len(times) or stop > len(times):
+            short.append(str(episode))
+    if not places:
+        where = f"at {video.episodes[0][0]:.1f} s, and it ends at {times[-1]:.1f} s" if video.episodes else "nowhere"
+        raise Failure(f"by meta/episodes its episodes begin {where}")
+    if short:
+        probe.problems.append(f"episode {', '.join(short)}: fewer frames than meta/episodes says")
+    return places
+
+
+def cut_clips(frames, video, episodes, args):
     """Yields (seconds, frame, names) with the names of the clips that the frame belongs to: one for a whole video;
-    `name@0003` for the windows of --clip_frames and the shots of --split_scenes; none between LeRobot v3's episodes."""
+    `name@0003` for the windows of --clip_frames and the shots of --split_scenes; none between LeRobot v3's episodes.
+
+    `frames` are pairs (seconds, (H, W, 3) uint8), `episodes` is what `place_episodes` gives.
+    """
     numbers = itertools.count()
-    starts = [start for start, _, _ in video.episodes or []]
 
     def episode_of(pair):
-        if not starts:
+        if episodes is None:
             return ""
-        at = max(0, bisect.bisect(starts, pair[0] + 0.005) - 1)
-        start, end, episode = video.episodes[at]
-        return f"episode_{episode:06d}" if start <= pair[0] + 0.005 < end else None
+        begin, end, episode = episodes[max(0, bisect.bisect(episodes, (pair[0], math.inf)) - 1)]
+        return f"episode_{episode:06d}" if begin <= pair[0] < end else None
 
     for episode, part in itertools.groupby(frames, episode_of):
         if episode is None:
             continue
         part = resample(part, args.fps) if args.fps else part
         part = itertools.islice(part, args.max_frames)
-        shots = itertools.groupby(number_scenes(part), lambda pair: pair[0]) if args.split_scenes else [(0, part)]
-        for _, shot in shots:
+        numbered = number_scenes(part) if args.split_scenes else ((0, pair) for pair in part)
+        for _, shot in itertools.groupby(numbered, lambda pair: pair[0]):
             open_clips = []
-            for index, pair in enumerate(shot):
-                time, frame = pair[1] if args.split_scenes else pair
+            for index, (_, (time, frame)) in enumerate(shot):
                 if index % (args.clip_stride or args.clip_frames or math.inf) == 0:
                     number = [f"{next(numbers):04d}"] if args.split_scenes or args.clip_frames else []
                     name = "@".join([video.directory, *([episode] if episode else []), *number])
                     open_clips.append((name, index + (args.clip_frames or math.inf)))
                 open_clips = [(name, end) for name, end in open_clips if index < end]
                 yield time, frame, [name for name, _ in open_clips]
-        if not starts:
+        if episodes is None:
             return  # --max_frames: what follows is not decoded
 
 
@@ -563,55 +795,66 @@ class Clip:
     """One folder of the dataset while it is being written."""
 
     folder: Path
-    stride: int  # frames between the two pictures of a motion measurement
-    shape: tuple
-    times: list = dataclasses.field(default_factory=list)
-    thumbnail: np.ndarray = None
-    flows: list = dataclasses.field(default_factory=list)
+    shape: tuple  # of its frames
+    times: list = dataclasses.field(default_factory=list)  # seconds of each frame
+    thumbnail: np.ndarray = None  # the last one that motion was measured with
+    flows: list = dataclasses.field(default_factory=list)  # motion from one thumbnail to the next
 
 
 class Run:
     """What the threads of a run share: options, folders, the encoders, the progress bar, the stop sign."""
 
-    def __init__(self, args, videos, complaints):
+    def __init__(self, args, videos, heard):
         self.args = args
         self.output = Path(args.output_dir)
         self.state = self.output / ".prepare"  # a record for each finished video, and the folders being written
         self.work = self.state / ("work" + args.shard_name)
         self.readers = max(1, min(args.num_workers, len(videos)))
         self.encoders = ThreadPoolExecutor(args.num_workers)
-        self.huge, self.complaints = threading.Lock(), complaints
-        self.bar = tqdm(unit="frame", disable=None, dynamic_ncols=True)
+        self.huge, self.heard = threading.Lock(), heard
+        line = "{n_fmt} of about {total_fmt} frames after {elapsed}, {remaining} left\n"
+        log = {"bar_format": line, "delay": 10, "mininterval": 10, "miniters": 1}  # a line now and then for a log file
+        self.bar = tqdm(unit="frame", dynamic_ncols=True, **({} if sys.stderr.isatty() else log))
         self.waiting, self.expected, self.begun = len(videos), 0, 0
         self.stop, self.error, self.lock = threading.Event(), None, threading.Lock()
 
     def expect(self, frames=None):
-        """A video begins, or needs nothing: the bar's total is what is known, plus the mean for those that wait."""
+        """One of the waiting videos has begun with so many frames, or, without a number, is done already."""
         with self.lock:
             self.waiting -= 1
             if frames is not None:
                 self.begun, self.expected = self.begun + 1, self.expected + frames
+            # the bar's total: what is known, and the mean for those that wait
             self.bar.total = self.expected + round(self.waiting * self.expected / max(1, self.begun))
 
 
 def average_fps(times, *claims):
-    """True average rate of timestamps in seconds, without their holes; and the holes' lengths."""
-    gaps = [b - a for a, b in itertools.pairwise(times) if b > a]
-    if not gaps:
-        return next((round(claim, 3) for claim in claims if claim), 25.0), []
-    longest = max(1.0, 10 * statistics.median(gaps))
+    """The true mean rate, frames a second, of timestamps in seconds, holes left out; and the holes' lengths in seconds.
+
+    `claims`: rates that somebody else names; the first counts where there are no timestamps.
+    """
+    gaps = [b - a for a, b in zip(times, times[1:])]
+    longest = max(1.0, 10 * statistics.median(gaps)) if gaps else 0
     steady = [gap for gap in gaps if gap <= longest]
+    if not sum(steady):
+        return next((claim for claim in claims if claim), 25.0), []
     fps = len(steady) / sum(steady)
     for claim in claims:  # timestamps in whole milliseconds leave an error that the rate in the header does not have
-        if claim and abs(fps - claim) <= 0.01 + fps * 0.0015 / sum(steady):
+        if claim and abs(fps - claim) <= 0.01 * min(1, fps) + fps * 0.0015 / sum(steady):
             fps = claim
-    return round(fps, 3), [gap for gap in gaps if gap > longest]
+    fps = round(fps, 3) if fps >= 1 else float(f"{fps:.6g}")  # a picture an hour has a rate too
+    return fps, [gap for gap in gaps if gap > longest]
+
+
+def encode_image(frame, image_format):
+    """(H, W, 3) BGR -> bytes of a PNG or JPEG file; PNG is deflated by ISA-L where that is installed."""
+    if image_format == "jpg":
+        return cv2.imencode(".jpg", frame, JPG_OPTIONS)[1]
+    return encode_png_fast(frame) if isal_zlib else cv2.imencode(".png", frame, common.PNG_OPTIONS)[1]
 
 
 def encode_png_fast(frame):
     """(H, W, 3) BGR -> PNG bytes, deflated by ISA-L: three to four times as fast as OpenCV's zlib, files as small."""
-    from isal import isal_zlib
-
     (height, width), rgb = frame.shape[:2], cv2.cvtColor(frame, cv2.COLOR_BGR2RGB).reshape(len(frame), -1)
     rows = np.empty((height, 1 + 3 * width), np.uint8)
     rows[:, 0], rows[0, 1:] = 2, rgb[0]  # 2: filter UP, each byte is its difference to the one above
@@ -624,75 +867,73 @@ def encode_png_fast(frame):
     return b"".join(parts)
 
 
-def write_clips(video, probe, frames, run):
-    """Writes the folders of a video's clips under `run.work`, with the encoder threads; returns `{directory: Clip}`."""
-    suffix = run.args.image_format
-    options = common.PNG_OPTIONS if suffix == "png" else JPG_OPTIONS
-    fps = average_fps(probe.times or [], probe.fps)[0]
-    stride = common.motion_stride(min(fps, run.args.fps or fps))
-    clips, jobs, batch, room = {}, [], [], None
+class FrameWriter:
+    """Writes the clips of one video below `run.work` and measures their motion."""
 
-    def write(batch):
-        try:
-            flows = []
-            for frame, paths, pairs in batch:
-                data = encode_png_fast(frame) if run.args.fast_png else cv2.imencode(f".{suffix}", frame, options)[1]
-                for path in paths:
-                    with open(path, "wb") as file:
-                        file.write(data)
-                flows += [(clip, common.flow_magnitude(first, second)) for clip, first, second in pairs]
-            return flows
-        except OSError as error:  # a full disk: no other video has room either
-            run.error = error
-            run.stop.set()
-            raise
-        finally:
-            room.release()
+    def __init__(self, video, stride, run):
+        self.folder, self.stride, self.run = run.work / video.directory, stride, run
+        self.clips, self.jobs, self.room = {}, [], None
 
-    def submit():
-        room.acquire()
-        if size > 1 and run.waiting:  # other videos keep the cores busy: to hand over small frames only costs
-            job = Future()
-            job.set_result(write(batch))
+    def add(self, time, frame, names):
+        """Takes a frame, (H, W, 3) uint8 BGR at `time` seconds, of the clips called `names`."""
+        paths, thumbnail = [], None
+        for name in names:
+            if name not in self.clips:
+                self.clips[name] = Clip(self.folder / name, frame.shape)
+                self.clips[name].folder.mkdir(parents=True)
+            clip = self.clips[name]
+            paths.append(f"{clip.folder}/{len(clip.times):05d}.{self.run.args.image_format}")
+            if len(clip.times) % self.stride == 0:
+                thumbnail = common.motion_thumbnail(frame, cv2.COLOR_BGR2GRAY) if thumbnail is None else thumbnail
+                if clip.thumbnail is not None:
+                    clip.flows.append(common.flow_magnitude(clip.thumbnail, thumbnail))
+                clip.thumbnail = thumbnail
+            clip.times.append(time)
+        if self.run.waiting:  # other videos keep the cores busy: handing over would only cost
+            self.encode(frame, paths)
         else:
-            job = run.encoders.submit(write, batch)
-        jobs.append(job)
-        run.bar.update(len(batch))
+            self.room = self.room or threading.BoundedSemaphore(max(1, min(64, BYTES_IN_FLIGHT // frame.nbytes)))
+            self.room.acquire()
+            self.jobs.append(self.run.encoders.submit(self.encode, frame, paths))
+            self.jobs[-1].add_done_callback(lambda _: self.room.release())
+        self.run.bar.update()
 
+    def encode(self, frame, paths):
+        try:
+            data = encode_image(frame, self.run.args.image_format)
+            for path in paths:
+                with open(path, "wb") as file:
+                    file.write(data)
+        except OSError as error:  # a full disk: no other video has room either
+            self.run.error = error
+            self.run.stop.set()
+            raise
+
+    def finish(self):
+        """Returns `{directory: Clip}` when all is written."""
+        for job in self.jobs:
+            job.result()
+        return self.clips
+
+
+def decode_video(video, probe, episodes, reader, threads, stride, run):
+    """Writes a video's clips below `run.work`; returns `{directory: Clip}` and what the reader found (`Decoded`)."""
+    decoded, before = Decoded(), run.heard()
+    frames, writer = reader(video, probe, run.args, threads, decoded), FrameWriter(video, stride, run)
     try:
-        for time, frame, names in cut_clips(frames, video, run.args):
+        for time, frame, names in cut_clips(frames, video, episodes, run.args):
             if run.stop.is_set():
                 raise Stopped
-            if room is None:  # what waits for an encoder is bounded in bytes; small frames go in batches of a megabyte
-                size = min(64, 1 + (1 << 20) // frame.nbytes)
-                ahead = BYTES_IN_FLIGHT // run.readers // (size * frame.nbytes)
-                room = threading.BoundedSemaphore(max(1, min(16, ahead)))
-            paths, pairs, thumbnail = [], [], None
-            for name in names:
-                if name not in clips:
-                    clips[name] = Clip(run.work / video.directory / name, stride, frame.shape)
-                    clips[name].folder.mkdir(parents=True)
-                clip = clips[name]
-                paths.append(f"{clip.folder}/{len(clip.times):05d}.{suffix}")
-                if len(clip.times) % stride == 0:
-                    thumbnail = common.motion_thumbnail(frame, cv2.COLOR_BGR2GRAY) if thumbnail is None else thumbnail
-                    if clip.thumbnail is not None:
-                        pairs.append((clip, clip.thumbnail, thumbnail))
-                    clip.thumbnail = thumbnail
-                clip.times.append(time)
-            batch.append((frame, paths, pairs))
-            if len(batch) == size:
-                submit()
-                batch = []
-        if batch:
-            submit()
-        for job in jobs:
-            for clip, flow in job.result():
-                clip.flows.append(flow)
-        return clips
+            writer.add(time, frame, names)
+        clips = writer.finish()
     finally:
         frames.close()
-        wait(jobs)  # nothing writes into the folders any more, whatever happened
+        wait(writer.jobs)  # nothing writes into the folders any more, whatever happened
+    if reader is read_opencv and run.heard() > before and ffmpeg_finds_damage(video, probe, run.args):
+        raise DecodeAgain("OpenCV conceals damage")
+    if reader is read_ffmpeg and threads > 1 and decoded.errors:
+        raise DecodeAgain("how damage is concealed depends on the number of threads")
+    return clips, decoded
 
 
 def prepare_video(video, run, old):
@@ -707,38 +948,39 @@ def prepare_video(video, run, old):
         changed = any(old[key] != value for key, value in stamp.items())
         if changed and not args.overwrite:
             raise Failure("changed since it was prepared, the dataset holds what it was: --overwrite makes it again")
-        if not changed and old["options"] == shaping_options(args) and is_complete(old, run.output):
+        if not changed and old["options"] == clip_options(args) and is_complete(old, run.output):
             run.expect()
             return old
-    probe = probe_video(
-        video, args.max_frames + 64 if args.max_frames and not args.fps and not video.episodes else None
-    )
-    run.expect(min(args.max_frames or probe.packets, probe.packets))
+    first_only = args.max_frames and not args.fps and video.episodes is None
+    probe = probe_video(video, args.max_frames + 64 if first_only else None)
+    wanted = min(args.max_frames or probe.packets, probe.packets)
+    run.expect(wanted)
+    episodes = place_episodes(video, probe)
+    fps = average_fps(probe.times or [], probe.fps)[0]
+    stride = common.motion_stride(min(fps, args.fps or fps))
     threads = max(1, args.num_workers // run.readers)
     attempts = [(read_opencv, threads)] * (opencv_is_right(video, probe) and not args.width)
-    attempts += [(read_ffmpeg, threads)] * (threads > 1 and not probe.errors) + [(read_ffmpeg, 1)]
+    attempts += [(read_ffmpeg, threads)] * (threads > 1) + [(read_ffmpeg, 1)]
     with run.huge if math.prod(probe.size) > 1 << 24 else contextlib.nullcontext():  # one 8K video at a time
         for reader, threads in attempts:
-            heard = run.complaints.size()
             try:
-                clips = write_clips(video, probe, reader(video, probe, args, threads), run)
-                if reader is read_opencv and run.complaints.size() > heard and decoding_errors(video, args):
-                    raise Distrust("damage that the decoder conceals")
-                if reader is read_ffmpeg and threads > 1 and probe.errors:
-                    raise Distrust("how damage is concealed depends on the number of threads")
+                clips, decoded = decode_video(video, probe, episodes, reader, threads, stride, run)
                 break
-            except Distrust:
+            except DecodeAgain:
                 shutil.rmtree(run.work / video.directory, ignore_errors=True)
-    if not probe.decoded:
-        raise Failure("no frame of it can be decoded" + (f" ({probe.errors[0]})" if probe.errors else ""))
-    record = {"source": video.source, **stamp, "options": shaping_options(args), "clips": [], "dropped": {}}
-    common_fields = {
-        "decoder": reader.__name__.removeprefix("read_"),
-        "codec": probe.codec,
-        **what_was_wrong(probe, args),
-    }
+    if not clips:
+        raise Failure("no frame of it can be decoded" + (f" ({decoded.errors[0]})" if decoded.errors else ""))
+    if decoded.errors and decoded.frames < wanted:
+        probe.truncated = True
+        probe.problems.append(f"{decoded.frames} of {wanted} frames could be decoded")
+    if decoded.errors:
+        probe.problems.append(f"damaged: {decoded.errors[0]}")
+    probe.notes += dict.fromkeys(decoded.notes)
+    record = {"source": video.source, **stamp, "options": clip_options(args), "clips": [], "dropped": {}}
     for directory, clip in clips.items():
-        line = {**describe_clip(directory, clip, video, probe, args), **common_fields}
+        line = describe_clip(directory, clip, video, probe, stride, args)
+        line["decoder"] = "opencv" if reader is read_opencv else "ffmpeg"
+        line.update({key: getattr(probe, key) for key in ("codec", "truncated", "problems", "notes")})
         if line["num_frames"] < args.min_frames:
             record["dropped"][directory] = f"{line['num_frames']} frames, fewer than {args.min_frames}"
         elif line["motion"] < args.min_motion:
@@ -751,26 +993,11 @@ def prepare_video(video, run, old):
     return record
 
 
-def what_was_wrong(probe, args):
-    """Damage, which makes the exit status 1, and what is only worth knowing."""
-    problems, notes = [], list(probe.notes)
-    wanted = min(args.max_frames or probe.packets, probe.packets)
-    truncated = probe.decoded < wanted and bool(probe.errors)
-    if probe.last is not None and probe.duration - probe.last > max(0.5, 0.05 * probe.duration) + 1 / (probe.fps or 25):
-        truncated = True
-        problems.append(f"ends after {probe.last:.1f} s of the {probe.duration:.1f} s that its header claims")
-    if truncated and probe.decoded < wanted:
-        problems.append(f"{probe.decoded} of {wanted} frames could be decoded")
-    if probe.errors:
-        problems.append(f"damaged: {probe.errors[0]}")
-    return {"truncated": truncated, "problems": problems, "notes": notes}
-
-
-def describe_clip(directory, clip, video, probe, args):
-    """The clip's line in metadata.jsonl."""
+def describe_clip(directory, clip, video, probe, stride, args):
+    """The clip's line in metadata.jsonl, so far as it is the clip's own."""
     fps, holes = average_fps(clip.times, probe.fps, args.fps)
     if clip.flows:
-        motion = statistics.fmean(clip.flows) * fps / clip.stride
+        motion = statistics.fmean(clip.flows) * fps / stride
     else:  # shorter than the stride
         motion = common.clip_motion([common.read_frame(path) for path in common.list_frames(clip.folder)], fps)
     episode = re.search(r"@(episode_\d+)", directory) if video.episodes else None
@@ -792,12 +1019,12 @@ def describe_clip(directory, clip, video, probe, args):
 
 # -------------------------------------------------------------------------------------------------- dataset folder
 
-SHAPING = "max_frames width height fps clip_frames clip_stride min_frames min_motion split_scenes image_format".split()
+CLIP_OPTIONS = "max_frames width height fps clip_frames clip_stride min_frames min_motion split_scenes image_format"
 
 
-def shaping_options(args):
+def clip_options(args):
     """The options that decide what a clip's files are: a dataset is of one kind."""
-    return {name: getattr(args, name) for name in SHAPING}
+    return {name: getattr(args, name) for name in CLIP_OPTIONS.split()}
 
 
 def read_records(state):
@@ -817,12 +1044,9 @@ def is_complete(record, output):
 
 
 def dump_line(record):
-    try:
-        text = json.dumps(record, ensure_ascii=False)
-        text.encode()
-        return text + "\n"
-    except UnicodeEncodeError:  # a source whose name is not UTF-8
-        return json.dumps(record) + "\n"
+    text = json.dumps(record, ensure_ascii=False)
+    not_utf8 = re.search("[\ud800-\udfff]", text)  # in the name of a source
+    return (json.dumps(record) if not_utf8 else text) + "\n"
 
 
 def publish(video, record, old, run):
@@ -863,37 +1087,41 @@ def write_metadata(output):
     return records
 
 
+FONTS = "NotoSansCJK-Regular.ttc wqy-zenhei.ttc wqy-microhei.ttc DroidSansFallbackFull.ttf msyh.ttc PingFang.ttc"
+
+
 def write_preview(output, clips):
     """preview.jpg: a row for each clip, for up to forty of them: name, fps, motion, and four of its frames."""
-    high, wide, left = 80, 144, 300
+    from PIL import Image, ImageDraw, ImageFont, ImageOps
+
+    high, wide, left, font = 80, 144, 300, ImageFont.load_default(12)
+    for name in FONTS.split():  # fonts that show Chinese names, where the system has one
+        with contextlib.suppress(OSError):
+            font = ImageFont.truetype(name, 12)
+            break
     clips = [clips[i * len(clips) // min(40, len(clips))] for i in range(min(40, len(clips)))]
-    sheet = np.full((high * len(clips), left + 4 * wide, 3), 255, np.uint8)
+    sheet = Image.new("RGB", (left + 4 * wide, high * len(clips)), "white")
+    draw = ImageDraw.Draw(sheet)
 
     def thumbnails(clip):
-        pictures, paths = [], common.list_frames(output / clip["directory"])
-        for place in range(4 if paths else 0):
-            frame = common.read_frame(paths[place * (len(paths) - 1) // 3])
-            scale = max(frame.shape[0] / (high - 2), frame.shape[1] / (wide - 2))
-            size = [max(1, round(n / scale)) for n in frame.shape[1::-1]]
-            step = max(1, int(scale / 2))  # every step-th pixel first: area averaging is slow
-            pictures.append(cv2.resize(frame[::step, ::step], size, interpolation=cv2.INTER_AREA))
-        return pictures
+        paths = common.list_frames(output / clip["directory"])
+        frames = [common.read_frame(paths[place * (len(paths) - 1) // 3]) for place in range(4 if paths else 0)]
+        small = [Image.fromarray(frame[:: max(1, len(frame) // 160), :: max(1, len(frame) // 160)]) for frame in frames]
+        return [ImageOps.pad(image, (wide - 2, high - 2), color="white", centering=(0, 0)) for image in small]
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        rows = pool.map(thumbnails, clips)
-        for top, (clip, pictures) in zip(itertools.count(0, high), zip(clips, rows)):
-            name = clip["directory"].encode("ascii", "replace").decode()
-            lines = [name[i : i + 40] for i in range(0, min(len(name), 120), 40)]
+        for top, clip, pictures in zip(itertools.count(0, high), clips, pool.map(thumbnails, clips)):
+            name = clip["directory"][:120]
+            length = 40 if name.isascii() else 22  # letters that fit in a line
+            lines = [name[i : i + length] for i in range(0, len(name), length)][:3]
             lines += [f"{clip['num_frames']} frames, {clip['fps']:g} fps"]
             lines += [f"motion {clip['motion']:g}, bucket {clip['motion_bucket_id']}"]
-            for number, text in enumerate(lines, 1):
-                at = (4, top + 15 * number)
-                cv2.putText(sheet, text, at, cv2.FONT_HERSHEY_SIMPLEX, 0.4, (0, 0, 0), 1, cv2.LINE_AA)
+            draw.multiline_text((4, top + 2), "\n".join(lines), "black", font, spacing=2)
             for place, picture in enumerate(pictures):
-                x = left + place * wide
-                sheet[top : top + picture.shape[0], x : x + picture.shape[1]] = picture
-    data = cv2.imencode(".jpg", cv2.cvtColor(sheet, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, 90])[1]
-    common.write_file(output / "preview.jpg", data.tobytes())
+                sheet.paste(picture, (left + place * wide, top))
+    data = io.BytesIO()
+    sheet.save(data, "JPEG", quality=90)
+    common.write_file(output / "preview.jpg", data.getvalue())
 
 
 @contextlib.contextmanager
@@ -905,54 +1133,69 @@ def lock_dataset(state, shard_name):
             yield
 
 
-def printable(name):
-    """A file name for the terminal: one line, whatever is in it."""
-    return name if name.isprintable() else ascii(name)
+# --------------------------------------------------------------------------------------------------------- summary
 
 
-def summarize(records, failures):
-    """Prints what was kept, what was not and why, and the range in which --motion_bucket_id means something."""
-
-    def spread(key):
+def print_totals(records):
+    """What was kept, and the range in which --motion_bucket_id means something."""
+    clips = [clip for record in records for clip in record["clips"]]
+    if not clips:
+        return
+    frames, hours = sum(clip["num_frames"] for clip in clips), sum(clip["duration"] for clip in clips) / 3600
+    sizes = collections.Counter(f"{clip['width']}x{clip['height']}" for clip in clips)
+    print(f"kept: {len(clips)} clips of {len(records)} videos, {frames} frames, {hours:.2f} hours")
+    print(f"  size: {sizes.most_common(1)[0][0]}" + (f" and {len(sizes) - 1} others" if len(sizes) > 1 else ""))
+    for key, title in (("fps", "fps"), ("motion", "motion, % of the longer side a second"), ("motion_bucket_id",) * 2):
         values = sorted(clip[key] for clip in clips)
         low, middle, high = (values[round(q * (len(values) - 1))] for q in (0.1, 0.5, 0.9))
-        return f"{values[0]:g} to {values[-1]:g}; a tenth below {low:g}, half below {middle:g}, a tenth above {high:g}"
+        print(f"  {title}: {values[0]:g} to {values[-1]:g}; ", end="")
+        print(f"a tenth below {low:g}, half below {middle:g}, a tenth above {high:g}")
 
-    clips = [clip for record in records for clip in record["clips"]]
-    if clips:
-        frames, hours = sum(clip["num_frames"] for clip in clips), sum(clip["duration"] for clip in clips) / 3600
-        sizes = statistics.multimode(f"{clip['width']}x{clip['height']}" for clip in clips)
-        others = len({(clip["width"], clip["height"]) for clip in clips}) - 1
-        print(f"kept: {len(clips)} clips of {len(records)} videos, {frames} frames, {hours:.2f} hours")
-        print(f"  size: {sizes[0]}" + (f" and {others} others" if others else ""))
-        print(f"  fps: {spread('fps')}")
-        print(f"  motion, % of the longer side a second: {spread('motion')}")
-        print(f"  motion_bucket_id: {spread('motion_bucket_id')}")
-    flawed = {
-        r["source"]: "; ".join(r["clips"][0]["problems"]) for r in records if r["clips"] and r["clips"][0]["problems"]
-    }
-    dropped = {directory: reason for record in records for directory, reason in record["dropped"].items()}
-    for title, reasons in (("kept, but", flawed), ("dropped", dropped), ("not kept", failures)):
-        if reasons:
-            print(f"{title}: {len(reasons)}")
-        for name, reason in reasons.items():
-            print(f"  {printable(name)}: {reason}")
-    return flawed
+
+def print_reasons(title, reasons, most=math.inf):
+    """A line for each of `{name: reason}`; more than `most` with the same words after the comma share one."""
+    if reasons:
+        print(f"{title}: {len(reasons)}")
+    groups = {}
+    for name, reason in reasons.items():
+        name = name if name.isprintable() else ascii(name)  # one line, whatever is in it
+        groups.setdefault(reason.rpartition(", ")[2], []).append(f"{name}: {reason}")
+    for what, rows in groups.items():
+        for row in rows if len(rows) <= most else [f"{len(rows)} clips {what}, as {rows[0]}"]:
+            print(f"  {row}")
+
+
+def summarize(records, failures, unfinished, twins, gone):
+    """Prints what was kept, what was not and why. Returns whether all of it is whole."""
+    print_totals(records)
+    first = {record["source"]: record["clips"][0] for record in records if record["clips"]}
+    flawed = {source: "; ".join(clip["problems"]) for source, clip in first.items() if clip["problems"]}
+    noted = {source: "; ".join(clip["notes"]) for source, clip in first.items() if clip["notes"]}
+    print_reasons("kept, with a note", noted)
+    print_reasons("kept, but", flawed)
+    print_reasons("perhaps twice", twins)
+    print_reasons("in the dataset, though not in --video_dir any more", dict.fromkeys(gone, "its clips stay"))
+    print_reasons("left out", unfinished)
+    print_reasons("dropped", {name: why for record in records for name, why in record["dropped"].items()}, most=3)
+    print_reasons("not kept", failures)
+    return not (failures or flawed)
 
 
 # ---------------------------------------------------------------------------------------------------- command line
 
 
-def number(kind, least, more=False):
+def number(kind, least, above=False):
     """An argparse type: a number of at least `least`, or above it."""
 
     def parse(text):
         try:
             value = kind(text)
         except ValueError:
-            raise argparse.ArgumentTypeError(f"must be a number, got {text}") from None
-        if not (value > least if more else value >= least) or value == math.inf:
-            raise argparse.ArgumentTypeError(f"must be {'above' if more else 'at least'} {least}, got {text}")
+            value = math.nan
+        if not (least < value if above else least <= value) or value == math.inf:
+            raise argparse.ArgumentTypeError(
+                f"must be a number {'above' if above else 'of at least'} {least}, got {text}"
+            )
         return value
 
     return parse
@@ -960,22 +1203,18 @@ def number(kind, least, more=False):
 
 def build_parser():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
-    add = parser.add_argument
+    add, count = parser.add_argument, number(int, 1)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     add("--video_dir", required=True, help="folder of videos, searched with its subfolders; never written to")
     add("--output_dir", required=True, help="the dataset folder to make or to go on with")
-    add("--max_frames", type=number(int, 1), help="frames to take from each video at most (default: all)")
+    add("--max_frames", type=count, help="frames to take from each video at most (default: all)")
     add("--width", type=number(int, 16), help="pixels; with --height: cover this size, then crop the centre")
     add("--height", type=number(int, 16), help="pixels")
-    add("--fps", type=number(float, 0, more=True), help="frames a second to keep; slower video keeps what it has")
-    add("--clip_frames", type=number(int, 1), help="cut each video into clips of this many frames")
-    add("--clip_stride", type=number(int, 1), help="frames from one clip's start to the next (default: --clip_frames)")
-    add("--min_frames", type=number(int, 1), help="drop shorter clips (default: --clip_frames, or 1)")
-    add(
-        "--min_motion",
-        type=number(float, 0),
-        default=0.0,
-        help="drop stiller clips; percent of the longer side a second",
-    )
+    add("--fps", type=number(float, 0, above=True), help="frames a second to keep; slower video keeps what it has")
+    add("--clip_frames", type=count, help="cut each video into clips of this many frames")
+    add("--clip_stride", type=count, help="frames from one clip's start to the next (default: --clip_frames)")
+    add("--min_frames", type=count, help="drop shorter clips (default: --clip_frames, or 1)")
+    add("--min_motion", type=number(float, 0), default=0.0, help="drop stiller clips; %% of the longer side a second")
     add("--split_scenes", action="store_true", help="cut where the shot changes, so that no window crosses a cut")
     add("--include", nargs="+", default=[], metavar="PATTERN", help="take only these, as in '*/left/*' or 'demo_*.mp4'")
     add("--exclude", nargs="+", default=[], metavar="PATTERN", help="leave these out")
@@ -983,22 +1222,15 @@ def build_parser():
         "--camera",
         nargs="+",
         default=[],
-        help="take only these cameras of LeRobot datasets: full name or its last part",
+        help="take only these cameras of LeRobot datasets: whole or last part of name",
     )
+    add("--image_format", choices=("png", "jpg"), default="png", help="png is lossless; jpg (95) a quarter the time")
     add(
-        "--image_format",
-        choices=("png", "jpg"),
-        default="png",
-        help="png is lossless; jpg (quality 95) a quarter the time",
+        "--fast_png",
+        action="store_true",
+        help="stop where isal is missing, which writes the same PNG in a third the time",
     )
-    add("--fast_png", action="store_true", help="write the same pixels three times as fast; needs: pip install isal")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    add(
-        "--num_workers",
-        type=number(int, 1),
-        default=cores,
-        help="encoding threads (default: one a core, here %(default)s)",
-    )
+    add("--num_workers", type=count, default=cores, help="encoding threads (default: one a core, here %(default)s)")
     add("--shard", metavar="I/N", help="do part I of N, on as many machines; I from 0 to N-1, or from 1 to N")
     add("--overwrite", action="store_true", help="make again what changed since: the source, or the options")
     return parser
@@ -1008,6 +1240,9 @@ def parse_args(argv=None):
     parser = build_parser()
     args = parser.parse_args(argv)
     video_dir, output_dir = os.path.realpath(args.video_dir), os.path.realpath(args.output_dir)
+    if os.path.isfile(video_dir):
+        folder, name = os.path.split(args.video_dir)
+        parser.error(f"--video_dir {args.video_dir} is a file: give {folder or '.'}, and --include {name} for it alone")
     if not os.path.isdir(video_dir):
         parser.error(f"--video_dir {args.video_dir}: no such folder")
     if os.path.exists(output_dir) and not os.path.isdir(output_dir):
@@ -1020,11 +1255,8 @@ def parse_args(argv=None):
         parser.error("--clip_stride needs --clip_frames")
     if args.fast_png and args.image_format != "png":
         parser.error("--fast_png is for --image_format png")
-    if args.fast_png:
-        try:
-            import isal  # noqa: F401
-        except ImportError:
-            parser.error("--fast_png needs: pip install isal")
+    if args.fast_png and not isal_zlib:
+        parser.error("--fast_png needs: pip install isal")
     args.min_frames, args.shard_name = args.min_frames or args.clip_frames or 1, ""
     if args.shard:
         match = re.fullmatch(r"(\d+)/([1-9]\d*)", args.shard)
@@ -1035,9 +1267,9 @@ def parse_args(argv=None):
     return args
 
 
-def run_all(videos, records, args, complaints):
+def run_all(videos, records, args, heard):
     """Prepares the videos side by side; adds to `records`; returns `{source: reason}` of those that failed."""
-    run, failures = Run(args, videos, complaints), {}
+    run, failures = Run(args, videos, heard), {}
     shutil.rmtree(run.work, ignore_errors=True)
     run.work.mkdir()
 
@@ -1076,21 +1308,26 @@ def run_all(videos, records, args, complaints):
 
 def main(argv=None):
     args = parse_args(argv)
+    sys.stdout.reconfigure(errors="backslashreplace")  # a name that the terminal cannot show is no reason to stop
     cv2.setNumThreads(1)  # the threads of this program take the cores
-    videos = find_videos(args)
+    videos, unfinished = find_videos(args)
+    twins = find_twins(videos)
     if args.shard:
-        videos = [video for video in videos if video.number % args.shard[1] == args.shard[0]]
+        part, parts = args.shard
+        videos = [video for video in videos if int(name_digest(video.source), 16) % parts == part]
+        if not videos:
+            print(f"--shard {part}/{parts}: none of the videos falls to it")
     output = Path(args.output_dir)
     state = output / ".prepare"
     state.mkdir(parents=True, exist_ok=True)
     with lock_dataset(state, args.shard_name):
         old = read_records(state)
-        other = next((r["options"] for r in old.values() if r["options"] != shaping_options(args)), None)
+        other = next((r["options"] for r in old.values() if r["options"] != clip_options(args)), None)
         if other and not args.overwrite:
-            named = ", ".join(f"--{key} {value}" for key, value in other.items() if shaping_options(args)[key] != value)
+            named = ", ".join(f"--{key} {value}" for key, value in other.items() if clip_options(args)[key] != value)
             raise common.UserError(f"--output_dir {output} was made with {named}: do the same, or add --overwrite")
-        with Complaints() as complaints:
-            failures = run_all(videos, dict(old), args, complaints)
+        with hear_opencv() as heard:
+            failures = run_all(videos, dict(old), args, heard)
         records = write_metadata(output)
         while True:  # another shard may have finished meanwhile: the last one writes all
             clips = [clip for record in records.values() for clip in record["clips"]]
@@ -1101,8 +1338,8 @@ def main(argv=None):
             if records == old:
                 break
     chosen = [records[video.source] for video in videos if video.source in records]
-    flawed = summarize(chosen, failures)
-    return 1 if failures or flawed else 0
+    gone = [source for source in records if not os.path.lexists(os.path.join(args.video_dir, source))]
+    return 0 if summarize(chosen, failures, unfinished, twins, gone) else 1
 
 
 if __name__ == "__main__":
