@@ -146,10 +146,13 @@ def pretend(shim):
                 # A forecast computes on the CPU on purpose, in a mode of its own; so does the pipeline blur its image.
                 if getattr(inputs[0], "fake_mode", None) is mode and inputs[0].is_cpu and inputs[0].shape[1:2] != (3,):
                     self.on_cpu.append(f"{name} {origin()}")
+            if name.startswith(("_foreach_", "_fused_")) and name != "_foreach_copy_":  # fake tensors do not look
+                devices = {t.device.type for t in inputs if t.ndim or name.startswith("_fused_")}
+                assert len(devices) <= 1, f"{function} of {devices}"
             out = function(*args, **kwargs)
             devices = {t.device.type for t in [*inputs, *tensors([out])]}
             blocking = not (kwargs.get("non_blocking") or any(a is True for a in args[2:3]))
-            if name in ("_to_copy", "copy_") and len(devices) == 2 and blocking:
+            if name in ("_to_copy", "copy_", "_foreach_copy_") and len(devices) == 2 and blocking:
                 self.waits.append(f"{name} {origin()}")
             if "cuda" in devices:
                 self.operations.add(name)
