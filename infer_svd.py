@@ -324,7 +324,9 @@ class ClipSet:
         busy = f"{self.folder}: another infer_svd.py is writing here; wait for its end, or give another --output_video"
         with common.lock_file(self.hidden / "lock", busy):
             self.plan(settings)
-            shutil.rmtree(self.hidden / ".making", ignore_errors=True)
+            shutil.rmtree(self.hidden / ".making", ignore_errors=True)  # what a killed process left
+            for left in [*self.folder.glob(".metadata.jsonl.*.part"), *self.hidden.glob(".*.json.*.part")]:
+                left.unlink()
             self.publish()
             if self.dropped:
                 again = f"to make it again, delete {self.hidden / self.dropped[0]}.json"

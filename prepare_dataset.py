@@ -41,6 +41,8 @@ from pathlib import Path
 os.environ["OPENCV_FFMPEG_LOGLEVEL"] = "16"  # errors, which `hear_opencv` counts. Read when cv2 is imported
 os.environ["OPENCV_FFMPEG_CAPTURE_OPTIONS"] = "protocol_whitelist;file"
 
+import svd_common as common  # isort: skip  (first: it says what to do where OpenCV cannot be loaded)
+
 import cv2
 import imageio_ffmpeg
 import numpy as np
@@ -50,8 +52,6 @@ try:
     from isal import isal_zlib
 except ImportError:
     isal_zlib = None
-
-import svd_common as common
 
 VIDEO_SUFFIXES = frozenset(
     ".264 .265 .3g2 .3gp .amv .apng .asf .av1 .avc .avi .dav .dif .divx .dv .evo .f4v .flv .gif .h264 .h265 .hevc .insv"
@@ -301,10 +301,13 @@ def check_exit(code):
 
 
 def error_messages(lines, *speakers):
-    """What parts of ffmpeg, by their names, complain of in lines such as `[h264 @ 0x55d] [error] no frame!`"""
+    """What parts of ffmpeg, by their names, complain of in lines such as `[h264 @ 0x55d] [error] no frame!`
+
+    Such a message may come in the middle of another's line: ffmpeg's threads all write.
+    """
     names = "|".join(map(re.escape, speakers))
     pattern = re.compile(rf"\[(?:\S+ @ \S+\] \[dec:)?(?:{names})(?:/\S+)? @ \S+\] \[error\] (.*)")
-    return [match[1] for match in map(pattern.match, lines) if match]
+    return [match[1] for match in map(pattern.search, lines) if match]
 
 
 def picture_errors(lines, probe):
@@ -627,12 +630,14 @@ def read_ffmpeg(video, probe, args, threads, decoded):
     announced = queue.Queue()  # (seconds or NOPTS, width, height) of each frame, before it comes; None at the end
 
     def read_log():
-        for line in process.stderr:
+        stamp = "NOPTS"
+        for line in process.stderr:  # a line of showinfo may be cut in two by a decoder's message
             line = line.decode("utf-8", "replace").rstrip()
-            if match := re.search(r"showinfo.*\bpts_time:(\S+) .* s:(\d+)x(\d+) ", line):
-                announced.put((match[1], int(match[2]), int(match[3])))
-            else:
-                decoded.errors.extend(picture_errors([line], probe))
+            if match := re.search(r"\bpts_time:(\S+)", line):
+                stamp = match[1]
+            if match := re.search(r"\bs:(\d+)x(\d+) i:", line):
+                announced.put((stamp, int(match[1]), int(match[2])))
+            decoded.errors.extend(picture_errors([line], probe))
         announced.put(None)
 
     threading.Thread(target=read_log, daemon=True).start()
@@ -656,10 +661,7 @@ def read_ffmpeg(video, probe, args, threads, decoded):
                 frame = common.fit_frame(frame, *size)
                 decoded.notes.append(f"its size changes midway, to {own_size[0]}x{own_size[1]}: fitted to the first")
             decoded.frames += 1
-            yield (
-                last,
-                cv2.cvtColor(frame, cv2.COLOR_RGB2BGR, dst=frame),
-            )  # not ffmpeg's own BGR, which differs a little
+            yield last, cv2.cvtColor(frame, cv2.COLOR_RGB2BGR, dst=frame)  # ffmpeg's own BGR differs a little
         check_exit(process.wait())
     finally:
         process.kill()

@@ -552,7 +552,7 @@ PARTS = ("unet", "vae", "image_encoder", "scheduler", "feature_extractor")
 MODEL_PARTS = PARTS[:3]
 CLIP_CONFIG = {"hidden_size": 1280, "num_hidden_layers": 32, "num_attention_heads": 16, "intermediate_size": 5120}
 VAE_CONFIG = {"block_out_channels": [128, 256, 512, 512], "latent_channels": 4, "layers_per_block": 2}
-SVD_CONFIG = {  # as published, where it differs from the classes' defaults; a plan needs nothing else
+SVD_XT_CONFIG = {  # as published, where it differs from the classes' defaults; a plan needs nothing else
     "unet": {"block_out_channels": [320, 640, 1280, 1280], "cross_attention_dim": 1024, "num_frames": 25},
     "vae": {"down_block_types": ["DownEncoderBlock2D"] * 4, **VAE_CONFIG},
     "image_encoder": {"patch_size": 14, "projection_dim": 1024, **CLIP_CONFIG},
@@ -600,7 +600,7 @@ def resolve_config(name):
         return Path(paths[0]).parent.parent
     except hub_errors() as error:
         if str(name) in SVD_NAMES:
-            return SVD_CONFIG
+            return SVD_XT_CONFIG
         raise hub_error(name, error) from None
 
 

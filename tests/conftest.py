@@ -1,11 +1,15 @@
 """What the tests share: the small real checkpoint, folders of frames, and launching the real scripts."""
 
+import multiprocessing
 import os
+import runpy
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch: the tensors are small, and the threads of a busy machine fight
+os.environ["HF_HUB_OFFLINE"] = "1"
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
@@ -26,13 +30,39 @@ def pytest_runtest_setup(item):
             pytest.skip("no CUDA GPU here")
 
 
-def run(script, *arguments, ok=True, **options):
+# Half of a short run is importing torch and diffusers: a server does that once and forks a new process for each run.
+server = multiprocessing.get_context("forkserver")
+server.set_forkserver_preload(
+    "accelerate cv2 diffusers.optimization diffusers.pipelines.stable_video_diffusion diffusers.training_utils"
+    " torch._dynamo torch.utils.flop_counter transformers.models.clip".split()
+)
+
+
+def run_forked(command, output):
+    """What `python SCRIPT ...` does, in a process of the server: stdout and stderr go into the file `output`."""
+    with open(output, "wb", buffering=0) as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    sys.argv = command
+    sys.path.insert(0, str(ROOT))
+    runpy.run_path(command[0], run_name="__main__")
+
+
+def run(script, *arguments, ok=True, env=None, **options):
     """Runs a script as a user does; returns the finished process, its stdout and stderr together in `.stdout`."""
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", **options.pop("env", {})}
-    done = subprocess.run(
-        [sys.executable, str(ROOT / script), *map(str, arguments)],
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, timeout=500, **options,
-    )  # fmt: skip
+    command = [str(ROOT / script), *map(str, arguments)]
+    if env or options or script == "prepare_dataset.py":  # that one imports no torch
+        done = subprocess.run([sys.executable, *command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            env={**os.environ, **(env or {})}, timeout=500, **options)  # fmt: skip
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            process = server.Process(target=run_forked, args=(command, f"{folder}/output"))
+            process.start()
+            process.join(500)
+            process.kill()  # where it hangs
+            process.join()
+            output = Path(folder, "output").read_text(errors="replace")
+        done = subprocess.CompletedProcess(command, process.exitcode, output)
     if ok:
         assert done.returncode == 0, done.stdout
     else:

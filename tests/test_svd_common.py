@@ -223,7 +223,7 @@ def test_optical_flow_finds_a_known_shift():
 # ------------------------------------------------------------------------------------------ what a script can meet
 
 
-@pytest.mark.parametrize("script", ["infer_svd.py", "train_svd.py"])
+@pytest.mark.parametrize("script", ["infer_svd.py", "prepare_dataset.py", "train_svd.py"])
 def test_an_opencv_that_cannot_be_loaded_is_one_line(script, tmp_path):
     why = "libGL.so.1: cannot open shared object file: No such file or directory"
     (tmp_path / "cv2.py").write_text(f"raise ImportError({why!r})")
