@@ -1015,9 +1015,9 @@ def check_resume(settings, clips, saved, folder):
     changed = [name for name in clips if name in known and known[name] != clips[name]]
     new, gone = sorted(clips.keys() - known.keys()), sorted(known.keys() - clips.keys())
     if changed or new:
-        what = (
-            f"{listed(changed)} changed (frames, fps or motion)" if changed else f"{listed(new)} not trained on before"
-        )
+        what = f"{listed(new)} not trained on before"
+        if changed:
+            what = f"{listed(changed)} changed (frames, fps or motion)"
         cure = "put back what was there, leave them out by --exclude, or start a new run in another --output_dir"
         raise UserError(f"{folder}: {what}; {cure}")
     if gone:
@@ -1084,22 +1084,20 @@ def model_card(state):
     """What the result is, as a README in the hub's format: base, data, settings, last validation, samples."""
     settings, output = state.settings, Path(state.args.output_dir)
     scores = next((line for line in reversed(read_metrics(output)) if "validation_loss_v" in line), {})
-    table = "".join(f"| {name.removeprefix('validation_')} | {value:.4g} |\n" for name, value in scores.items())
+    numbers = {name.removeprefix("validation_"): value for name, value in scores.items() if value is not None}
+    table = "".join(f"| {name} | {value:.4g} |\n" for name, value in numbers.items())
     videos = sorted((output / "validation").glob(f"step-{scores.get('step', 0):06d}/*.mp4"))
     samples = "".join(f"- [{video.name}]({video.relative_to(output).as_posix()})\n" for video in videos)
-    what = (
-        f"{settings['num_clips']} clips, {state.steps} steps of {settings['global_batch_size']}, {settings['width']}x"
-    )
-    what += f"{settings['height']}, {settings['num_frames']} frames; trained: {settings['trainable']}. Median fps "
+    what = f"{settings['num_clips']} clips, {state.steps} steps of {settings['global_batch_size']}, "
+    what += f"{settings['width']}x{settings['height']}, {settings['num_frames']} frames; trained: "
+    what += f"{settings['trainable']}. Median fps "
     what += f"{settings['median_fps']:g}, median motion_bucket_id {settings['median_motion_bucket_id']:g}: use these."
-    base = settings["base_model_name"]
-    return (
-        "---\n"
-        + (f"base_model: {base}\n" if base else "")
-        + "pipeline_tag: image-to-video\nlibrary_name: diffusers\n---\n"
-        f"\n# Stable Video Diffusion, fine-tuned\n\n{what} All settings: {common.SETTINGS}.\n"
-        + (f"\n| held-out clips | real beside generated |\n|---|---|\n{table}\n{samples}" if scores else "")
-    )
+    base = f"base_model: {settings['base_model_name']}\n" if settings["base_model_name"] else ""  # never a local path
+    text = f"---\n{base}pipeline_tag: image-to-video\nlibrary_name: diffusers\n---\n"
+    text += f"\n# Stable Video Diffusion, fine-tuned\n\n{what} All settings: {common.SETTINGS}.\n"
+    if scores:
+        text += f"\n| held-out clips | real beside generated |\n|---|---|\n{table}\n{samples}"
+    return text
 
 
 # ----------------------------------------------------------------------------------------------------- Validation
@@ -1195,6 +1193,11 @@ class Validation:
                 state.ema.restore(state.trained.values())
 
 
+def finite(values):
+    """The numbers as JSON has them: null for what is not finite (a step that overflowed in fp16, equal pictures)."""
+    return {name: value if math.isfinite(value) else None for name, value in values.items()}
+
+
 def mean_scores(scores):
     """The mean of each metric over the clips that have it."""
     values = {name: [score[name] for score in scores if score[name] is not None] for name in scores[0]}
@@ -1225,7 +1228,7 @@ def keep_best(metrics, state):
     with contextlib.suppress(FileNotFoundError, ValueError, KeyError):  # of this run, or of before it was resumed
         best = json.loads((folder / common.CHECKPOINT_STATE).read_text())["metrics"].get(name)
     if metrics.get(name) is not None and (best is None or sign * metrics[name] > sign * best):
-        save_checkpoint(folder, state, resumable=False, metrics=metrics)
+        save_checkpoint(folder, state, resumable=False, metrics=finite(metrics))
 
 
 # --------------------------------------------------------------------------------------------------- Command line
@@ -1581,9 +1584,7 @@ def end_early(state, received, failure):
         state.save()
     accelerator.wait_for_everyone()  # a launcher ends the others as soon as one has ended
     if failure:
-        raise UserError(
-            f"{failure} --resume_from_checkpoint latest (the {state.steps} steps done are saved)"
-        ) from failure
+        raise UserError(f"{failure} --resume_from_checkpoint latest") from failure
     accelerator.print(f"\nstopped after step {state.steps}, saved; go on with --resume_from_checkpoint latest")
     return 128 + received if received > 0 else 1
 
@@ -1740,8 +1741,7 @@ class Log:
         self.start(step)
 
     def append(self, line):
-        """Numbers that are not finite (a step that overflowed in fp16) are null: JSON has no NaN."""
-        line = {name: value if math.isfinite(value) else None for name, value in line.items()}
+        line = finite(line)
         if self.accelerator.is_main_process:
             with open(self.path, "a") as file:
                 file.write(json.dumps(line) + "\n")
