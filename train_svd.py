@@ -642,8 +642,8 @@ class TrainingState:
             take_step(self.optimizer, self.optimizer.param_groups, self.bad)
         self.optimizer.zero_grad(set_to_none=True)
         self.whole = True
-        if look and self.bad_step >= 0:
-            self.steps = self.bad_step.item()
+        if look and (bad_step := self.bad_step.item()) >= 0:
+            self.steps = bad_step
             return False
         if look and self.overflows():
             return False
