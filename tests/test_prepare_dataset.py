@@ -1,5 +1,6 @@
 """prepare_dataset.py on small files made here with imageio-ffmpeg's binary: each test launches the real script."""
 
+import functools
 import json
 import os
 import random
@@ -20,6 +21,11 @@ import svd_common
 
 FFMPEG = imageio_ffmpeg.get_ffmpeg_exe()
 PICTURE = "testsrc2=size=96x64:rate=25:duration=1"
+OLD = imageio_ffmpeg.get_ffmpeg_version().startswith("7.0")  # the newest for Python 3.9
+unless_old = functools.partial(pytest.mark.skipif, OLD)
+reads_ts = unless_old(reason="ffmpeg 7.0 crashes on every .ts")
+# Timestamps as they are; an edit list of ffmpeg 7.0 ends where an uneven video's last frame begins
+UNEVEN_MP4 = ["-fps_mode", "passthrough", "-use_editlist", "0"]
 
 
 def ffmpeg(*arguments):
@@ -296,9 +302,9 @@ FILES = {  # name: encoder options, what the record must say
     "full.mp4": ([*LIBX264, "-vf", "setparams=range=pc", "-color_range", "pc"], {"decoder": "opencv"}),
     "2020.mp4": ([*LIBX264, "-vf", "setparams=colorspace=bt2020nc", "-colorspace", "bt2020nc"], {"decoder": "ffmpeg"}),
     "tff.mp4": ([*LIBX264, "-vf", "setfield=tff", "-x264opts", "tff=1"], {"notes": ["interlaced"]}),
-    "vfr.mp4": ([*LIBX264, "-vf", "setpts='(N+floor(N/5))/25/TB'", "-fps_mode", "passthrough"], {"fps": 21.429}),
+    "vfr.mp4": ([*LIBX264, "-vf", "setpts='(N+floor(N/5))/25/TB'", *UNEVEN_MP4], {"fps": 21.429}),
     "hole.mp4": (
-        [*LIBX264, "-vf", "setpts='if(lt(N,10),N,N+125)/25/TB'", "-fps_mode", "passthrough"],
+        [*LIBX264, "-vf", "setpts='if(lt(N,10),N,N+125)/25/TB'", *UNEVEN_MP4],
         {"fps": 25, "holes": [5.04], "num_frames": 25},
     ),
     "odd.avi": (["-vf", "crop=95:63:exact=1", "-c:v", "mjpeg", "-pix_fmt", "yuvj420p"], {"width": 95, "height": 63}),
@@ -306,6 +312,8 @@ FILES = {  # name: encoder options, what the record must say
     "black.mp4": ([*LIBX264, "-vf", "drawbox=t=fill:color=black"], {"motion": 0}),
     "one.mp4": ([*LIBX264, "-frames:v", "1"], {"num_frames": 1, "motion": 0, "fps": 25}),
 }
+if OLD:  # which cannot read them: `reads_ts`, and animated WebP
+    del FILES["box.ts"], FILES["anim.webp"]
 
 
 def test_every_kind_of_file_as_ffmpeg_extracts_it(tmp_path):
@@ -320,10 +328,8 @@ def test_every_kind_of_file_as_ffmpeg_extracts_it(tmp_path):
     ffmpeg(*cover, "-disposition:v:0", "attached_pic", videos / "cover.mp4")
     for name, options in {"turned": ["-display_rotation", "90"], "mirrored": ["-display_hflip"]}.items():
         ffmpeg(*options, "-i", videos / "bframes.mp4", "-c", "copy", videos / f"{name}.mp4")
-    make(tmp_path / "small.ts", *LIBX264), make(tmp_path / "large.ts", "-s", "192x96", *LIBX264)
-    joined = (tmp_path / "small.ts").read_bytes() + (tmp_path / "large.ts").read_bytes()
-    (tmp_path / "joined.ts").write_bytes(joined)
-    ffmpeg("-i", tmp_path / "joined.ts", "-c", "copy", videos / "size_changes.h264")
+    small, large = make(tmp_path / "small.h264", *LIBX264), make(tmp_path / "large.h264", "-s", "192x96", *LIBX264)
+    joined(videos / "size_changes.h264", small, large)
     lines = prepare(videos, tmp_path / "out")[1]
     for path in sorted(videos.iterdir()):
         line = lines[path.name]
@@ -354,7 +360,7 @@ def test_hdr_is_made_sdr(tmp_path):
     assert 40 < np.mean(frames_of(tmp_path / "out", line)) < 220
 
 
-@pytest.mark.parametrize("suffix", ["mp4", "mkv", "avi", "flv", "h264", "ts", "mpg"])
+@pytest.mark.parametrize("suffix", ["mp4", "mkv", "avi", "flv", "h264", pytest.param("ts", marks=reads_ts), "mpg"])
 def test_damage_does_not_end_the_video(tmp_path, suffix):
     make(tmp_path / f"whole.{suffix}", "-g", "10", "-movflags", "+faststart", picture="testsrc2=s=320x240:d=3")
     data = bytearray((tmp_path / f"whole.{suffix}").read_bytes())
@@ -461,7 +467,7 @@ def test_fast_png_is_refused_for_jpg_and_without_isal(tmp_path):
 def test_fps_by_timestamps(tmp_path):
     make(tmp_path / "videos/thirty.mp4", picture="testsrc2=s=96x64:r=30:d=2")
     make(tmp_path / "videos/slow.mp4", picture="testsrc2=s=96x64:r=5:d=2")
-    uneven = ["-vf", "setpts='if(lt(N,30),N,30+(N-30)*3)/30/TB'", "-fps_mode", "passthrough"]  # 30 a second, then 10
+    uneven = ["-vf", "setpts='if(lt(N,30),N,30+(N-30)*3)/30/TB'", *UNEVEN_MP4]  # 30 a second, then 10
     make(tmp_path / "videos/uneven.mp4", *uneven, picture="testsrc2=s=96x64:r=30:d=2")
     lines = prepare(tmp_path / "videos", tmp_path / "out", "--fps", "10")[1]
     assert {name: (line["fps"], line["num_frames"]) for name, line in lines.items()} == {
@@ -677,7 +683,7 @@ def test_truncated_with_sound_is_named(tmp_path, name):
 
 
 def test_a_last_frame_that_lasts_and_a_longer_track_are_no_truncation(tmp_path):
-    videos, hold = tmp_path / "videos", ["-vf", "setpts='if(lt(N,24),N,N+100)/25/TB'", "-fps_mode", "passthrough"]
+    videos, hold = tmp_path / "videos", ["-vf", "setpts='if(lt(N,24),N,N+100)/25/TB'", *UNEVEN_MP4]
     make(tmp_path / "short.mp4", "-pix_fmt", "yuv420p")
     make(videos / "held.mp4", *hold, "-frames:v", "25", picture="testsrc2=size=96x64:rate=25:duration=2")
     make(videos / "held.gif", "-final_delay", "400")
@@ -703,30 +709,41 @@ def insert_box(data, parents, box):
 SAMPLE_ENTRY = (b"moov", b"trak", b"mdia", b"minf", b"stbl", b"stsd", b"avc1")
 
 
-def test_cropping_and_turning_that_the_header_or_the_frames_say(tmp_path):
-    videos, plain = tmp_path / "videos", make(tmp_path / "x.mp4", *LIBX264, picture="testsrc2=s=160x96:d=0.4")
-    videos.mkdir()
-    numbers = (120, 1, 80, 1, 0, 1, 0, 1)  # width, height, and how far the centre is off, as fractions
-    aperture = b"\0\0\0\x28clap" + b"".join(number.to_bytes(4, "big") for number in numbers)
-    (videos / "aperture.mov").write_bytes(insert_box(plain.read_bytes(), SAMPLE_ENTRY, aperture))
-    for name, bsf in {"turned": "rotate=90", "flipped": "flip=horizontal"}.items():
-        bsf = f"h264_metadata=display_orientation=insert:{bsf}"
-        ffmpeg("-i", plain, "-c", "copy", "-bsf:v", bsf, videos / f"{name}.mp4")
-    lines = prepare(videos, tmp_path / "out")[1]
-    sizes = {"aperture.mov": (120, 80), "turned.mp4": (96, 160), "flipped.mp4": (160, 96)}
-    for name, line in lines.items():
-        assert (line["width"], line["height"]) == sizes[name] and line["decoder"] == "ffmpeg"
-        assert np.array_equal(frames_of(tmp_path / "out", line), extract(videos / name, tmp_path / name)), name
-    lines = prepare(videos, tmp_path / "small", "--width", "48", "--height", "48")[1]
-    for name, line in lines.items():
-        whole = frames_of(tmp_path / "out", {"directory": line["directory"]})[3]
-        frame = frames_of(tmp_path / "small", line)[3].astype(int)
-        assert np.abs(frame - svd_common.fit_frame(whole, 48, 48)).mean() < 6, name
+@pytest.mark.parametrize(
+    "name, size",
+    [
+        pytest.param("aperture.mov", (120, 80), marks=unless_old(reason="ffmpeg 7.0 shows what a clap box cuts off")),
+        ("rotate=90.mp4", (96, 160)),
+        ("flip=horizontal.mp4", (160, 96)),
+    ],
+)
+def test_cropping_and_turning_that_the_header_or_the_frames_say(tmp_path, name, size):
+    path, plain = tmp_path / "videos" / name, make(tmp_path / "x.mp4", *LIBX264, picture="testsrc2=s=160x96:d=0.4")
+    path.parent.mkdir()
+    if path.suffix == ".mov":
+        numbers = (120, 1, 80, 1, 0, 1, 0, 1)  # width, height, and how far the centre is off, as fractions
+        aperture = b"\0\0\0\x28clap" + b"".join(number.to_bytes(4, "big") for number in numbers)
+        path.write_bytes(insert_box(plain.read_bytes(), SAMPLE_ENTRY, aperture))
+    else:
+        ffmpeg("-i", plain, "-c", "copy", "-bsf:v", f"h264_metadata=display_orientation=insert:{path.stem}", path)
+    line = prepare(path.parent, tmp_path / "out")[1][name]
+    frames = frames_of(tmp_path / "out", line)
+    assert (line["width"], line["height"]) == size and line["decoder"] == "ffmpeg"
+    assert np.array_equal(frames, extract(path, tmp_path / "ffmpeg"))
+    line = prepare(path.parent, tmp_path / "small", "--width", "48", "--height", "48")[1][name]
+    frame = frames_of(tmp_path / "small", line)[3].astype(int)
+    assert np.abs(frame - svd_common.fit_frame(frames[3], 48, 48)).mean() < 6
 
 
-@pytest.mark.parametrize("codec", [["-c:v", "libx264", "-g", "10"], ["-c:v", "libvpx"], ["-c:v", "mpeg2video"]])
-def test_a_size_that_changes_midway_keeps_the_aspect(tmp_path, codec):
-    suffix = "webm" if "libvpx" in codec else "ts"
+@pytest.mark.parametrize(
+    "suffix, codec",
+    [
+        pytest.param("ts", ["-c:v", "libx264", "-g", "10"], marks=reads_ts),
+        ("webm", ["-c:v", "libvpx"]),
+        pytest.param("ts", ["-c:v", "mpeg2video"], marks=reads_ts),
+    ],
+)
+def test_a_size_that_changes_midway_keeps_the_aspect(tmp_path, suffix, codec):
     circle = "color=gray:s={0}:d=0.4,format=yuv420p,geq=lum='if(lt(hypot(X-W/2,Y-H/2),30),235,16)':cb=128:cr=128"
     wide = make(tmp_path / f"wide.{suffix}", *codec, picture=circle.format("160x96"))
     tall = make(tmp_path / f"tall.{suffix}", *codec, picture=circle.format("96x160"))
@@ -770,12 +787,17 @@ def test_messages_that_are_not_of_the_pictures(tmp_path):
     (videos / "sound.mp4").write_bytes(data)
     webcam = make(tmp_path / "webcam.avi", "-c:v", "mjpeg", "-pix_fmt", "yuvj420p", "-huffman", "0").read_bytes()
     (videos / "webcam.avi").write_bytes(webcam.replace(b"JFIF", b"\0\0\0\0"))
-    one = make(tmp_path / "1.ts", *LIBX264)
-    joined(videos / "joined.ts", one, one)
     lines = prepare(videos, tmp_path / "out")[1]
     assert {name: line["num_frames"] for name, line in lines.items()} == {
-        "chapters.mp4": 25, "sound.mp4": 25, "webcam.avi": 25, "joined.ts": 50,
+        "chapters.mp4": 25, "sound.mp4": 25, "webcam.avi": 25,
     }  # fmt: skip
+
+
+@reads_ts
+def test_joined_transport_streams_are_whole(tmp_path):
+    one = make(tmp_path / "1.ts", *LIBX264)
+    joined(tmp_path / "videos/x.ts", one, one)
+    assert prepare(tmp_path / "videos", tmp_path / "out")[1]["x.ts"]["num_frames"] == 50
 
 
 def test_the_outcome_does_not_depend_on_the_neighbours(tmp_path):
@@ -796,7 +818,7 @@ def test_the_outcome_does_not_depend_on_the_neighbours(tmp_path):
 @pytest.mark.parametrize("seconds", [600, 3600])
 def test_time_lapse_has_its_true_rate(tmp_path, seconds):
     slow = ["-vf", f"setpts=N*{seconds}/TB", "-fps_mode", "passthrough", "-frames:v", "6"]
-    make(tmp_path / "videos/x.mkv", *slow), make(tmp_path / "videos/x.mp4", *slow)
+    make(tmp_path / "videos/x.mkv", *slow), make(tmp_path / "videos/x.mp4", *slow, *UNEVEN_MP4)
     for line in prepare(tmp_path / "videos", tmp_path / "out")[1].values():
         assert line["fps"] == pytest.approx(1 / seconds, rel=1e-4) and line["num_frames"] == 6
         assert line["duration"] == pytest.approx(6 * seconds, rel=1e-4)
@@ -846,14 +868,20 @@ def test_what_cannot_be_looked_at_is_named_and_the_rest_goes_on(tmp_path):
     assert set(lines) == {"x.mp4"} and text.count("Too many levels") == 2 and "unplugged: a link" in text
 
 
-def test_encrypted_and_dolby_vision_are_named(tmp_path):
+@unless_old(reason="ffmpeg 7.0 does not say what is encrypted: its frames are broken ones")
+def test_encrypted_is_named(tmp_path):
     key = ["-encryption_scheme", "cenc-aes-ctr", "-encryption_key", "76a6c65c5ea762046bd749a2e632ccbb"]
     make(tmp_path / "videos/locked.mp4", *LIBX264, *key, "-encryption_kid", "a7e61c373e219033c21091fa607bf3b8")
+    text, lines = prepare(tmp_path / "videos", tmp_path / "out", status=1)
+    assert "locked.mp4: encrypted" in text and not lines
+
+
+def test_dolby_vision_is_named(tmp_path):
     plain = make(tmp_path / "x.mp4", "-c:v", "libx265", "-x265-params", "log-level=none", "-tag:v", "hvc1")
     record = b"\0\0\0\x20dvcC\x01\0" + bytes([5 << 1, 6 << 3 | 5, 0]) + bytes(19)  # profile 5, level 6
+    (tmp_path / "videos").mkdir()
     (tmp_path / "videos/dolby.mp4").write_bytes(insert_box(plain.read_bytes(), (*SAMPLE_ENTRY[:-1], b"hvc1"), record))
-    text, lines = prepare(tmp_path / "videos", tmp_path / "out", status=1)
-    assert "locked.mp4: encrypted" in text and set(lines) == {"dolby.mp4"}
+    lines = prepare(tmp_path / "videos", tmp_path / "out")[1]
     assert "Dolby Vision profile 5" in lines["dolby.mp4"]["notes"][0]
 
 
@@ -927,7 +955,7 @@ def start(video_dir, output_dir, *options):
 def test_kills_at_any_moment_give_the_same_tree(tmp_path):
     for number in range(6):
         make(tmp_path / f"videos/{number}.mp4", picture="testsrc2=s=320x240:d=1")
-    make(tmp_path / "videos/av1.mp4", "-c:v", "libsvtav1", picture="testsrc2=s=320x240:d=1")
+    make(tmp_path / "videos/ffmpeg.mp4", "-pix_fmt", "yuv420p10le", picture="testsrc2=s=320x240:d=1")  # decodes it
     options = ["--clip_frames", "8", "--num_workers", "2"]
     begun = time.monotonic()
     prepare(tmp_path / "videos", tmp_path / "whole", *options)
@@ -990,8 +1018,8 @@ def test_full_disk_stops_with_one_line(tmp_path):
 
 
 def test_ctrl_c_stops_and_the_next_run_goes_on(tmp_path):
-    for name, codec in {"a": "libsvtav1", "b": "libx264"}.items():
-        make(tmp_path / f"videos/{name}.mp4", "-c:v", codec, picture="testsrc2=s=640x360:d=3")
+    for name, pixels in {"ffmpeg": "yuv420p10le", "opencv": "yuv420p"}.items():  # what decodes it
+        make(tmp_path / f"videos/{name}.mp4", "-pix_fmt", pixels, picture="testsrc2=s=640x360:d=3")
     process = start(tmp_path / "videos", tmp_path / "out", "--num_workers", "2")
     wait_until(lambda: any((tmp_path / "out/.prepare/work").rglob("*.png")))
     process.send_signal(signal.SIGINT)
