@@ -474,16 +474,6 @@ def read_clip(path):
 # The stock pipeline. Nothing here changes a pixel but --compile, --low_vram and a smaller decode_chunk_size.
 
 
-class SingleTokenAttention:
-    """Cross-attention over SVD's one token: softmax over one key is 1, so the output is to_out(to_v(token)), and
-    to_q, to_k and the attention itself are skipped. The two products left have the stock shapes: the same bits."""
-
-    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, **kwargs):
-        assert encoder_hidden_states.shape[1] == 1, "the shortcut holds for one token only"
-        value = attn.to_v(encoder_hidden_states)  # (B, 1, C)
-        return attn.to_out[0](value.expand(-1, hidden_states.shape[1], -1).contiguous())
-
-
 def one_at_a_time(forward):
     """The UNet on guidance's two samples one after the other: half the activations, equal but for rounding."""
     import torch
@@ -505,30 +495,10 @@ def save_memory(unet):
 def wrap_unet(unet, compiled=False):
     """Wraps a stock UNet in place: the same frames, but for the rounding of torch.compile."""
     common.avoid_conv3d(unet)
-    single_token_attention(unet)
+    processors = unet.attn_processors.items()  # attn2 is the attention over the image's one token
+    unet.set_attn_processor({n: common.SingleTokenAttention() if ".attn2." in n else p for n, p in processors})
     if compiled:
-        compile_blocks(unet)
-
-
-def single_token_attention(unet):
-    """Gives every cross-attention the shortcut over one token, in place."""
-    from diffusers.models.attention import BasicTransformerBlock, TemporalBasicTransformerBlock
-
-    for module in unet.modules():
-        if isinstance(module, (BasicTransformerBlock, TemporalBasicTransformerBlock)) and module.attn2 is not None:
-            module.attn2.set_processor(SingleTokenAttention())
-
-
-def compile_blocks(unet):
-    """Compiles each large block by itself, in place: the names in the state dict stay as they are."""
-    import torch._dynamo
-    from diffusers.models.attention import BasicTransformerBlock, TemporalBasicTransformerBlock
-    from diffusers.models.resnet import SpatioTemporalResBlock
-
-    torch._dynamo.config.cache_size_limit = 64  # the blocks come in more shapes than the default 8
-    for module in unet.modules():
-        if isinstance(module, (BasicTransformerBlock, TemporalBasicTransformerBlock, SpatioTemporalResBlock)):
-            module.compile()
+        common.compile_blocks(unet)
 
 
 def move_to_device(pipe, low_vram, device):
@@ -601,7 +571,7 @@ def fit_memory(settings, folder):
     """Before anything is loaded: smaller settings where the forecast says that the GPU has too little memory."""
     import torch
 
-    available = torch.cuda.mem_get_info()[0] / 2**30 - 0.5
+    available = common.usable_memory(torch.device("cuda"))
     while (needed := forecast_memory(folder, settings)) > available:
         smaller = smaller_memory(settings, f"needs {needed:.1f} GiB, {available:.1f} GiB are free")
         if smaller is None:
