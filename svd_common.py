@@ -88,7 +88,7 @@ def sort_frames(names, folder):
     for name in names:
         shapes.setdefault(re.sub(r"\d+", "0", name[: name.rindex(".")].lower()), []).append(name)
     if len(shapes) > 1:
-        by_number_of_names = sorted(shapes, key=lambda shape: (-len(shapes[shape]), len(shape)))
+        by_number_of_names = sorted(shapes, key=lambda shape: (-len(shapes[shape]), len(shape.replace("0", ""))))
         usual, *_, odd = (min(shapes[shape], key=natural_key) for shape in by_number_of_names)
         raise UserError(
             f"{folder}: {odd} beside {usual}; frames of a clip have the same name but for one running number: move"
@@ -132,9 +132,12 @@ def is_plain(data):
                 return False
             at += int.from_bytes(data[at : at + 4], "big") + 12
         return True
-    header = data.partition(b"\xff\xda")[0] if data[:2] == b"\xff\xd8" else b""
+    if data[:2] != b"\xff\xd8":
+        return False
+    header, picture, _ = data.partition(b"\xff\xda")
     is_rgb = re.search(rb"\xff[\xc0-\xc2]\0\x11\x08.{4}\x03", header, re.DOTALL)
-    return bool(is_rgb) and not re.search(rb"\xff[\xe1\xee]", header)  # EXIF or XMP; Adobe's colour spaces
+    is_special = re.search(rb"\xff[\xe1\xee]", header)  # EXIF or XMP, which may turn it; Adobe's colour spaces
+    return bool(picture and is_rgb and not is_special)
 
 
 def read_image(path):
@@ -241,9 +244,9 @@ def lock_file(path, busy, shared=False):
         yield
 
 
-def file_digest(path):
-    """SHA-256 of a file's bytes, as hex."""
-    digest = hashlib.sha256()
+def file_digest(path, before=b""):
+    """SHA-256 of a file's bytes, as hex, and of what is put `before` them."""
+    digest = hashlib.sha256(before)
     with open(path, "rb") as file:
         while block := file.read(1 << 20):
             digest.update(block)
@@ -280,10 +283,7 @@ def write_video(path, frames, fps):
 def read_video(path):
     """Decodes a short, well-behaved video (one that `write_video` wrote) to (T, H, W, 3) uint8 RGB."""
     capture, frames = cv2.VideoCapture(os.fsencode(path)), []  # a str that is not UTF-8 crashes it
-    while True:
-        ok, frame = capture.read()
-        if not ok:
-            break
+    while (frame := capture.read()[1]) is not None:
         frames.append(cv2.cvtColor(frame, cv2.COLOR_BGR2RGB))
     if not frames:
         raise UserError(f"{path}: no frame could be read")
@@ -440,10 +440,10 @@ def list_clips(dataset_dir):
 # ---------------------------------------------------------------------------------------------- motion and metrics
 
 
-def optical_flow(first, second):
-    """Dense flow (H, W, 2) in pixels between two uint8 images, RGB or grey: OpenCV's DIS, medium preset."""
+def optical_flow(first, second, preset=cv2.DISOPTICAL_FLOW_PRESET_MEDIUM):
+    """Dense flow (H, W, 2) in pixels between two uint8 images, RGB or grey: OpenCV's DIS."""
     first, second = (cv2.cvtColor(f, cv2.COLOR_RGB2GRAY) if f.ndim == 3 else f for f in (first, second))
-    return cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM).calc(first, second, None)
+    return cv2.DISOpticalFlow_create(preset).calc(first, second, None)
 
 
 MOTION_SIZE = 128  # pixels of the longer side at which motion is measured, so that it does not depend on the resolution
@@ -472,7 +472,7 @@ def flow_magnitude(first, second):
     if min(h, w) < 32:  # DIS needs some room
         pad = (0, max(0, 32 - h), 0, max(0, 32 - w), cv2.BORDER_REPLICATE)
         first, second = cv2.copyMakeBorder(first, *pad), cv2.copyMakeBorder(second, *pad)
-    flow = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_FAST).calc(first, second, None)[:h, :w]
+    flow = optical_flow(first, second, cv2.DISOPTICAL_FLOW_PRESET_FAST)[:h, :w]
     return 100 * float(np.nan_to_num(np.hypot(flow[..., 0], flow[..., 1])).mean()) / max(h, w)
 
 
@@ -524,24 +524,19 @@ def video_metrics(generated, real):
     error = (generated[1:].astype(np.float64) - real[1:]) ** 2
     moving = np.abs(real[1:].astype(np.int16) - real[0]).max(axis=3) > 20
     moving = np.stack([cv2.dilate(m.astype(np.uint8), np.ones((3, 3), np.uint8)) > 0 for m in moving])
-    real_step = np.abs(np.diff(real.astype(np.float64), axis=0)).mean()
-    scores = {
-        "psnr": psnr(error.mean()),
-        "ssim": float(np.mean([ssim(g, r) for g, r in zip(generated[1:], real[1:])])),
-        "psnr_moving": psnr(error[moving].mean()) if moving.any() else None,
-        "motion_ratio": float(np.abs(np.diff(generated.astype(np.float64), axis=0)).mean() / real_step)
-        if real_step > 0
-        else None,
-        "flow_error": None,
-        "flow_cosine": None,
-    }
+    step, real_step = (np.abs(np.diff(video.astype(np.float64), axis=0)).mean() for video in (generated, real))
+    scores = dict.fromkeys(("psnr", "ssim", "psnr_moving", "motion_ratio", "flow_error", "flow_cosine"))
+    scores["psnr"] = psnr(error.mean())
+    scores["ssim"] = float(np.mean([ssim(g, r) for g, r in zip(generated[1:], real[1:])]))
+    if real_step > 0:
+        scores["motion_ratio"] = float(step / real_step)
     if moving.any():
-        flows = [
-            (optical_flow(generated[t], generated[t + 1])[moving[t]], optical_flow(real[t], real[t + 1])[moving[t]])
-            for t in range(length - 1)
-        ]
-        flow, truth = (np.concatenate(part) for part in zip(*flows))
+        flow, truth = (
+            np.concatenate([optical_flow(video[t], video[t + 1])[moving[t]] for t in range(length - 1)])
+            for video in (generated, real)
+        )
         dot, norms = (flow * truth).sum(1), np.linalg.norm(flow, axis=1) * np.linalg.norm(truth, axis=1)
+        scores["psnr_moving"] = psnr(error[moving].mean())
         scores["flow_error"] = float(np.linalg.norm(flow - truth, axis=1).mean())
         scores["flow_cosine"] = float(dot.sum() / max(norms.sum(), 1e-9))
     return scores
@@ -683,19 +678,20 @@ def hub_errors(name):
     except (OSError, ValueError, getattr(sys.modules.get("httpx"), "HTTPError", OSError)) as error:
         if getattr(error, "errno", None) in (errno.ENOSPC, errno.EROFS, errno.EACCES):
             raise
-        what = f"the hub cannot be reached, and the model is not in the cache ({type(error).__name__})"
-        if isinstance(error, errors.GatedRepoError):
-            what = "the weights are gated: no login, or its licence is not accepted yet"
-        text = HUB_HELP.format(name=name, what=what)
-        if isinstance(error, errors.RepositoryNotFoundError) and not isinstance(error, errors.GatedRepoError):
-            text = "no folder here and no model of the hub, or a private one and no login"
-            for near in difflib.get_close_matches(str(name), SVD_NAMES, n=1, cutoff=0.8):
-                text += f"; is it {near}?"
-        elif isinstance(error, errors.EntryNotFoundError) and not isinstance(error, errors.LocalEntryNotFoundError):
-            text = f"on the hub, but no diffusers pipeline; {NEEDED}"
-        elif isinstance(error, ValueError) and not isinstance(error, errors.EntryNotFoundError):
-            text = f"not usable from the hub ({str(error).splitlines()[0]})"
-        raise UserError(f"{name}: {text}") from None
+        near = difflib.get_close_matches(str(name), SVD_NAMES, n=1, cutoff=0.8)
+        unknown = "no folder here and no model of the hub, or a private one and no login"
+        gated = "the weights are gated: no login, or its licence is not accepted yet"
+        away = f"the hub cannot be reached, and the model is not in the cache ({type(error).__name__})"
+        for kind, text in (
+            (errors.GatedRepoError, HUB_HELP.format(name=name, what=gated)),
+            (errors.RepositoryNotFoundError, unknown + (f"; is it {near[0]}?" if near else "")),
+            (errors.LocalEntryNotFoundError, HUB_HELP.format(name=name, what=away)),
+            (errors.EntryNotFoundError, f"on the hub, but no diffusers pipeline; {NEEDED}"),
+            (ValueError, "not usable from the hub ({})".format(str(error).partition("\n")[0])),
+            (Exception, HUB_HELP.format(name=name, what=away)),
+        ):
+            if isinstance(error, kind):
+                raise UserError(f"{name}: {text}") from None
 
 
 def read_json(path, cure="copy the model folder again, whole"):
@@ -790,9 +786,8 @@ def check_sizes(args, folder):
     for flag, value in (("--width", args.width), ("--height", args.height)):
         if value % multiple:
             near = max(multiple, round(value / multiple) * multiple)
-            raise UserError(
-                f"{flag} must be a multiple of {multiple} for this model, got {value}; the nearest is {near}"
-            )
+            takes = f"must be a multiple of {multiple} for this model, got {value}; the nearest is {near}"
+            raise UserError(f"{flag} {takes}")
 
 
 def convolve(module, x, weight, bias):
@@ -858,10 +853,9 @@ def is_out_of_memory(error):
     """Whether the GPU's memory was not enough, which torch, cuBLAS and cuDNN say in different words."""
     import torch
 
-    names = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "ALLOCATION_FAILED", "unable to find an engine")
-    return isinstance(error, torch.cuda.OutOfMemoryError) or (
-        isinstance(error, RuntimeError) and any(name in str(error) for name in names)
-    )
+    words = "out of memory|CUBLAS_STATUS_ALLOC_FAILED|ALLOCATION_FAILED|unable to find an engine"
+    told = isinstance(error, RuntimeError) and re.search(words, str(error))
+    return bool(told) or isinstance(error, torch.cuda.OutOfMemoryError)
 
 
 def load_part(folder, part, dtype):
@@ -956,10 +950,8 @@ def find_base(folder, recorded, fingerprint):
             with contextlib.suppress(UserError):
                 if os.path.isdir(candidate / "unet") and weights_fingerprint(candidate, "unet") == fingerprint:
                     return candidate
-    raise UserError(
-        f"{folder}: its base model is neither in {recorded} any more nor beside the run; give its folder or hub name"
-        " as --base_model"
-    )
+    where = f"neither in {recorded} any more nor beside the run"
+    raise UserError(f"{folder}: its base model is {where}; give its folder or hub name as --base_model")
 
 
 def load_trained_weights(unet, trained_file):
