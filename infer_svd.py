@@ -449,7 +449,7 @@ def read_clip(path):
 
 
 # ---------------------------------------------------------------------------------------------------------- Model
-# The stock pipeline. Nothing here changes a pixel but --compile, --low_vram and a smaller decode_chunk_size.
+# The stock pipeline. Only --compile, --low_vram and a smaller decode_chunk_size change more than the rounding.
 
 
 def save_memory(unet):

@@ -816,7 +816,7 @@ def avoid_conv3d(model):
 class SingleTokenAttention:
     """Cross-attention over SVD's one token: softmax over one key is 1, so the output is to_out(to_v(token)).
 
-    It is computed once and shown to every query: the stock result, to the bit wherever a product of fewer rows is.
+    It is computed once for all queries: equal to the stock result but for rounding, and bitwise in the CPU tests.
     """
 
     def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, **kwargs):
