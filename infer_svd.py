@@ -14,8 +14,6 @@ A recipe: parse, list the clips to make, load, run the stock diffusers pipeline 
 import argparse
 import contextlib
 import glob
-import hashlib
-import io
 import itertools
 import json
 import os
@@ -41,17 +39,14 @@ PIPELINE_OPTIONS += ["min_guidance_scale", "max_guidance_scale", "decode_chunk_s
 OPTIONS = [*PIPELINE_OPTIONS, "seed", "num_segments", "color_correction"]
 FORMATS = {"mp4": ".mp4", "gif": ".gif", "webp": ".webp", "frames": ""}
 LOW_VRAM_CHUNK = 4  # frames decoded at once: needs as much memory as the UNet at 1024x576
+DAMAGED = "damaged, or not UTF-8; repair or delete it"
 IMAGE_SUFFIXES = (*common.IMAGE_SUFFIXES, ".tif", ".tiff")
 
 # The command line, resolved: no size and no conditioning is None any more. It never changes: a smaller memory mode is
 # another one (`smaller_memory`), with the reason as its `fallback`.
-Settings = namedtuple(
-    "Settings",
-    "model_dir base_model input_image output_video output_format num_videos_per_image width height num_frames fps"
-    " motion_bucket_id noise_aug_strength num_inference_steps min_guidance_scale max_guidance_scale seed num_segments"
-    " color_correction compare_with reference decode_chunk_size low_vram compile dry_run fallback",
-    defaults=[None],
-)
+SETTINGS = "model_dir base_model input_image output_video output_format num_videos_per_image".split()
+SETTINGS += [*OPTIONS, "compare_with", "reference", "low_vram", "compile", "dry_run", "fallback"]
+Settings = namedtuple("Settings", SETTINGS, defaults=[None])
 Model = namedtuple("Model", "name base settings trained")  # as `common.resolve_checkpoint` finds it, by its name
 
 # --------------------------------------------------------------------------------------------------- Command line
@@ -102,7 +97,6 @@ def parse_args(argv=None):
         quote = '; quote a pattern, and a name with spaces: --input_image "images/*.png"'
         shown = " ".join(leftover[:3]) + (f" ... ({len(leftover)})" if len(leftover) > 3 else "")
         parser.error(f"unrecognized arguments: {shown}" + (quote if not leftover[0].startswith("-") else ""))
-    args.fps = int(args.fps) if args.fps and args.fps % 1 == 0 else args.fps
     args.motion_bucket_id = args.motion_bucket_id and list(dict.fromkeys(args.motion_bucket_id))
     for flag, low, high in (
         ("width", 8, None), ("height", 8, None), ("num_frames", 2, None), ("fps", 1, 240), ("motion_bucket_id", 0, 255),
@@ -159,10 +153,11 @@ def resolve(args, base, trained):
         "width": trained.get("width", width),
         "height": trained.get("height", height),
         "num_frames": trained.get("num_frames", unet.get("num_frames") or 25),
-        "fps": int(fps) if fps % 1 == 0 else fps,
+        "fps": fps,
         "motion_bucket_id": [bucket],
         **{name: value for name, value in vars(args).items() if value is not None},
     }
+    settings["fps"] = int(settings["fps"]) if settings["fps"] % 1 == 0 else settings["fps"]
     chunk = args.decode_chunk_size or (LOW_VRAM_CHUNK if args.low_vram else settings["num_frames"])
     settings["decode_chunk_size"] = min(chunk, settings["num_frames"])
     low, high = trained.get("motion_bucket_id_range", (0, 255))
@@ -210,9 +205,10 @@ def expand_pattern(pattern):
         if part == "**":
             reached = [base / folder for base in found if base.is_dir() for folder in common.find_folders(base)[0]]
         else:
-            exact = [base / part for base in found if (base / part).exists()]
-            others = (f"{glob.escape(str(base))}/{part}" for base in found if not (base / part).exists())
-            reached = exact + [Path(match) for pattern in others for match in glob.glob(pattern)]
+            reached = []
+            for base in found:
+                exact, pattern = base / part, f"{glob.escape(str(base))}/{part}"
+                reached += [exact] if exact.exists() else map(Path, glob.glob(pattern))
         found = list(dict.fromkeys(reached))
     return root, [path for path in found if not path.is_dir()]
 
@@ -244,26 +240,26 @@ def warn_of_losses(images, settings, multiple):
 
 
 def what_is_lost(image, settings, multiple):
-    """Yields what the crop takes away, and what is lost on the way to 8-bit RGB.
+    """What the crop takes away, and what is lost on the way to 8-bit RGB: [text].
 
     multiple: what width and height must be multiples of, for the advice: a size of as many pixels that would fit.
     """
     (w, h), width, height = image["size"], settings.width, settings.height
     lost = 1 - min(w * height, h * width) / max(w * height, h * width)
     fitting = [max(1, round((width * height * ratio) ** 0.5 / multiple)) * multiple for ratio in (w / h, h / w)]
-    if lost > 0.15:
-        advice = "--width {} --height {} would fit".format(*fitting)
-        yield f"some {round(20 * lost) / 20:.0%} of the picture is lost to the crop to {width}x{height}; {advice}"
+    advice = "--width {} --height {} would fit".format(*fitting)
+    crop = f"some {round(20 * lost) / 20:.0%} of the picture is lost to the crop to {width}x{height}; {advice}"
     with Image.open(image["path"]) as opened:
-        transparent = "A" in opened.getbands() or "transparency" in opened.info
-        if transparent and opened.convert("RGBA").getchannel("A").getextrema()[0] < 255:
-            yield "what is transparent becomes white"
-        if opened.mode == "CMYK":
-            yield "CMYK becomes RGB, its colours are near"
-        if opened.mode[0] in "IF":
-            yield "more than 8 bits a channel become 8"
-        if getattr(opened, "n_frames", 1) > 1 and opened.format != "MPO":  # a phone's photograph and its small copy
-            yield "an animation or a stack of pages: its first picture is used"
+        alpha = "A" in opened.getbands() or "transparency" in opened.info
+        losses = {
+            crop: lost > 0.15,
+            "what is transparent becomes white": alpha and opened.convert("RGBA").getextrema()[3][0] < 255,
+            "CMYK becomes RGB, its colours are near": opened.mode == "CMYK",
+            "more than 8 bits a channel become 8": opened.mode[0] in "IF",
+            "an animation or a stack of pages: its first picture is used": getattr(opened, "n_frames", 1) > 1
+            and opened.format != "MPO",  # a phone's photograph and its small copy
+        }
+    return [what for what, is_so in losses.items() if is_so]
 
 
 # ---------------------------------------------------------------------------------------------------------- Clips
@@ -296,11 +292,16 @@ class ClipSet:
 
     def plan(self, settings):
         """Reads what is there, and sets `todo`; changes nothing. Raises `UserError` where it is not ours to go on."""
-        self.listed = {} if self.single else read_set(self.folder / "metadata.jsonl")
-        self.records, self.todo, self.dropped = dict(self.listed), [], []
+        path, self.listed, self.todo, self.dropped = self.folder / "metadata.jsonl", {}, [], []
+        for where, record in [] if self.single else common.read_lines(path, DAMAGED):
+            self.listed[record_name(where, record)] = record
+            if "generated" not in record:
+                raise UserError(f"{path}: not written by infer_svd.py (real clips?); give another --output_video")
+        self.records = dict(self.listed)
         for path in self.hidden.rglob("*.json"):
-            name = path.relative_to(self.hidden).as_posix()[: -len(".json")]
-            self.records[name] = {**self.listed.get(name, {}), **parse_record(path, path.read_bytes())}
+            name = path.relative_to(self.hidden).as_posix().removesuffix(".json")
+            record_name(path, record := common.read_json(path, "repair or delete it"))
+            self.records[name] = {**self.listed.get(name, {}), **record}
         for job in self.jobs:
             target, record = job["target"], self.records.get(job["name"])
             if len(os.fsencode(target.name)) > 220:  # 255 with what is added while it is written
@@ -350,8 +351,8 @@ class ClipSet:
 
     def check_same(self, job, record, settings):
         """Raises `UserError` if the clip of this name was made from something else than what is asked for now."""
-        now = {"source_image_sha256": job["sha256"], "model_fingerprint": self.fingerprint}
-        now = {**clip_options(settings, job), **now}
+        now = {**clip_options(settings, job), "source_image_sha256": job["sha256"]}
+        now["model_fingerprint"] = self.fingerprint
         if record.get("fallback"):  # memory ran short: it was made with fewer frames decoded at once
             del now["decode_chunk_size"]
         before = {**record, **record.get("requested", {})}
@@ -411,38 +412,16 @@ def clip_options(settings, job):
 def fingerprint(model):
     """Tells two models apart, whatever their folders are called; the trained weights of a checkpoint count whole."""
     found = common.weights_fingerprint(model.base, "unet")
-    if not model.trained:
-        return found
-    digest = hashlib.sha256(found.encode())
-    with open(model.trained, "rb") as file:
-        while block := file.read(2**24):
-            digest.update(block)
-    return digest.hexdigest()[:16]
+    return common.file_digest(model.trained, found.encode())[:16] if model.trained else found
 
 
-def parse_record(where, data):
-    """The bytes of a record, or of a line of metadata.jsonl, as a dict; raises `UserError` for anything else."""
-    try:
-        record = json.loads(data.decode("utf-8"))
-        name = record["directory"] if "directory" in record else record["file_name"]
-        inside = not Path(name).is_absolute() and ".." not in Path(name).parts
-        if inside and isinstance(record.get("requested", {}), dict):
-            return record
-    except (ValueError, KeyError, TypeError, RecursionError):
-        pass
-    raise UserError(f"{where}: damaged, or not UTF-8; repair or delete it")
-
-
-def read_set(path):
-    """metadata.jsonl of a set as {clip: record}. Raises `UserError` for lines that infer_svd.py did not write."""
-    made, data = {}, path.read_bytes() if path.exists() else b""
-    for number, line in enumerate(data.removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
-        if line.strip():
-            record = parse_record(f"{path} line {number}", line)
-            if "generated" not in record:
-                raise UserError(f"{path}: not written by infer_svd.py (real clips?); give another --output_video")
-            made[record["directory"] if "directory" in record else record["file_name"]] = record
-    return made
+def record_name(where, record):
+    """The clip's name in a record as `ClipSet.save` writes it; raises `UserError` for any other object."""
+    name = record.get("directory", record.get("file_name"))
+    inside = isinstance(name, str) and not Path(name).is_absolute() and ".." not in Path(name).parts
+    if not inside or not isinstance(record.get("requested", {}), dict):
+        raise UserError(f"{where}: {DAMAGED}")
+    return name
 
 
 def write_clip(path, frames, fps, output_format):
@@ -457,10 +436,9 @@ def write_clip(path, frames, fps, output_format):
         unit = 10 if output_format == "gif" else 1
         ends = [round(1000 * t / fps / unit) * unit for t in range(len(frames) + 1)]
         first, *rest = (Image.fromarray(frame) for frame in frames)
-        data = io.BytesIO()
-        first.save(data, output_format, save_all=True, append_images=rest, duration=np.diff(ends).tolist(), loop=0,
-            quality=90)  # fmt: skip
-        common.write_file(path, data.getvalue())
+        options = {"save_all": True, "append_images": rest, "duration": np.diff(ends).tolist(), "loop": 0}
+        with common.replacing(path) as aside:
+            first.save(aside, output_format, quality=90, **options)
 
 
 def read_clip(path):
@@ -471,64 +449,31 @@ def read_clip(path):
 
 
 # ---------------------------------------------------------------------------------------------------------- Model
-# The stock pipeline. Nothing here changes a pixel but --compile, --low_vram and a smaller decode_chunk_size.
-
-
-class SingleTokenAttention:
-    """Cross-attention over SVD's one token: softmax over one key is 1, so the output is to_out(to_v(token)), and
-    to_q, to_k and the attention itself are skipped. The two products left have the stock shapes: the same bits."""
-
-    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, **kwargs):
-        assert encoder_hidden_states.shape[1] == 1, "the shortcut holds for one token only"
-        value = attn.to_v(encoder_hidden_states)  # (B, 1, C)
-        return attn.to_out[0](value.expand(-1, hidden_states.shape[1], -1).contiguous())
-
-
-def one_at_a_time(forward):
-    """The UNet on guidance's two samples one after the other: half the activations, equal but for rounding."""
-    import torch
-
-    def run(sample, timestep, encoder_hidden_states, added_time_ids, return_dict=True):
-        parts = zip(sample.split(1), encoder_hidden_states.split(1), added_time_ids.split(1))
-        return (torch.cat([forward(x, timestep, e, ids, return_dict=False)[0] for x, e, ids in parts]),)
-
-    return run
+# The stock pipeline. Only --compile, --low_vram and a smaller decode_chunk_size change more than the rounding.
 
 
 def save_memory(unet):
-    """What --low_vram does to the UNet, in place: feed-forward layers in chunks, one sample at a time."""
+    """What --low_vram does to a UNet, in place: feed-forward layers in chunks, and guidance's two samples one after the
+    other, which halves the activations and is equal but for rounding."""
+    import torch
+
+    def one_at_a_time(sample, timestep, encoder_hidden_states, added_time_ids, return_dict=True):
+        parts = zip(sample.split(1), encoder_hidden_states.split(1), added_time_ids.split(1))
+        made = [unet.forward_of_all(x, timestep, e, ids, return_dict=False)[0] for x, e, ids in parts]
+        return (torch.cat(made),)
+
     if not hasattr(unet, "forward_of_all"):
         unet.enable_forward_chunking(1, dim=0)
-        unet.forward_of_all, unet.forward = unet.forward, one_at_a_time(unet.forward)
+        unet.forward_of_all, unet.forward = unet.forward, one_at_a_time
 
 
 def wrap_unet(unet, compiled=False):
     """Wraps a stock UNet in place: the same frames, but for the rounding of torch.compile."""
     common.avoid_conv3d(unet)
-    single_token_attention(unet)
+    processors = unet.attn_processors.items()  # attn2 is the attention over the image's one token
+    unet.set_attn_processor({n: common.SingleTokenAttention() if ".attn2." in n else p for n, p in processors})
     if compiled:
-        compile_blocks(unet)
-
-
-def single_token_attention(unet):
-    """Gives every cross-attention the shortcut over one token, in place."""
-    from diffusers.models.attention import BasicTransformerBlock, TemporalBasicTransformerBlock
-
-    for module in unet.modules():
-        if isinstance(module, (BasicTransformerBlock, TemporalBasicTransformerBlock)) and module.attn2 is not None:
-            module.attn2.set_processor(SingleTokenAttention())
-
-
-def compile_blocks(unet):
-    """Compiles each large block by itself, in place: the names in the state dict stay as they are."""
-    import torch._dynamo
-    from diffusers.models.attention import BasicTransformerBlock, TemporalBasicTransformerBlock
-    from diffusers.models.resnet import SpatioTemporalResBlock
-
-    torch._dynamo.config.cache_size_limit = 64  # the blocks come in more shapes than the default 8
-    for module in unet.modules():
-        if isinstance(module, (BasicTransformerBlock, TemporalBasicTransformerBlock, SpatioTemporalResBlock)):
-            module.compile()
+        common.compile_blocks(unet)
 
 
 def move_to_device(pipe, low_vram, device):
@@ -601,7 +546,7 @@ def fit_memory(settings, folder):
     """Before anything is loaded: smaller settings where the forecast says that the GPU has too little memory."""
     import torch
 
-    available = torch.cuda.mem_get_info()[0] / 2**30 - 0.5
+    available = common.usable_memory(torch.device("cuda"))
     while (needed := forecast_memory(folder, settings)) > available:
         smaller = smaller_memory(settings, f"needs {needed:.1f} GiB, {available:.1f} GiB are free")
         if smaller is None:
@@ -625,12 +570,12 @@ def generate(pipe, image, options, on_step):
         on_step()
         return tensors
 
-    generator = torch.Generator().manual_seed(options["seed"])  # on the CPU: the same noise on every machine
     call = {name: options[name] for name in PIPELINE_OPTIONS}
+    call |= {"output_type": "np", "callback_on_step_end": callback}
+    call["generator"] = torch.Generator().manual_seed(options["seed"])  # on the CPU: the same noise on every machine
     frames, report = image[None], []
     for _ in range(options["num_segments"]):
-        output = pipe(Image.fromarray(frames[-1]), generator=generator, output_type="np", callback_on_step_end=callback,
-            **call).frames[0]  # fmt: skip
+        output = pipe(Image.fromarray(frames[-1]), **call).frames[0]
         if not np.isfinite(output).all():
             raise UserError("the model gave frames that are not numbers (a damaged model, or fp16 overflow)")
         segment = (output * 255).round().astype(np.uint8)
@@ -672,15 +617,12 @@ def make_clips(clips, settings, device, progress, failed):
     pipe.set_progress_bar_config(disable=True)
     wrap_unet(pipe.unet, settings.compile)
     common.avoid_conv3d(pipe.vae)
-    placed = None  # the settings for which the pipeline is on the device
     for job in clips.todo:
         frames, done, started = None, progress.n, time.perf_counter()
         while frames is None:
             try:
                 image = common.fit_frame(common.read_image(job["path"]), settings.width, settings.height)
-                if placed is not settings:  # another memory mode, or the first clip
-                    move_to_device(pipe, settings.low_vram, device)
-                    placed = settings
+                move_to_device(pipe, settings.low_vram, device)
                 frames, segments = generate(pipe, image, clip_options(settings, job), progress.update)
             except UserError as error:
                 if clips.single:
@@ -690,10 +632,10 @@ def make_clips(clips, settings, device, progress, failed):
             except RuntimeError as error:
                 if not common.is_out_of_memory(error):
                     raise
+            if frames is None:  # outside of `except`, whose traceback holds the memory
                 settings = smaller_memory(settings, "out of GPU memory")
-            if settings is None:
-                raise UserError("out of GPU memory with the smallest settings; take fewer --num_frames")
-            if placed is not settings:  # outside of `except`, whose traceback holds the memory
+                if settings is None:
+                    raise UserError("out of GPU memory with the smallest settings; take fewer --num_frames")
                 progress.update(done - progress.n)
                 torch.cuda.empty_cache()
         if frames is None:
@@ -772,14 +714,12 @@ def print_table(table, count):
 
 def report_drift(records):
     """Prints how the segments differ from the first: the mean over the clips."""
-    by_segment = list(zip(*(record["segments"] for record in records if "segments" in record)))
-    for number, reports in enumerate(by_segment, 1):
-        change = {}
-        for name in ("sharpness", "motion"):
-            change[name] = np.mean([(r[name] + 1e-9) / (f[name] + 1e-9) for r, f in zip(reports, by_segment[0])])
-        color = np.mean([np.subtract(r["color"], f["color"]) for r, f in zip(reports, by_segment[0])], axis=0)
-        shown = ", ".join(f"{name} x {value:.2f}" for name, value in change.items())
-        print(f"segment {number}: {shown}, colour " + " ".join(f"{channel:+.1f}" for channel in color))
+    reports = ([[s["sharpness"], s["motion"], *s["color"]] for s in r["segments"]] for r in records if "segments" in r)
+    values = np.array(list(zip(*reports)))  # (segments, clips, 5)
+    for number, value in enumerate(values, 1):
+        sharpness, motion = ((value[:, :2] + 1e-9) / (values[0, :, :2] + 1e-9)).mean(axis=0)
+        color = " ".join(f"{channel:+.1f}" for channel in (value[:, 2:] - values[0, :, 2:]).mean(axis=0))
+        print(f"segment {number}: sharpness x {sharpness:.2f}, motion x {motion:.2f}, colour {color}")
 
 
 # ----------------------------------------------------------------------------------------------------------- Main
@@ -790,8 +730,8 @@ def find_real_clips(settings, images):
     clips = {clip["directory"]: clip for clip in common.list_clips(settings.reference)}
     for name in sorted(image["image"] for image in images):
         if name not in clips:
-            raise UserError(f"--reference {settings.reference}: no clip named {name}; give that dataset as"
-                " --input_image, or images that are named as its clips")  # fmt: skip
+            cure = "give that dataset as --input_image, or images that are named as its clips"
+            raise UserError(f"--reference {settings.reference}: no clip named {name}; {cure}")
         if len(clips[name]["frames"]) < 2:
             raise UserError(f"--reference: {name} has one frame; a video needs two to be compared")
         fps = clips[name].get("fps", settings.fps)

@@ -82,30 +82,29 @@ def sort_frames(names, folder):
     a step of more than one and a half times the usual one. Raises `UserError` where the frames would be wrong: one
     number twice, names without a number, a second kind of name (masks, thumbnails, another series).
     """
-    shapes = {}  # what stands around the numbers -> [(numbers, name)]
-    for name in names:
-        parts = re.split(r"(\d+)", name[: name.rindex(".")].lower())
-        shapes.setdefault(tuple(parts[::2]), []).append((parts[1::2], name))
     if len(names) < 2:
         return list(names), None
+    shapes = {}  # a name without its suffix, every number as 0 -> the names that look like this
+    for name in names:
+        shapes.setdefault(re.sub(r"\d+", "0", name[: name.rindex(".")].lower()), []).append(name)
     if len(shapes) > 1:
-        usual, *_, odd = (min(shapes[s])[1] for s in sorted(shapes, key=lambda s: (-len(shapes[s]), len("".join(s)))))
+        by_number_of_names = sorted(shapes, key=lambda shape: (-len(shapes[shape]), len(shape.replace("0", ""))))
+        usual, *_, odd = (min(shapes[shape], key=natural_key) for shape in by_number_of_names)
         raise UserError(
             f"{folder}: {odd} beside {usual}; frames of a clip have the same name but for one running number: move"
             " what is no frame of it (a mask, a thumbnail, another series) into a folder of its own"
         )
-    ((around, rows),) = shapes.items()
-    columns = [[int(number) for number in column] for column in zip(*(numbers for numbers, _ in rows))]
-    points = [place for place, text in enumerate(around[1:-1]) if text == "."]
-    columns += [[float(".".join(numbers[place : place + 2])) for numbers, _ in rows] for place in points]
+    columns = [[int(text) for text in column] for column in zip(*(re.findall(r"\d+", name) for name in names))]
+    decimals = (re.findall(r"(?<!\d)(?=(\d+\.\d+))", name) for name in names)
+    columns += [[float(text) for text in column] for column in zip(*decimals)]
     orders = []  # (unevenness, names in order, place of the widest step)
     for column in columns:
-        values, ordered = zip(*sorted(zip(column, (name for _, name in rows))))
+        values, ordered = zip(*sorted(zip(column, names)))
         steps = [later - earlier for earlier, later in zip(values, values[1:])]
         if min(steps) > 0:
             orders.append((max(steps) / sorted(steps)[(len(steps) - 1) // 2], ordered, steps.index(max(steps))))
     if not orders:
-        by_number = sorted(([int(number) for number in numbers], name) for numbers, name in rows)
+        by_number = sorted(([int(number) for number in re.findall(r"\d+", name)], name) for name in names)
         for (first, name), (second, other) in zip(by_number, by_number[1:]):
             if first == second:
                 raise UserError(f"{folder}: {name} and {other} are the same frame; move one of each pair away")
@@ -128,23 +127,17 @@ def is_plain(data):
     """
     if data[:8] == b"\x89PNG\r\n\x1a\n" and data[24:26] == b"\x08\x02":
         at = 8
-        while at + 8 <= len(data):
-            size, kind = struct.unpack_from(">I4s", data, at)
-            is_exif_text = kind in (b"tEXt", b"zTXt", b"iTXt") and data[at + 8 : at + 11] in (b"Raw", b"XML")
-            if is_exif_text or kind in (b"eXIf", b"tRNS", b"acTL"):
+        while at < len(data):  # a chunk: size, kind, content, checksum
+            if re.match(rb"eXIf|tRNS|acTL|[tzi][ET]Xt(Raw|XML)", data[at + 4 : at + 11]):  # the texts hold EXIF, XMP
                 return False
-            at += size + 12
+            at += int.from_bytes(data[at : at + 4], "big") + 12
         return True
-    at, is_rgb = 2, False
-    while data[:2] == b"\xff\xd8" and at + 10 <= len(data) and data[at] == 0xFF:
-        marker, size = struct.unpack_from(">xBH", data, at)
-        if marker == 0xDA:  # the picture begins
-            return is_rgb
-        if marker in (0xE1, 0xEE):  # EXIF or XMP, which may turn it; Adobe's colour spaces
-            return False
-        is_rgb |= marker in (0xC0, 0xC1, 0xC2) and data[at + 4] == 8 and data[at + 9] == 3
-        at += 2 + size
-    return False
+    if data[:2] != b"\xff\xd8":
+        return False
+    header, picture, _ = data.partition(b"\xff\xda")
+    is_rgb = re.search(rb"\xff[\xc0-\xc2]\0\x11\x08.{4}\x03", header, re.DOTALL)
+    is_special = re.search(rb"\xff[\xe1\xee]", header)  # EXIF or XMP, which may turn it; Adobe's colour spaces
+    return bool(picture and is_rgb and not is_special)
 
 
 def read_image(path):
@@ -251,9 +244,9 @@ def lock_file(path, busy, shared=False):
         yield
 
 
-def file_digest(path):
-    """SHA-256 of a file's bytes, as hex."""
-    digest = hashlib.sha256()
+def file_digest(path, before=b""):
+    """SHA-256 of a file's bytes, as hex, and of what is put `before` them."""
+    digest = hashlib.sha256(before)
     with open(path, "rb") as file:
         while block := file.read(1 << 20):
             digest.update(block)
@@ -290,10 +283,7 @@ def write_video(path, frames, fps):
 def read_video(path):
     """Decodes a short, well-behaved video (one that `write_video` wrote) to (T, H, W, 3) uint8 RGB."""
     capture, frames = cv2.VideoCapture(os.fsencode(path)), []  # a str that is not UTF-8 crashes it
-    while True:
-        ok, frame = capture.read()
-        if not ok:
-            break
+    while (frame := capture.read()[1]) is not None:
         frames.append(cv2.cvtColor(frame, cv2.COLOR_BGR2RGB))
     if not frames:
         raise UserError(f"{path}: no frame could be read")
@@ -324,29 +314,40 @@ def side_by_side(videos, min_width=256):
 # ------------------------------------------------------------------------------------------------- dataset folder
 
 
-def read_metadata(dataset_dir):
-    """`metadata.jsonl` of a prepared dataset as `{directory: record}`; empty where there is none (plain folders).
+def parse_object(text, damaged):
+    """A JSON object as a dict; raises `UserError(damaged)` for any other text."""
+    with contextlib.suppress(ValueError, RecursionError):
+        if isinstance(found := json.loads(text), dict):
+            return found
+    raise UserError(damaged)
 
-    Lines without `directory` (sets of mp4) are passed over, and so are fields that are null. Raises `UserError` that
-    names file, line and field for text that is not UTF-8, no JSON object, or no sensible value.
+
+def read_lines(path, damaged):
+    """The objects of a JSON Lines file, none where there is no file: yields (`FILE line N`, dict).
+
+    Raises `UserError` for text that is not UTF-8, and for a line that is no JSON object: what it is says `damaged`.
     """
-    path, records = Path(dataset_dir) / "metadata.jsonl", {}
-    if not path.exists():
-        return records
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = path.read_text(encoding="utf-8-sig") if path.exists() else ""
     except UnicodeDecodeError:
         text = "\0"
     if "\0" in text:  # UTF-16 without its mark reads as UTF-8 with these
         raise UserError(f"{path}: not UTF-8 text; open it in an editor and save it as UTF-8")
     for number, line in enumerate(text.split("\n"), 1):
-        try:
-            record = json.loads(line) if line.strip() else {}
-            record = {field: value for field, value in record.items() if value is not None}
-        except (ValueError, AttributeError, RecursionError):
-            raise UserError(
-                f"{path} line {number}: not a JSON object; repair it or prepare the dataset again"
-            ) from None
+        if line.strip():
+            yield f"{path} line {number}", parse_object(line, f"{path} line {number}: {damaged}")
+
+
+def read_metadata(dataset_dir):
+    """`metadata.jsonl` of a prepared dataset as `{directory: record}`; empty where there is none (plain folders).
+
+    Lines without `directory` (sets of mp4) are passed over, and so are fields that are null. Raises `UserError` that
+    names file, line and field for no sensible value, and as `read_lines` does.
+    """
+    root, records = Path(dataset_dir), {}
+    damaged = "not a JSON object; repair it or prepare the dataset again"
+    for where, line in read_lines(root / "metadata.jsonl", damaged):
+        record = {field: value for field, value in line.items() if value is not None}
         if "directory" not in record:
             continue
         for field, types, (low, high), wanted in (
@@ -356,9 +357,9 @@ def read_metadata(dataset_dir):
         ):
             value = record.get(field, low)
             if not isinstance(value, types) or isinstance(value, bool) or not low <= value <= high:
-                raise UserError(f"{path} line {number}: {field} is {json.dumps(value)[:60]}; it must be {wanted}")
+                raise UserError(f"{where}: {field} is {json.dumps(value)[:60]}; it must be {wanted}")
         directory = record["directory"]
-        if "\\" in directory and not (path.parent / directory).is_dir():  # written on Windows
+        if "\\" in directory and not (root / directory).is_dir():  # written on Windows
             directory = directory.replace("\\", "/")
         records[PurePosixPath(directory).as_posix()] = record
     return records
@@ -374,16 +375,17 @@ def find_folders(root):
     and those of NAS, Windows and macOS are passed over.
     """
     found, left_out, seen, tops = {}, [], set(), [str(root)]
+
+    def cannot_look(error):
+        left_out.append(f"{error.filename}: cannot be looked at, {error.strerror}")
+
     for top in tops:  # the links, which are added while walking: real folders come first
         real_top = os.path.realpath(top)
-        if top is not tops[0] and any(
-            Path(os.path.realpath(folder)).is_relative_to(real_top) for folder in (root, os.path.dirname(top))
-        ):
+        homes = [Path(os.path.realpath(folder)) for folder in (root, os.path.dirname(top))]
+        if top is not tops[0] and any(home.is_relative_to(real_top) for home in homes):
             left_out.append(f"{top}: a link to a folder above it")
             continue
-        for folder, subfolders, files in os.walk(
-            top, onerror=lambda error: left_out.append(f"{error.filename}: cannot be looked at, {error.strerror}")
-        ):
+        for folder, subfolders, files in os.walk(top, onerror=cannot_look):
             real = real_top + folder[len(top) :]
             if real in seen:
                 left_out.append(f"{folder}: a link to what is in the dataset already")
@@ -391,9 +393,8 @@ def find_folders(root):
                 continue
             seen.add(real)
             subfolders[:] = [s for s in subfolders if not s.startswith(".") and s not in SYSTEM_FOLDERS]
-            tops += sorted(
-                (link for s in subfolders if os.path.islink(link := os.path.join(folder, s))), key=natural_key
-            )
+            paths = sorted((os.path.join(folder, name) for name in subfolders), key=natural_key)
+            tops += filter(os.path.islink, paths)
             images = [name for name in files if name.lower().endswith(IMAGE_SUFFIXES)]
             found[Path(folder).relative_to(root).as_posix()] = [name for name in images if not name.startswith(".")]
             for name in set(files).difference(images):
@@ -439,10 +440,10 @@ def list_clips(dataset_dir):
 # ---------------------------------------------------------------------------------------------- motion and metrics
 
 
-def optical_flow(first, second):
-    """Dense flow (H, W, 2) in pixels between two uint8 images, RGB or grey: OpenCV's DIS, medium preset."""
+def optical_flow(first, second, preset=cv2.DISOPTICAL_FLOW_PRESET_MEDIUM):
+    """Dense flow (H, W, 2) in pixels between two uint8 images, RGB or grey: OpenCV's DIS."""
     first, second = (cv2.cvtColor(f, cv2.COLOR_RGB2GRAY) if f.ndim == 3 else f for f in (first, second))
-    return cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM).calc(first, second, None)
+    return cv2.DISOpticalFlow_create(preset).calc(first, second, None)
 
 
 MOTION_SIZE = 128  # pixels of the longer side at which motion is measured, so that it does not depend on the resolution
@@ -471,7 +472,7 @@ def flow_magnitude(first, second):
     if min(h, w) < 32:  # DIS needs some room
         pad = (0, max(0, 32 - h), 0, max(0, 32 - w), cv2.BORDER_REPLICATE)
         first, second = cv2.copyMakeBorder(first, *pad), cv2.copyMakeBorder(second, *pad)
-    flow = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_FAST).calc(first, second, None)[:h, :w]
+    flow = optical_flow(first, second, cv2.DISOPTICAL_FLOW_PRESET_FAST)[:h, :w]
     return 100 * float(np.nan_to_num(np.hypot(flow[..., 0], flow[..., 1])).mean()) / max(h, w)
 
 
@@ -523,24 +524,19 @@ def video_metrics(generated, real):
     error = (generated[1:].astype(np.float64) - real[1:]) ** 2
     moving = np.abs(real[1:].astype(np.int16) - real[0]).max(axis=3) > 20
     moving = np.stack([cv2.dilate(m.astype(np.uint8), np.ones((3, 3), np.uint8)) > 0 for m in moving])
-    real_step = np.abs(np.diff(real.astype(np.float64), axis=0)).mean()
-    scores = {
-        "psnr": psnr(error.mean()),
-        "ssim": float(np.mean([ssim(g, r) for g, r in zip(generated[1:], real[1:])])),
-        "psnr_moving": psnr(error[moving].mean()) if moving.any() else None,
-        "motion_ratio": float(np.abs(np.diff(generated.astype(np.float64), axis=0)).mean() / real_step)
-        if real_step > 0
-        else None,
-        "flow_error": None,
-        "flow_cosine": None,
-    }
+    step, real_step = (np.abs(np.diff(video.astype(np.float64), axis=0)).mean() for video in (generated, real))
+    scores = dict.fromkeys(("psnr", "ssim", "psnr_moving", "motion_ratio", "flow_error", "flow_cosine"))
+    scores["psnr"] = psnr(error.mean())
+    scores["ssim"] = float(np.mean([ssim(g, r) for g, r in zip(generated[1:], real[1:])]))
+    if real_step > 0:
+        scores["motion_ratio"] = float(step / real_step)
     if moving.any():
-        flows = [
-            (optical_flow(generated[t], generated[t + 1])[moving[t]], optical_flow(real[t], real[t + 1])[moving[t]])
-            for t in range(length - 1)
-        ]
-        flow, truth = (np.concatenate(part) for part in zip(*flows))
+        flow, truth = (
+            np.concatenate([optical_flow(video[t], video[t + 1])[moving[t]] for t in range(length - 1)])
+            for video in (generated, real)
+        )
         dot, norms = (flow * truth).sum(1), np.linalg.norm(flow, axis=1) * np.linalg.norm(truth, axis=1)
+        scores["psnr_moving"] = psnr(error[moving].mean())
         scores["flow_error"] = float(np.linalg.norm(flow - truth, axis=1).mean())
         scores["flow_cosine"] = float(dot.sum() / max(norms.sum(), 1e-9))
     return scores
@@ -560,8 +556,11 @@ SVD_XT_CONFIG = {  # as published, where it differs from the classes' defaults; 
 SVD_NAMES = [f"stabilityai/stable-video-diffusion-img2vid{kind}" for kind in ("", "-xt", "-xt-1-1")]
 CHECKPOINT_STATE = "training_state.json"  # what makes a folder a checkpoint of train_svd.py
 SETTINGS = "training_settings.json"  # beside every result: what it was trained with
+SETTINGS_EXAMPLE = {"width": 512, "height": 320, "num_frames": 14, "median_fps": 7, "median_motion_bucket_id": 127}
+SETTINGS_EXAMPLE |= {"motion_bucket_id_range": [0, 255], "pretrained_model_name": "", "base_fingerprint": ""}
+SETTINGS_EXAMPLE |= {"use_ema": False}
 
-HUB_HELP = """{name}: {what}. Three ways to get the weights:
+HUB_HELP = """{what}. Three ways to get the weights:
   1. accept the licence at https://huggingface.co/{name} , then: pip install -U huggingface_hub && hf auth login
   2. in mainland China: export HF_ENDPOINT=https://hf-mirror.com HF_TOKEN=hf_... , then run the same command again
   3. download the folder on another machine (hf download {name} --exclude "svd*.safetensors"), copy it here whole,
@@ -589,19 +588,19 @@ def resolve_model(name):
 
 def resolve_config(name):
     """A model name -> a folder (or, for SVD itself, a dict) with the configuration of its parts; needs no weights."""
-    folder = local_folder(name)
-    if folder:
-        return folder
     from huggingface_hub import hf_hub_download
 
+    if folder := local_folder(name):
+        return folder
+    known = str(name) in SVD_NAMES  # what the cache has, or what we know: no network needed to plan
     try:
-        local = str(name) in SVD_NAMES  # what the cache has, or what we know: no network needed to plan
-        paths = [hf_hub_download(str(name), f"{part}/config.json", local_files_only=local) for part in MODEL_PARTS]
+        with hub_errors(name):
+            paths = [hf_hub_download(str(name), f"{part}/config.json", local_files_only=known) for part in MODEL_PARTS]
         return Path(paths[0]).parent.parent
-    except hub_errors() as error:
-        if str(name) in SVD_NAMES:
+    except UserError:
+        if known:
             return SVD_XT_CONFIG
-        raise hub_error(name, error) from None
+        raise
 
 
 def local_folder(name):
@@ -618,12 +617,9 @@ def local_folder(name):
 
 def check_pipeline(index, name):
     """Refuses the model_index.json of another pipeline (Stable Diffusion 1.5, SDXL, ...)."""
-    try:
-        found = json.loads(index.read_text(encoding="utf-8")).get("_class_name") or ""
-    except (ValueError, AttributeError):
-        raise UserError(f"{index}: damaged; copy the model folder again, whole") from None
+    found = read_json(index).get("_class_name") or "pipeline without a name"
     if not str(found).startswith("StableVideoDiffusion"):
-        raise UserError(f"{name}: a {found or 'pipeline without a name'}, no StableVideoDiffusionPipeline; {NEEDED}")
+        raise UserError(f"{name}: a {found}, no StableVideoDiffusionPipeline; {NEEDED}")
 
 
 def describe(path):
@@ -654,13 +650,10 @@ def describe(path):
 
 
 def download_model(name):
-    """Downloads (or finds in the cache) a pipeline of the hub: full-precision safetensors, or fp16 if it has no other.
-
-    Everything that can go wrong at the hub becomes one `UserError` that says what to do.
-    """
+    """Downloads (or finds in the cache) a pipeline of the hub: full precision, or fp16 if it has no other."""
     from huggingface_hub import hf_hub_download
 
-    try:
+    with hub_errors(name):
         check_pipeline(Path(hf_hub_download(name, "model_index.json")), name)  # before gigabytes of another model
         from diffusers import DiffusionPipeline
 
@@ -670,47 +663,50 @@ def download_model(name):
             if "safetensors" not in str(error):
                 raise
             return Path(DiffusionPipeline.download(name, variant="fp16", use_safetensors=True))
-    except hub_errors() as error:
-        raise hub_error(name, error) from None
 
 
-def hub_errors():
-    """What the hub's library raises: its own errors are among Python's, those of its httpx are not."""
-    return OSError, ValueError, getattr(sys.modules.get("httpx"), "HTTPError", OSError)
+@contextlib.contextmanager
+def hub_errors(name):
+    """Makes what goes wrong at the hub a `UserError` that says what to do; a full or read-only disk stays what it is.
 
-
-def hub_error(name, error):
-    """What the hub's error means for the user, as a `UserError`; a full or read-only disk stays what it is."""
+    The hub's own errors are among Python's, those of its httpx are not.
+    """
     from huggingface_hub import errors
 
-    if isinstance(error, errors.GatedRepoError):
-        what = "the weights are gated: no login, or its licence is not accepted yet"
-    elif isinstance(error, errors.RepositoryNotFoundError):
+    try:
+        yield
+    except (OSError, ValueError, getattr(sys.modules.get("httpx"), "HTTPError", OSError)) as error:
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EROFS, errno.EACCES):
+            raise
         near = difflib.get_close_matches(str(name), SVD_NAMES, n=1, cutoff=0.8)
-        hint = f"; is it {near[0]}?" if near else ""
-        return UserError(f"{name}: no folder here and no model of the hub, or a private one and no login{hint}")
-    elif isinstance(error, errors.EntryNotFoundError) and not isinstance(error, errors.LocalEntryNotFoundError):
-        return UserError(f"{name}: on the hub, but no diffusers pipeline; {NEEDED}")
-    elif isinstance(error, ValueError) and not isinstance(error, errors.EntryNotFoundError):
-        return UserError(f"{name}: not usable from the hub ({str(error).splitlines()[0]})")
-    elif getattr(error, "errno", None) in (errno.ENOSPC, errno.EROFS, errno.EACCES):
-        return error
-    else:
-        what = f"the hub cannot be reached, and the model is not in the cache ({type(error).__name__})"
-    return UserError(HUB_HELP.format(name=name, what=what))
+        unknown = "no folder here and no model of the hub, or a private one and no login"
+        gated = "the weights are gated: no login, or its licence is not accepted yet"
+        away = f"the hub cannot be reached, and the model is not in the cache ({type(error).__name__})"
+        for kind, text in (
+            (errors.GatedRepoError, HUB_HELP.format(name=name, what=gated)),
+            (errors.RepositoryNotFoundError, unknown + (f"; is it {near[0]}?" if near else "")),
+            (errors.LocalEntryNotFoundError, HUB_HELP.format(name=name, what=away)),
+            (errors.EntryNotFoundError, f"on the hub, but no diffusers pipeline; {NEEDED}"),
+            (ValueError, "not usable from the hub ({})".format(str(error).partition("\n")[0])),
+            (Exception, HUB_HELP.format(name=name, what=away)),
+        ):
+            if isinstance(error, kind):
+                raise UserError(f"{name}: {text}") from None
+
+
+def read_json(path, cure="copy the model folder again, whole"):
+    """A file that holds a JSON object, as a dict; raises `UserError` with the cure for any other."""
+    return parse_object(path.read_bytes(), f"{path}: damaged; {cure}")
 
 
 def read_config(folder, part):
     """`<folder>/<part>/config.json` as a dict, readable before any weight is loaded."""
     if isinstance(folder, dict):
         return folder[part]
-    path = Path(folder) / part / "config.json"
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return read_json(Path(folder) / part / "config.json")
     except FileNotFoundError:
         raise UserError(f"{folder}: {part}/config.json is missing; copy the model folder again, whole") from None
-    except ValueError as error:
-        raise UserError(f"{path}: damaged ({error}); copy the model folder again") from None
 
 
 def weight_files(folder, part):
@@ -723,10 +719,8 @@ def weight_files(folder, part):
         single, index = f"{stem}{variant}.safetensors", folder / f"{stem}.safetensors.index{variant}.json"
         files = [folder / single] if (folder / single).exists() else []
         if index.exists():
-            try:
-                files = [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
-            except (ValueError, KeyError, TypeError, AttributeError):
-                raise UserError(f"{index}: damaged; download it again") from None
+            names = read_json(index, "download it again").get("weight_map")
+            files = [folder / name for name in sorted(set(map(str, names.values())))] if isinstance(names, dict) else []
         for file in files:
             safetensors_header(file)
         if files:
@@ -792,9 +786,8 @@ def check_sizes(args, folder):
     for flag, value in (("--width", args.width), ("--height", args.height)):
         if value % multiple:
             near = max(multiple, round(value / multiple) * multiple)
-            raise UserError(
-                f"{flag} must be a multiple of {multiple} for this model, got {value}; the nearest is {near}"
-            )
+            takes = f"must be a multiple of {multiple} for this model, got {value}; the nearest is {near}"
+            raise UserError(f"{flag} {takes}")
 
 
 def convolve(module, x, weight, bias):
@@ -820,14 +813,49 @@ def avoid_conv3d(model):
             module.forward = lambda x, module=module: convolve(module, x, module.weight, module.bias)
 
 
+class SingleTokenAttention:
+    """Cross-attention over SVD's one token: softmax over one key is 1, so the output is to_out(to_v(token)).
+
+    It is computed once for all queries: equal to the stock result but for rounding, and bitwise in the CPU tests.
+    """
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, **kwargs):
+        assert encoder_hidden_states.shape[1] == 1, "the shortcut holds for one token only"
+        hidden = attn.to_out[0](attn.to_v(encoder_hidden_states))  # (B, 1, C)
+        return hidden.expand(-1, hidden_states.shape[1], -1)
+
+
+def compile_blocks(unet):
+    """Compiles each large block by itself, in place: the names in the state dict stay as they are."""
+    import torch._dynamo
+    from diffusers.models.attention import BasicTransformerBlock, TemporalBasicTransformerBlock
+    from diffusers.models.resnet import SpatioTemporalResBlock
+
+    torch._dynamo.config.cache_size_limit = 64  # the blocks come in more shapes than the default 8
+    for module in unet.modules():
+        if isinstance(module, (BasicTransformerBlock, TemporalBasicTransformerBlock, SpatioTemporalResBlock)):
+            module.compile()
+
+
+def usable_memory(device):
+    """GiB that a run may use: what is free now, less what no forecast sees: CUDA's context and workspaces (0.6), and
+    fragments (5 %; 12 % on Windows, where torch has no expandable segments)."""
+    if device.type == "cuda":
+        import torch
+
+        return torch.cuda.mem_get_info(device)[0] / 2**30 * (0.88 if os.name == "nt" else 0.95) - 0.6
+    import psutil
+
+    return psutil.virtual_memory().available / 2**30 * 0.95 - 0.6
+
+
 def is_out_of_memory(error):
     """Whether the GPU's memory was not enough, which torch, cuBLAS and cuDNN say in different words."""
     import torch
 
-    names = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "ALLOCATION_FAILED", "unable to find an engine")
-    return isinstance(error, torch.cuda.OutOfMemoryError) or (
-        isinstance(error, RuntimeError) and any(name in str(error) for name in names)
-    )
+    words = "out of memory|CUBLAS_STATUS_ALLOC_FAILED|ALLOCATION_FAILED|unable to find an engine"
+    told = isinstance(error, RuntimeError) and re.search(words, str(error))
+    return bool(told) or isinstance(error, torch.cuda.OutOfMemoryError)
 
 
 def load_part(folder, part, dtype):
@@ -876,24 +904,35 @@ def resolve_checkpoint(name, base=None):
     state_file = folder / CHECKPOINT_STATE
     if not state_file.is_file():
         folder = resolve_model(name)
-        settings_file = folder / SETTINGS
-        try:
-            return folder, json.loads(settings_file.read_text()) if settings_file.is_file() else {}, None
-        except ValueError:
-            raise UserError(f"{settings_file}: damaged; delete it, or copy the folder again") from None
-    try:
-        settings = json.loads(state_file.read_text())["settings"]
-        recorded, fingerprint = settings["pretrained_model_name"], settings["base_fingerprint"]
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{state_file}: damaged; use another checkpoint") from None
+        file = folder / SETTINGS
+        return folder, read_settings(file, "delete it, or copy the folder again") if file.is_file() else {}, None
+    settings = read_settings(state_file, "use another checkpoint")
     trained = folder / ("ema.safetensors" if settings["use_ema"] else "trained.safetensors")
     if not trained.is_file():
         raise UserError(f"{trained}: missing; use another checkpoint")
     safetensors_header(trained)
-    found = resolve_model(base or find_base(folder, recorded, fingerprint))
+    fingerprint = settings["base_fingerprint"]
+    found = resolve_model(base or find_base(folder, settings["pretrained_model_name"], fingerprint))
     if weights_fingerprint(found, "unet") != fingerprint:
         raise UserError(f"{folder}: was trained on another base than what is in {found}; give that one as --base_model")
     return found, settings, trained
+
+
+def read_settings(path, cure):
+    """What a model was trained with, beside a result or in a checkpoint; raises `UserError` for what none writes."""
+
+    def kind(value):
+        return [kind(one) for one in value] if isinstance(value, list) else {int: float}.get(type(value), type(value))
+
+    settings = read_json(path, cure)
+    if path.name == CHECKPOINT_STATE:  # what is needed to find its base must be there
+        found, needed = settings.get("settings"), ("pretrained_model_name", "base_fingerprint", "use_ema")
+        settings = {**dict.fromkeys(needed), **(found if isinstance(found, dict) else {})}
+    for field in settings.keys() & SETTINGS_EXAMPLE:
+        if kind(settings[field]) != kind(SETTINGS_EXAMPLE[field]):
+            value = json.dumps(settings[field])[:60]
+            raise UserError(f"{path}: damaged, its {field} is {value}; {cure}")
+    return settings
 
 
 def find_base(folder, recorded, fingerprint):
@@ -911,10 +950,8 @@ def find_base(folder, recorded, fingerprint):
             with contextlib.suppress(UserError):
                 if os.path.isdir(candidate / "unet") and weights_fingerprint(candidate, "unet") == fingerprint:
                     return candidate
-    raise UserError(
-        f"{folder}: its base model is neither in {recorded} any more nor beside the run; give its folder or hub name"
-        " as --base_model"
-    )
+    where = f"neither in {recorded} any more nor beside the run"
+    raise UserError(f"{folder}: its base model is {where}; give its folder or hub name as --base_model")
 
 
 def load_trained_weights(unet, trained_file):

@@ -273,6 +273,9 @@ def test_users_mistakes_get_one_line_and_nothing_is_written(picture, tmp_path, c
     (broken / "training_settings.json").write_text("{")
     shutil.copytree(TINY / "vae", broken / "vae", dirs_exist_ok=True)
     assert "training_settings.json: damaged" in refused(model=broken)
+    for field, value in (("median_fps", "7"), ("width", None), ("motion_bucket_id_range", [0]), ("num_frames", True)):
+        (broken / "training_settings.json").write_text(json.dumps({field: value}))
+        assert f"training_settings.json: damaged, its {field} is {json.dumps(value)}" in refused(model=broken)
     assert "HF_ENDPOINT" in refused(model="stabilityai/stable-video-diffusion-img2vid-xt")
 
 
