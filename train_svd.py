@@ -34,7 +34,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections import deque
+from collections import defaultdict, deque
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -42,20 +42,13 @@ from pathlib import Path
 import svd_common as common  # isort: skip  (first: it quiets OpenCV and transformers, which read that once)
 from svd_common import UserError  # isort: skip
 
+import accelerate
 import cv2
 import diffusers
 import numpy as np
 import psutil
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
-from accelerate.utils import (
-    AutocastKwargs,
-    DistributedDataParallelKwargs,
-    DistributedType,
-    GradientAccumulationPlugin,
-    InitProcessGroupKwargs,
-)
 from diffusers import AutoencoderKLTemporalDecoder, StableVideoDiffusionPipeline, UNetSpatioTemporalConditionModel
 from diffusers.models.attention import BasicTransformerBlock, TemporalBasicTransformerBlock
 from diffusers.models.resnet import SpatioTemporalResBlock
@@ -112,7 +105,7 @@ def loss_weight(sigmas, loss):
 # run draws what an unbroken one would have drawn, at no cost, and there is no random state to save.
 
 NOISE_AUG_MEAN, NOISE_AUG_STD = -3.0, 0.5  # ln of noise_aug_strength; median 0.05 (Blattmann et al. 2023, appendix D)
-DEFAULT_FPS, DEFAULT_MOTION_BUCKET_ID = 7, 127  # SVD's own, for clips of which metadata.jsonl says nothing
+DEFAULT_FPS, DEFAULT_BUCKET = 7, 127  # SVD's own, for clips of which metadata.jsonl says nothing
 
 
 def random_generator(*key):
@@ -171,29 +164,25 @@ class ClipDataset:
             "keep": keep.float(),
             "added_time_ids": torch.tensor([clip["fps"] - 1, clip["motion_bucket_id"], noise_aug_strength]),
         }
-        frames = clip["frames"][start : start + args.num_frames]
-        first = load_pixels(frames[:1], args.width, args.height)[0]
-        sample["conditioning_image"] = first + noise_aug_strength * torch.randn(first.shape, generator=generator)
+        frames = clip["frames"][start : start + (1 if self.cached else args.num_frames)]
+        pixels = common.to_pixels(common.read_frames(frames, args.width, args.height)).contiguous()
+        noise = torch.randn(pixels.shape[1:], generator=generator)
+        sample["conditioning_image"] = pixels[0] + noise_aug_strength * noise
         if self.cached:
             mean, std, embedding = read_cached(clip["cache"], start, args.num_frames)
             sample["latents"] = (mean + std * posterior_noise) * self.scaling_factor
             sample["image_embeddings"] = embedding
         else:
-            sample["pixel_values"] = load_pixels(frames, args.width, args.height)
-            sample["posterior_noise"] = posterior_noise
+            sample |= {"pixel_values": pixels, "posterior_noise": posterior_noise}
         return sample
 
 
-def load_pixels(paths, width, height):
-    """Frames as (T, 3, H, W) float32 in [-1, 1]."""
-    return common.to_pixels(common.read_frames(paths, width, height)).contiguous()
-
-
 def batches(dataset, index_batches, pin_memory, num_workers):
-    """Yields a collated batch on the CPU for each list of indices: {name: (B, ...)}, as ClipDataset.
+    """Yields a batch on the CPU for each list of B indices: ClipDataset's samples, stacked: {name: (B, ...)}.
 
-    Threads prepare them ahead: OpenCV, safetensors and torch release the GIL, and a forked worker would deadlock in
-    OpenCV. An error of a sample is raised in its turn.
+    num_workers: threads that prepare batches ahead, two for each; pin_memory: whether a GPU will fetch them. Threads,
+    since OpenCV, safetensors and torch release the GIL, and a forked worker would deadlock in OpenCV. An error of a
+    sample is raised in its turn.
     """
 
     def load(indices):
@@ -212,27 +201,26 @@ def batches(dataset, index_batches, pin_memory, num_workers):
 
 
 def load_clips(args, dataset_dir):
-    """The clips that can be trained on, with `fps` and `motion_bucket_id` filled in; short ones are named."""
+    """The clips that can be trained on, with `fps` and `motion_bucket_id` filled in; short ones are named.
+
+    Raises `UserError` where none is as long as --num_frames, and as `common.list_clips` does.
+    """
     found = common.list_clips(dataset_dir)
     clips = [clip for clip in found if len(clip["frames"]) >= args.num_frames]
-    short = [clip for clip in found if len(clip["frames"]) < args.num_frames]
-    for clip in short[:10]:
-        print(f"left out: {clip['directory']} has {len(clip['frames'])} frames, --num_frames is {args.num_frames}")
-    if len(short) > 10:
-        print(f"left out: {len(short) - 10} more clips of fewer frames than --num_frames {args.num_frames}")
     if not clips:
-        longest = max(len(clip["frames"]) for clip in short)
+        longest = max(len(clip["frames"]) for clip in found)
         raise UserError(f"--num_frames {args.num_frames}: no clip is that long; the longest has {longest} frames")
+    short = [clip for clip in found if len(clip["frames"]) < args.num_frames]
+    if short:
+        named = listed([f"{clip['directory']} has {len(clip['frames'])} frames" for clip in short])
+        print(f"left out: {named}; --num_frames is {args.num_frames}")
     generated = sum(bool(clip.get("generated")) for clip in clips)
     if generated:
         print(f"{generated} of {len(clips)} clips are generated by a model, not recorded")
     unknown = sum("fps" not in clip for clip in clips)
     if unknown:
         print(f"{unknown} clips without metadata: --fps {args.fps:g}, --motion_bucket_id {args.motion_bucket_id:g}")
-    for clip in clips:
-        clip["fps"] = clip.get("fps") or args.fps
-        clip["motion_bucket_id"] = clip.get("motion_bucket_id", args.motion_bucket_id)
-    return clips
+    return [{"fps": args.fps, "motion_bucket_id": args.motion_bucket_id, **clip} for clip in clips]
 
 
 def clip_group(clip):
@@ -255,13 +243,11 @@ def split_clips(clips, args):
     groups = {}
     for clip in clips:
         groups.setdefault(clip_group(clip), []).append(clip)
-    names, held_out, videos = list(groups), set(), 0
-    for place in shuffled(len(groups), args.seed, "held out"):
-        if videos >= args.num_validation_videos:
-            break
-        held_out.add(names[place])
-        videos += len(groups[names[place]])
-    if held_out and len(held_out) == len(groups):
+    names = list(groups)
+    drawn = [names[place] for place in shuffled(len(names), args.seed, "held out")]
+    before = itertools.accumulate((len(groups[name]) for name in drawn), initial=0)
+    held_out = {name for name, videos in zip(drawn, before) if videos < args.num_validation_videos}
+    if len(held_out) == len(groups):
         raise UserError(f"--num_validation_videos {args.num_validation_videos}: no episode would be left to train on")
     validation = [clip for name in names if name in held_out for clip in groups[name]][: args.num_validation_videos]
     training = leave_out([clip for clip in clips if clip_group(clip) not in held_out], args.exclude)
@@ -269,6 +255,7 @@ def split_clips(clips, args):
 
 
 def is_named(clip, patterns):
+    """Whether one of `patterns` is the clip's name or stands for it."""
     return any(pattern == clip["directory"] or fnmatch.fnmatch(clip["directory"], pattern) for pattern in patterns)
 
 
@@ -285,26 +272,25 @@ def leave_out(clips, patterns):
 # Cache: the frozen VAE's posterior and CLIP's embedding of every frame, one file a clip, computed once.
 
 
-def clip_digest(clip):
-    """Tells a clip's frames from others, wherever they lie, without reading them whole: sizes and last 4 KB of files.
+def add_digests(clips):
+    """Fills `clip["digest"]`, which tells its frames from others, wherever they lie: sizes and last 4 KB of the files.
 
-    A PNG ends with a checksum of its pixels, and other compressed files change in length; a BMP is read whole.
+    So they are not read whole: a PNG ends with a checksum of its pixels, and other compressed files change in length.
+    A BMP is read whole. Raises `OSError` where a file cannot be read.
     """
-    digest = hashlib.sha256()
-    for path in clip["frames"]:
-        with open(path, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            file.seek(0 if path.suffix.lower() == ".bmp" else max(0, size - 4096))
-            digest.update(size.to_bytes(8, "little") + file.read())
-    return digest.hexdigest()[:16]
 
+    def digest(clip):
+        hashed = hashlib.sha256()
+        for path in clip["frames"]:
+            with open(path, "rb") as file:
+                size = os.fstat(file.fileno()).st_size
+                file.seek(0 if path.suffix.lower() == ".bmp" else max(0, size - 4096))
+                hashed.update(size.to_bytes(8, "little") + file.read())
+        return hashed.hexdigest()[:16]
 
-def encode_frames(pipe, frames, device):
-    """(N, H, W, 3) uint8 frames -> posterior mean and std (N, 4, h, w), CLIP embeddings (N, 1, D); fp32."""
-    with torch.no_grad():
-        posterior = pipe.vae.encode(common.to_pixels(frames).to(device)).latent_dist
-        embeddings = pipe._encode_image([Image.fromarray(frame) for frame in frames], device, 1, False)
-    return posterior.mean, posterior.std, embeddings
+    with ThreadPoolExecutor(16) as pool:
+        for clip, found in zip(clips, pool.map(digest, clips)):
+            clip["digest"] = found
 
 
 def frames_at_once(args):
@@ -336,6 +322,21 @@ def load_encoders(base, device):
     return StableVideoDiffusionPipeline(unet=None, **parts)
 
 
+def load_frozen(clips, args, base, accelerator):
+    """What training needs of the frozen parts: (pipeline that encodes, or None with the cache; VAE; its decoder).
+
+    With the cache, which is filled here, training needs the VAE's encoder alone, and CLIP not at all.
+    """
+    if args.cache_latents:
+        build_cache(clips, args, base, accelerator)
+        pipe, vae = None, common.load_part(base, "vae", torch.float32).requires_grad_(False)
+    else:
+        pipe = load_encoders(base, accelerator.device)
+        vae = pipe.vae
+    decoder, vae.decoder = vae.decoder, None
+    return pipe, vae, decoder
+
+
 def build_cache(clips, args, base, accelerator):
     """Fills `clip["cache"]` for every clip, encoding those that have no current file; the processes share the work."""
     fingerprint = "-".join(common.weights_fingerprint(base, part)[:8] for part in ("vae", "image_encoder"))
@@ -345,7 +346,7 @@ def build_cache(clips, args, base, accelerator):
             root, name = Path(args.cache_dir), f"{name}-{clip['digest']}"
         clip["cache"] = root / f"{args.width}x{args.height}-{fingerprint}" / f"{name}.safetensors"
     missing = [clip for clip in clips if not cache_is_current(clip["cache"], clip["digest"])]
-    for folder in {clip["cache"].parent for clip in missing[:1000]}:
+    for folder in {clip["cache"].parent for clip in missing}:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=folder).close()
@@ -359,18 +360,20 @@ def build_cache(clips, args, base, accelerator):
     accelerator.wait_for_everyone()
 
 
+@torch.no_grad()
 def encode_clips(clips, args, pipe, accelerator):
-    """Writes the cache file of every clip."""
-    total, chunk = sum(len(clip["frames"]) for clip in clips), frames_at_once(args)
+    """Writes the cache file of every clip: posterior mean and std (N, 4, h, w), CLIP embeddings (N, 1, D), all fp32."""
+    total, chunk, device = sum(len(clip["frames"]) for clip in clips), frames_at_once(args), accelerator.device
     with tqdm(total=total, desc="caching latents", unit="frame", disable=not accelerator.is_main_process) as progress:
         for clip in clips:
             parts = []
             for i in range(0, len(clip["frames"]), chunk):
-                frames = common.read_frames(clip["frames"][i : i + chunk], args.width, args.height)
-                parts.append([part.cpu() for part in encode_frames(pipe, frames, accelerator.device)])
+                frames = common.read_frames(clip["frames"][i : i + chunk], args.width, args.height)  # (n, H, W, 3)
+                posterior = pipe.vae.encode(common.to_pixels(frames).to(device)).latent_dist
+                embeddings = pipe._encode_image([Image.fromarray(frame) for frame in frames], device, 1, False)
+                parts.append([part.cpu() for part in (posterior.mean, posterior.std, embeddings)])
                 progress.update(len(frames))
             tensors = dict(zip(("mean", "std", "image_embeddings"), (torch.cat(part) for part in zip(*parts))))
-            clip["cache"].parent.mkdir(parents=True, exist_ok=True)
             write_tensors(clip["cache"], tensors, {"key": clip["digest"]})
 
 
@@ -488,6 +491,16 @@ def prepare_unet(unet, trainable, weight_dtype, checkpointing):
         if isinstance(module, RECOMPUTED[checkpointing]):  # diffusers' own checkpointing skips the temporal halves
             module.forward = checkpointed(module.forward)
     return unet.train()
+
+
+def load_unet(args, base, device):
+    """The UNet as the run trains it, on the device, and the mode of recomputation that was chosen for it."""
+    weight_dtype = DTYPES[args.mixed_precision]
+    mode = choose_checkpointing(args, base, weight_dtype, usable_memory(device))
+    unet = prepare_unet(common.load_part(base, "unet", torch.float32), args.trainable, weight_dtype, mode)
+    if args.compile:
+        compile_blocks(unet)
+    return unet.to(device), mode
 
 
 def compile_blocks(unet):
@@ -612,11 +625,9 @@ class TrainingState:
             self.scaler.load_state_dict(saved["scaler"])
         self.steps = saved["step"]
 
-    @contextlib.contextmanager
     def synchronized(self, last):
-        """Around the micro-batches of a step: processes exchange gradients in the last one alone."""
-        with contextlib.nullcontext() if last else self.accelerator.no_sync(self.unet):
-            yield
+        """A context for each micro-batch of a step: processes exchange gradients in the last one alone."""
+        return contextlib.nullcontext() if last else self.accelerator.no_sync(self.unet)
 
     def backward(self, loss):
         """Adds the gradients of `loss`; where each is used at once, that is the update too."""
@@ -673,11 +684,11 @@ class TrainingState:
 # ------------------------------------------------------------------------------------------------------- Forecast
 # What a run needs, from the model's configuration alone: the real step, run on tensors that have a shape but no data.
 
+cpu_attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+cpu_attention_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 ATTENTION_ON_CPU = {  # torch's counter has formulas for the GPU's kernels of attention only
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda grad, q, k, v, *_, **__: (
-        sdpa_backward_flop_count(grad, q, k, v)
-    ),
+    cpu_attention: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
+    cpu_attention_backward: lambda grad, q, k, v, *_, **__: sdpa_backward_flop_count(grad, q, k, v),
 }
 
 
@@ -685,15 +696,10 @@ def fake_batch(args, count, unet_config, vae_config):
     """A batch of `count` samples as the cache and the loader give them."""
     factor = common.latent_factor(vae_config)
     shape = (count, args.num_frames, vae_config.latent_channels, args.height // factor, args.width // factor)
-    return {
-        "latents": torch.empty(shape),
-        "noise": torch.empty(shape),
-        "sigmas": torch.ones(count),
-        "keep": torch.ones(count),
-        "added_time_ids": torch.empty(count, 3),
-        "conditioning_image": torch.empty(count, 3, args.height, args.width),
-        "image_embeddings": torch.empty(count, 1, unet_config.cross_attention_dim),
-    }
+    shapes = {"latents": shape, "noise": shape, "sigmas": (count,), "keep": (count,), "added_time_ids": (count, 3)}
+    shapes["conditioning_image"] = (count, 3, args.height, args.width)
+    shapes["image_embeddings"] = (count, 1, unet_config.cross_attention_dim)
+    return {name: torch.ones(shape) for name, shape in shapes.items()}
 
 
 def forecast(args, folder, checkpointing, weight_dtype, count_flops=False):
@@ -703,55 +709,48 @@ def forecast(args, folder, checkpointing, weight_dtype, count_flops=False):
     peak holds beside the others; `training_gib` and `validation_gib`, of which the peak is the larger),
     `trainable_parameters` and, if asked, `flops_per_step`.
     """
-    processes, peak = int(os.environ.get("WORLD_SIZE", 1)), {}
+    processes, flops = int(os.environ.get("WORLD_SIZE", 1)), {}
     freed_early = gradients_freed_early(args, processes)
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        with common.memory_tracker() as tracker:
-            unet = UNetSpatioTemporalConditionModel.from_config(common.read_config(folder, "unet"))
-            prepare_unet(unet, args.trainable, weight_dtype, checkpointing)
-            vae = AutoencoderKLTemporalDecoder.from_config(common.read_config(folder, "vae")).requires_grad_(False)
-            vae.decoder = None
-            trained = list(trained_parameters(unet).values())
-            count = sum(p.numel() for p in trained)
-            # AdamW: two fp32 numbers a parameter; in 8 bits two bytes, and two fp32 scales for every 256 parameters
-            bytes_each = 8 if args.optimizer == "adamw" else 2 + 8 / 256
-            states = torch.empty(int(count * bytes_each), dtype=torch.uint8)
-            average = [torch.empty_like(p) for p in trained] if args.use_ema else []
-            batch = fake_batch(args, args.train_batch_size, unet.config, vae.config)
-            for parameter in trained if freed_early else ():
-                parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+    with FakeTensorMode(allow_non_fake_inputs=True), common.memory_tracker() as tracker:
+        unet = UNetSpatioTemporalConditionModel.from_config(common.read_config(folder, "unet"))
+        prepare_unet(unet, args.trainable, weight_dtype, checkpointing)
+        vae = AutoencoderKLTemporalDecoder.from_config(common.read_config(folder, "vae")).requires_grad_(False)
+        vae.decoder = None
+        trained = list(trained_parameters(unet).values())
+        count = sum(p.numel() for p in trained)
+        # AdamW: two fp32 numbers a parameter; in 8 bits two bytes, and two fp32 scales for every 256 parameters
+        optimizer = int(count * (8 if args.optimizer == "adamw" else 2 + 8 / 256))
+        held = [torch.empty(optimizer, dtype=torch.uint8), *(torch.empty_like(p) for p in trained if args.use_ema)]
+        batch = fake_batch(args, args.train_batch_size, unet.config, vae.config)
+        for parameter in trained if freed_early else ():
+            parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
 
-            def train(micro_batches):
-                for _ in range(micro_batches):
-                    training_loss(unet, vae, batch, weight_dtype)[0].backward()
-                if not freed_early:
-                    torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        def train(micro_batches):
+            for _ in range(micro_batches):
+                training_loss(unet, vae, batch, weight_dtype)[0].backward()
+            if not freed_early:
+                torch.nn.utils.clip_grad_norm_(trained, 1.0)
 
-            tracker.peak = tracker.now
-            # gradients of an earlier micro-batch, or those that several processes share, are there all the time
-            train(1 if processes == args.gradient_accumulation_steps == 1 else 2)
-            peak["training_gib"] = tracker.peak
-            if processes == 1:
-                unet.zero_grad(set_to_none=True)
-            tracker.peak = tracker.now
-            generate_fake(args, folder, unet, batch, weight_dtype)
-            peak["validation_gib"] = tracker.peak
-        weights = sum(p.numel() * p.element_size() for p in [*unet.parameters(), *vae.parameters(), *average])
-        flops = None
-        if count_flops:  # apart: the counter keeps recomputed activations alive
+        tracker.peak = tracker.now
+        # gradients of an earlier micro-batch, or those that several processes share, are there all the time
+        train(1 if processes == args.gradient_accumulation_steps == 1 else 2)
+        training = tracker.peak
+        if processes == 1:
+            unet.zero_grad(set_to_none=True)
+        tracker.peak = tracker.now
+        generate_fake(args, folder, unet, batch, weight_dtype)
+        validation = tracker.peak
+        if count_flops:  # last: the counter keeps recomputed activations alive
             with FlopCounterMode(display=False, custom_mapping=ATTENTION_ON_CPU) as counter:
                 train(1)
-            flops = counter.get_total_flops() * args.gradient_accumulation_steps
-    validates = args.validation_dir or args.num_validation_videos
-    result = {
-        "peak_memory_gib": max(peak.values()) if validates else peak["training_gib"],
-        "weights_gib": weights,
-        "gradients_gib": (max if freed_early else sum)(p.numel() * 4 for p in trained),
-        "optimizer_gib": states.numel(),
-    }
-    result["activations_gib"] = 2 * result["peak_memory_gib"] - sum(result.values())
-    result = {name: round(size / 2**30, 3) for name, size in {**result, **peak}.items()}
-    return {**result, "trainable_parameters": count, **({"flops_per_step": flops} if count_flops else {})}
+            flops = {"flops_per_step": counter.get_total_flops() * args.gradient_accumulation_steps}
+    peak = max(training, validation) if args.validation_dir or args.num_validation_videos else training
+    weights = sum(p.nbytes for p in [*unet.parameters(), *vae.parameters(), *held[1:]])
+    gradients = (max if freed_early else sum)(p.nbytes for p in trained)
+    sizes = {"peak_memory": peak, "weights": weights, "gradients": gradients, "optimizer": optimizer}
+    sizes |= {"activations": peak - weights - gradients - optimizer, "training": training, "validation": validation}
+    sizes = {f"{name}_gib": round(size / 2**30, 3) for name, size in sizes.items()}
+    return {**sizes, "trainable_parameters": count, **flops}
 
 
 @torch.no_grad()
@@ -768,23 +767,25 @@ def generate_fake(args, folder, unet, batch, weight_dtype):
     del frames
 
 
-def usable_memory(device):
-    """GiB that a run may use: what is free now, less what no forecast sees: CUDA's context and workspaces (0.6), and
-    fragments (5 %; 12 % on Windows, where torch has no expandable segments)."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0] / 2**30 * (0.88 if os.name == "nt" else 0.95) - 0.6
-    return psutil.virtual_memory().available / 2**30 * 0.95 - 0.6
+def usable_memory(device, size=None):
+    """GiB that a run may use of `size` bytes, or of what is free now: less what no forecast sees, which is CUDA's
+    context and workspaces (0.6), and fragments (5 %; 12 % on Windows, where torch has no expandable segments)."""
+    is_cuda = device.type == "cuda"
+    size = size or (torch.cuda.mem_get_info(device)[0] if is_cuda else psutil.virtual_memory().available)
+    return size / 2**30 * (0.88 if is_cuda and os.name == "nt" else 0.95) - 0.6
 
 
-def cheapest_checkpointing(args, folder, weight_dtype, available):
-    """`auto`: the mode with the least recomputation whose forecast fits; `full` where none does."""
-    for mode in RECOMPUTED:
-        if mode == "full" or forecast(args, folder, mode, weight_dtype)["peak_memory_gib"] <= available:
-            return mode
+def choose_checkpointing(args, folder, weight_dtype, available):
+    """--gradient_checkpointing; for `auto` the least recomputation whose forecast fits, `full` where none does."""
+    if args.gradient_checkpointing != "auto":
+        return args.gradient_checkpointing
+    less = ("none", "transformers") if available > 0 else ()
+    fitting = (m for m in less if forecast(args, folder, m, weight_dtype)["peak_memory_gib"] <= available)
+    return next(fitting, "full")
 
 
-def changes_that_fit(args, folder, weight_dtype, available):
-    """The changes of the command line that would fit, cheapest first: [(flags, GiB)]. Each adds to the one before."""
+def advice(args, folder, weight_dtype, available):
+    """One sentence: which changes of the command line would fit, cheapest first. Each adds to the one before."""
     multiple, fitting, flags = common.size_multiple(folder), [], []
     batch = args.train_batch_size * args.gradient_accumulation_steps
     smaller = {s: max(multiple, int(getattr(args, s) * 0.7) // multiple * multiple) for s in ("width", "height")}
@@ -802,75 +803,60 @@ def changes_that_fit(args, folder, weight_dtype, available):
         flags += [f"--{name} {value}" for name, value in change.items()]
         needed = forecast(args, folder, "full", weight_dtype)["peak_memory_gib"]
         if needed <= available:
-            fitting.append((" ".join(flags), needed))
-    return fitting
+            fitting.append(f"{' '.join(flags)} ({needed:.1f} GiB)")
+    found = "; or ".join(fitting) or "nothing that the options can change; use a larger card"
+    return f"What would fit, cheapest first: {found}"
 
 
 def dry_run(args, device):
     """Prints the plan of a run; its last line is one JSON object."""
     folder, weight_dtype = common.resolve_config(args.pretrained_model_name), DTYPES[args.mixed_precision]
     common.check_sizes(args, folder)
-    available, mode = usable_memory(device) if device.type == "cuda" else math.inf, args.gradient_checkpointing
-    if mode == "auto":
-        mode = cheapest_checkpointing(args, folder, weight_dtype, available) if device.type == "cuda" else "full"
+    available = usable_memory(device) if device.type == "cuda" else 0
+    mode = choose_checkpointing(args, folder, weight_dtype, available)
     plan = forecast(args, folder, mode, weight_dtype, count_flops=True)
     clips = common.list_clips(args.dataset_dir) if Path(args.dataset_dir).is_dir() else ()
     frames = sum(len(clip["frames"]) for clip in clips)
     plan |= disk_space(args, folder, frames, plan)
-    print(
-        f"trains {plan['trainable_parameters'] / 1e6:.1f} M parameters ({args.trainable}) of"
-        f" {args.pretrained_model_name}, {args.width}x{args.height}, {args.num_frames} frames, batch"
-        f" {args.train_batch_size}, {args.mixed_precision}, {args.optimizer}, gradient checkpointing {mode}"
-    )
+    size = f"{args.width}x{args.height}, {args.num_frames} frames, batch {args.train_batch_size}"
+    what = f"{plan['trainable_parameters'] / 1e6:.1f} M parameters ({args.trainable}) of {args.pretrained_model_name}"
+    print(f"trains {what}, {size}, {args.mixed_precision}, {args.optimizer}, gradient checkpointing {mode}")
     for name in ("weights", "gradients", "optimizer", "activations"):
         print(f"  {name:12s} {plan[f'{name}_gib']:8.2f} GiB" + (" at the peak" if name == "activations" else ""))
     print(f"  peak         {plan['peak_memory_gib']:8.2f} GiB, and about 0.6 GiB for CUDA itself")
     print(f"  validation   {plan['validation_gib']:8.2f} GiB, where there is one")
     print(f"  a step       {plan['flops_per_step'] / 1e12:8.2f} TFLOP")
-    print(
-        f"  disk: cache {plan['cache_gib']:.2f} GiB for {frames} frames, {plan['checkpoint_gib']:.2f} GiB a checkpoint"
-        f" (up to {args.checkpoints_total_limit + 1} at once), result {plan['output_gib']:.2f} GiB"
-    )
+    cache, each = f"{plan['cache_gib']:.2f} GiB for {frames} frames", f"{plan['checkpoint_gib']:.2f} GiB a checkpoint"
+    at_once = f"(up to {args.checkpoints_total_limit + 1} at once)"
+    print(f"  disk: cache {cache}, {each} {at_once}, result {plan['output_gib']:.2f} GiB")
     if device.type != "cuda":
         print(f"no CUDA GPU to compare with ({why_no_cuda()}): choose a card with more memory than the peak")
-    elif plan["peak_memory_gib"] <= available:
-        print(f"fits {torch.cuda.get_device_name()}: {available:.1f} GiB can be used")
     else:
-        print(f"does not fit {torch.cuda.get_device_name()}: {available:.1f} GiB can be used")
-        print(advice(args, folder, weight_dtype, available))
+        fits = plan["peak_memory_gib"] <= available
+        print(f"{'fits' if fits else 'does not fit'} {torch.cuda.get_device_name()}: {available:.1f} GiB can be used")
+        if not fits:
+            print(advice(args, folder, weight_dtype, available))
     print(json.dumps(plan))
 
 
-def advice(args, folder, weight_dtype, available):
-    """One sentence that names the changes that would fit, in order."""
-    fitting = changes_that_fit(args, folder, weight_dtype, available)
-    listed = "; or ".join(f"{flags} ({needed:.1f} GiB)" for flags, needed in fitting)
-    return f"What would fit, cheapest first: {listed or 'nothing that the options can change; use a larger card'}"
-
-
 def disk_space(args, folder, frames, plan):
-    """GiB on disk of the cache, of one checkpoint and of the result."""
+    """GiB on disk of the cache, of one checkpoint and of the result, which is as large as the base.
+
+    Where there is only the base's configuration, that is the size of its weights in fp32.
+    """
     unet, vae = common.read_config(folder, "unet"), common.read_config(folder, "vae")
     factor = common.latent_factor(vae)
     frame = 2 * vae["latent_channels"] * (args.width // factor) * (args.height // factor) + unet["cross_attention_dim"]
     weights = (1 + args.use_ema) * plan["trainable_parameters"] * 4 / 2**30
-    sizes = {"cache_gib": frames * frame * 4 / 2**30, "checkpoint_gib": plan["optimizer_gib"] + weights}
-    sizes["output_gib"] = output_bytes(folder) / 2**30
-    return {name: round(size, 3) for name, size in sizes.items()}
-
-
-def output_bytes(folder):
-    """Size of the result: that of the base's files, or of fp32 weights where only the configuration is there."""
     try:
-        return sum(f.stat().st_size for part in common.MODEL_PARTS for f in common.weight_files(folder, part))
+        output = sum(f.stat().st_size for part in common.MODEL_PARTS for f in common.weight_files(folder, part))
     except (UserError, TypeError):  # no files there, or no folder at all
-        with FakeTensorMode(allow_non_fake_inputs=True):
-            models = [
-                UNetSpatioTemporalConditionModel.from_config(common.read_config(folder, "unet")),
-                AutoencoderKLTemporalDecoder.from_config(common.read_config(folder, "vae")),
-                CLIPVisionModelWithProjection(CLIPVisionConfig(**common.read_config(folder, "image_encoder"))),
-            ]
-        return sum(4 * p.numel() for model in models for p in model.parameters())
+        with torch.device("meta"):
+            clip = CLIPVisionModelWithProjection(CLIPVisionConfig(**common.read_config(folder, "image_encoder")))
+            models = [UNetSpatioTemporalConditionModel.from_config(unet), AutoencoderKLTemporalDecoder.from_config(vae)]
+        output = sum(4 * p.numel() for model in (*models, clip) for p in model.parameters())
+    sizes = {"cache_gib": frames * frame * 4 / 2**30, "checkpoint_gib": plan["optimizer_gib"] + weights}
+    return {name: round(size, 3) for name, size in {**sizes, "output_gib": output / 2**30}.items()}
 
 
 # -------------------------------------------------------------------------------------------- Checkpoints, result
@@ -944,14 +930,14 @@ def read_checkpoint(folder):
     path = folder / common.CHECKPOINT_STATE
     try:
         saved = json.loads(path.read_text())
-        if "files" not in saved:
-            raise UserError(f"{folder}: holds weights to generate with, no training to go on with")
-        files = saved["files"]
+        files = saved.get("files", {}).items()
     except FileNotFoundError:
         raise UserError(f"{path}: missing; not a checkpoint of train_svd.py") from None
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, AttributeError):
         raise UserError(f"{path}: damaged") from None
-    for name, digest in files.items():
+    if not files:
+        raise UserError(f"{folder}: holds weights to generate with, no training to go on with")
+    for name, digest in files:
         file = folder / name
         if not file.is_file() or common.file_digest(file) != digest:
             raise UserError(f"{file}: {'damaged' if file.is_file() else 'missing'}")
@@ -1043,24 +1029,22 @@ def save_result(state, base):
     for part in common.PARTS:
         (aside / part).mkdir(parents=True)
         stored = common.weight_files(base, part) if part in common.MODEL_PARTS else []
-        for source in (base / part).glob("*.json"):
-            text = source.read_text(encoding="utf-8")
-            if ".index" not in source.name:
-                common.write_file(aside / part / source.name, text)
-            elif all(file.name in text for file in stored):
-                common.write_file(aside / part / source.name.replace(".fp16", ""), text.replace(".fp16", ""))
-        if part == "image_encoder":  # else transformers, given no dtype, loads fp16 beside diffusers' fp32
-            config = {**common.read_config(base, part), "dtype": "float32"}
-            common.write_file(aside / part / "config.json", json.dumps(config, indent=2))
-        for source in stored:
+        for source in [*(base / part).glob("*.json"), *stored]:
             target = aside / part / source.name.replace(".fp16", "")
-            if part == "unet":
+            if ".index" in source.name:
+                text = source.read_text(encoding="utf-8")
+                if all(file.name in text for file in stored):
+                    common.write_file(target, text.replace(".fp16", ""))
+            elif part == "unet" and source in stored:
                 tensors = load_file(source)
                 for name in tensors.keys() & weights.keys():
                     tensors[name] = weights[name].detach().to("cpu", tensors[name].dtype)
                 write_tensors(target, tensors, {"format": "pt"})
             else:
                 shutil.copyfile(source, target)
+    # without this transformers, given no dtype, would load fp16 beside diffusers' fp32
+    config = {**common.read_config(base, "image_encoder"), "dtype": "float32"}
+    common.write_file(aside / "image_encoder" / "config.json", json.dumps(config, indent=2))
     (output / "model_index.json").unlink(missing_ok=True)  # from here until it is back, this is no finished result
     for part in common.PARTS:
         shutil.rmtree(output / part, ignore_errors=True)  # an earlier result of this same run, resumed to go further
@@ -1088,10 +1072,9 @@ def model_card(state):
     table = "".join(f"| {name} | {value:.4g} |\n" for name, value in numbers.items())
     videos = sorted((output / "validation").glob(f"step-{scores.get('step', 0):06d}/*.mp4"))
     samples = "".join(f"- [{video.name}]({video.relative_to(output).as_posix()})\n" for video in videos)
-    what = f"{settings['num_clips']} clips, {state.steps} steps of {settings['global_batch_size']}, "
-    what += f"{settings['width']}x{settings['height']}, {settings['num_frames']} frames; trained: "
-    what += f"{settings['trainable']}. Median fps "
-    what += f"{settings['median_fps']:g}, median motion_bucket_id {settings['median_motion_bucket_id']:g}: use these."
+    what = "{num_clips} clips, {steps} steps of {global_batch_size}, {width}x{height}, {num_frames} frames; trained:"
+    what += " {trainable}. Median fps {median_fps:g}, median motion_bucket_id {median_motion_bucket_id:g}: use these."
+    what = what.format(steps=state.steps, **settings)
     base = f"base_model: {settings['base_model_name']}\n" if settings["base_model_name"] else ""  # never a local path
     text = f"---\n{base}pipeline_tag: image-to-video\nlibrary_name: diffusers\n---\n"
     text += f"\n# Stable Video Diffusion, fine-tuned\n\n{what} All settings: {common.SETTINGS}.\n"
@@ -1119,13 +1102,13 @@ class Validation:
     cache holds what it says of each first frame.
     """
 
-    def __init__(self, args, base, clips, vae, decoder, weight_dtype):
-        self.args, self.clips, self.vae, self.decoder, self.weight_dtype = args, clips, vae, decoder, weight_dtype
+    def __init__(self, args, base, clips, vae, decoder):
+        self.args, self.clips, self.vae, self.decoder = args, clips, vae, decoder
+        self.weight_dtype = DTYPES[args.mixed_precision]
         self.dataset = ClipDataset(clips, args, vae.config, cached=True)
         parts = {part: common.load_part(base, part, None) for part in ("scheduler", "feature_extractor")}
         self.pipe = StableVideoDiffusionPipeline(unet=None, vae=vae, image_encoder=None, **parts)
         self.pipe.set_progress_bar_config(disable=True)
-        self.folder = Path(args.output_dir) / "validation"
 
     def losses(self, unet, device):
         """Mean v loss by noise level, on the first window of every clip, with the same noise every time."""
@@ -1142,7 +1125,10 @@ class Validation:
         return {**by_sigma, "loss_v": sum(sums.values()) / len(sums)}
 
     def generate(self, clip, device):
-        """The continuation of the clip's first frame by the stock pipeline: (T, H, W, 3) uint8."""
+        """The continuation of the clip's first frame by the stock pipeline: (T, H, W, 3) uint8, the first frame too.
+
+        T is --num_frames, at the clip's fps and motion. The noise is the same every time.
+        """
         args, pipe = self.args, self.pipe
         first = common.read_frames(clip["frames"][:1], args.width, args.height)[0]
         embedding = read_cached(clip["cache"], 0, 1)[2][None].to(device, self.weight_dtype)  # (1, 1, D)
@@ -1173,7 +1159,7 @@ class Validation:
         try:
             self.pipe.unet = state.bare_unet
             metrics, scores, copied = self.losses(state.bare_unet, device), [], []
-            target = self.folder / f"step-{state.steps:06d}"
+            target = Path(self.args.output_dir) / "validation" / f"step-{state.steps:06d}"
             target.mkdir(parents=True, exist_ok=True)
             for clip in self.clips:
                 real = common.read_frames(clip["frames"][: self.args.num_frames], self.args.width, self.args.height)
@@ -1206,19 +1192,18 @@ def mean_scores(scores):
 
 def report_scores(metrics, state):
     """Prints the scores beside those of the base and of a copied first frame; warns of video that does not move."""
-    base = next((line for line in read_metrics(state.args.output_dir) if "validation_loss_v" in line), None)
+    base = next((line for line in read_metrics(state.args.output_dir) if line["step"] == 0), None)  # only scores have 0
     rows = {f"step {state.steps}": metrics}
-    if base and base["step"] == 0:
+    if base:
         rows["base model"] = {name.removeprefix("validation_"): value for name, value in base.items()}
     rows["first frame copied"] = {n.removeprefix("copied_"): v for n, v in metrics.items() if n.startswith("copied_")}
     for label, row in rows.items():
         names = [n for n in ("loss_v", "psnr_moving", "motion_ratio", "flow_error") if row.get(n) is not None]
         tqdm.write(f"{label}: " + ", ".join(f"{name} {row[name]:.3f}" for name in names))
     if metrics.get("motion_ratio", 1.0) < 0.5:
-        tqdm.write(
-            f"warning: generated video moves {metrics['motion_ratio']:.2f} times as much as the real one. Try"
-            " --P_mean 1.0, fewer steps or a lower --learning_rate; check fps and motion in metadata.jsonl"
-        )
+        moves = f"generated video moves {metrics['motion_ratio']:.2f} times as much as the real one"
+        cure = "Try --P_mean 1.0, fewer steps or a lower --learning_rate; check fps and motion in metadata.jsonl"
+        tqdm.write(f"warning: {moves}. {cure}")
 
 
 def keep_best(metrics, state):
@@ -1237,9 +1222,8 @@ DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def build_parser():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, width=110)
-    )
+    wide = partial(argparse.RawDescriptionHelpFormatter, width=110)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=wide)
 
     def positive(text):
         if int(text) < 1:
@@ -1260,10 +1244,9 @@ def build_parser():
     add("--width", type=positive, default=512, help="pixels, a multiple of 64 for SVD (default 512)")
     add("--height", type=positive, default=320, help="pixels, a multiple of 64 for SVD (default 320)")
     add("--fps", type=at_least_zero, default=DEFAULT_FPS, help="for clips without metadata.jsonl (default 7)")
-    bucket = DEFAULT_MOTION_BUCKET_ID
-    add("--motion_bucket_id", type=at_least_zero, default=bucket, help="likewise, 0..255 (default 127)")
-    cache = argparse.BooleanOptionalAction
-    add("--cache_latents", action=cache, default=True, help="encode every frame once (default)")
+    add("--motion_bucket_id", type=at_least_zero, default=DEFAULT_BUCKET, help="likewise, 0..255 (default 127)")
+    switch = argparse.BooleanOptionalAction
+    add("--cache_latents", action=switch, default=True, help="encode every frame once (default)")
     add("--cache_dir", help="where the cache goes (default: DATASET_DIR/.cache)")
     add("--dataloader_num_workers", type=positive, default=4, help="threads that load samples (default 4)")
 
@@ -1275,9 +1258,7 @@ def build_parser():
     schedules = [s.value for s in SchedulerType if s.value != "piecewise_constant"]  # that one needs a rule
     add("--lr_scheduler", choices=schedules, default="constant", help="of the learning rate (default constant)")
     add("--lr_warmup_steps", type=int, default=0, help="optimizer steps of linear warm-up (default 0)")
-    clipping = (
-        "clip the gradient's norm; 0: do not, and free each gradient once it is used (default 1; 0 with adamw8bit)"
-    )
+    clipping = "clip the gradient's norm; 0: free each gradient once it is used (default 1; 0 with adamw8bit)"
     add("--max_grad_norm", type=at_least_zero, help=clipping)
     add("--optimizer", choices=["adamw", "adamw8bit"], default="adamw", help="adamw8bit needs bitsandbytes")
     add("--adam_weight_decay", type=at_least_zero, default=1e-2, help="AdamW's decoupled decay (default 0.01)")
@@ -1321,42 +1302,41 @@ def parse_args(argv=None):
     """Parses and checks the command line: whatever can be known to be wrong without loading a weight."""
     parser = build_parser()
     args = parser.parse_args(argv)
-    if not 0 < args.fps <= 240:
-        parser.error(f"--fps must be over 0 and at most 240, got {args.fps:g}")
-    if args.motion_bucket_id > 255:
-        parser.error(f"--motion_bucket_id must be 0..255, got {args.motion_bucket_id:g}")
-    if args.conditioning_dropout_prob > 1:
-        parser.error(f"--conditioning_dropout_prob must be 0..1, got {args.conditioning_dropout_prob:g}")
-    if not 0 <= args.lr_warmup_steps <= args.max_train_steps:
-        parser.error(f"--lr_warmup_steps must be 0..{args.max_train_steps}, got {args.lr_warmup_steps}")
-    if args.lr_warmup_steps and args.lr_scheduler == "constant":
-        args.lr_scheduler = "constant_with_warmup"  # diffusers' `constant` would ignore the warm-up
-    if not args.ema_decay < 1:
-        parser.error(f"--ema_decay must be under 1, got {args.ema_decay:g}")
-    if args.num_validation_videos < 0:
-        parser.error(f"--num_validation_videos must be at least 0, got {args.num_validation_videos}")
-    if args.num_frames < 2:
-        parser.error("--num_frames must be at least 2: one frame has no motion to learn")
-    if args.max_grad_norm is None:
-        args.max_grad_norm = 0.0 if args.optimizer == "adamw8bit" else 1.0
-    for module, flag in (("bitsandbytes", args.optimizer == "adamw8bit"), (args.report_to, args.report_to)):
-        if flag and not args.dry_run and importlib.util.find_spec(module) is None:
-            parser.error(f"{'--report_to' if module == args.report_to else '--optimizer'} needs: pip install {module}")
+    for name, is_right, wanted in (
+        ("fps", 0 < args.fps <= 240, "over 0 and at most 240"),
+        ("motion_bucket_id", args.motion_bucket_id <= 255, "0..255"),
+        ("conditioning_dropout_prob", args.conditioning_dropout_prob <= 1, "0..1"),
+        ("lr_warmup_steps", 0 <= args.lr_warmup_steps <= args.max_train_steps, f"0..{args.max_train_steps}"),
+        ("ema_decay", args.ema_decay < 1, "under 1"),
+        ("num_validation_videos", args.num_validation_videos >= 0, "at least 0"),
+        ("num_frames", args.num_frames >= 2, "at least 2, for one frame has no motion to learn"),
+    ):
+        if not is_right:
+            parser.error(f"--{name} must be {wanted}, got {getattr(args, name)}")
     if (args.validation_dir or args.num_validation_videos) and not args.cache_latents:
         parser.error("validation reads the latent cache: leave out --no-cache_latents")
+    if args.lr_warmup_steps and args.lr_scheduler == "constant":
+        args.lr_scheduler = "constant_with_warmup"  # diffusers' `constant` would ignore the warm-up
+    if args.max_grad_norm is None:
+        args.max_grad_norm = 0.0 if args.optimizer == "adamw8bit" else 1.0
     cuda = torch.cuda.is_available()
-    if args.optimizer == "adamw8bit" and not cuda and not args.dry_run:
-        parser.error("--optimizer adamw8bit needs a CUDA GPU; leave it out on the CPU")
-    if not cuda and args.mixed_precision == "fp16" and not args.dry_run:
-        parser.error("--mixed_precision fp16 needs a CUDA GPU; on the CPU use no or bf16")
     if args.mixed_precision is None:
         older = cuda and torch.cuda.get_device_capability() < (8, 0)
         args.mixed_precision = "fp16" if older else "bf16" if cuda or args.dry_run else "no"
-    if not args.dry_run:
-        try:
-            check_output_dir(args)
-        except UserError as error:
-            parser.error(str(error))
+    if args.dry_run:  # needs no more than the numbers
+        return args
+    needed = {"--optimizer": "bitsandbytes" if args.optimizer == "adamw8bit" else None, "--report_to": args.report_to}
+    for flag, module in needed.items():
+        if module and importlib.util.find_spec(module) is None:
+            parser.error(f"{flag} needs: pip install {module}")
+    if args.optimizer == "adamw8bit" and not cuda:
+        parser.error("--optimizer adamw8bit needs a CUDA GPU; leave it out on the CPU")
+    if args.mixed_precision == "fp16" and not cuda:
+        parser.error("--mixed_precision fp16 needs a CUDA GPU; on the CPU use no or bf16")
+    try:
+        check_output_dir(args)
+    except UserError as error:
+        parser.error(str(error))
     return args
 
 
@@ -1369,9 +1349,7 @@ def check_output_dir(args):
     ours = ("model_index.json", common.SETTINGS, "README.md", "metrics.jsonl", "validation", "best", *common.PARTS)
     there = [name for name in ours if (output / name).exists()]
     if there and not run:
-        raise UserError(
-            f"--output_dir {output} holds something that is no run of this script: {there[0]}; give another"
-        )
+        raise UserError(f"--output_dir {output} holds what is no run of this script: {there[0]}; give another")
     if run and not args.resume_from_checkpoint:
         raise UserError(f"--output_dir {output} already holds a run; give another, or --resume_from_checkpoint latest")
 
@@ -1391,41 +1369,39 @@ def why_no_cuda():
     return "no NVIDIA GPU or driver found: see whether nvidia-smi lists one"
 
 
+PATIENCE = datetime.timedelta(hours=12)  # the other processes wait while one validates
+
+
 def build_accelerator(args, device):
     """Accelerate for devices, processes and fp16's scaler alone: nothing of its environment may change the result."""
-    accelerator = Accelerator(
-        # fp16 needs accelerate's gradient scaler, but never its autocast: prepare_unet has cast what is to be cast
-        mixed_precision="fp16" if args.mixed_precision == "fp16" else "no",
-        cpu=device.type == "cpu",
-        dynamo_backend="no",
-        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),  # else its environment divides the loss
-        kwargs_handlers=[
-            AutocastKwargs(enabled=False),
-            DistributedDataParallelKwargs(gradient_as_bucket_view=True),
-            InitProcessGroupKwargs(timeout=PATIENCE),
-        ],
-        log_with=args.report_to,
-        project_dir=args.output_dir,
-    )
-    if accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU):
+    # fp16 needs accelerate's gradient scaler, but never its autocast: prepare_unet has cast what is to be cast.
+    # Accumulation and dynamo's backend are given because it would take those of the environment.
+    kinds = accelerate.utils
+    options = {"mixed_precision": "fp16" if args.mixed_precision == "fp16" else "no", "dynamo_backend": "no"}
+    options["gradient_accumulation_plugin"] = kinds.GradientAccumulationPlugin(num_steps=1)
+    options["kwargs_handlers"] = [
+        kinds.AutocastKwargs(enabled=False),
+        kinds.DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+        kinds.InitProcessGroupKwargs(timeout=PATIENCE),
+    ]
+    options |= {"log_with": args.report_to, "project_dir": args.output_dir}
+    accelerator = accelerate.Accelerator(cpu=device.type == "cpu", **options)
+    if accelerator.distributed_type.value not in ("NO", "MULTI_GPU", "MULTI_CPU"):
         kind = accelerator.distributed_type.value
         raise UserError(f"accelerate is set up for {kind}, which is not supported; launch with --multi_gpu")
     return accelerator
 
 
-PATIENCE = datetime.timedelta(hours=12)  # the other processes wait while one validates
-
-
 def describe_run(args, base, clips, num_processes):
     """The settings that every checkpoint and the result carry."""
-    local = Path(args.pretrained_model_name).is_dir()
-    fps, buckets = ([clip[name] for clip in clips] for name in ("fps", "motion_bucket_id"))
+    name, local = args.pretrained_model_name, Path(args.pretrained_model_name).is_dir()
+    fps, buckets = ([clip[key] for clip in clips] for key in ("fps", "motion_bucket_id"))
     versions = {"python": platform.python_version(), "torch": torch.__version__, "diffusers": diffusers.__version__}
     return {
         **vars(args),
         "global_batch_size": args.train_batch_size * args.gradient_accumulation_steps * num_processes,
-        "pretrained_model_name": str(base.resolve()) if local else args.pretrained_model_name,
-        "base_model_name": None if local else args.pretrained_model_name,
+        "pretrained_model_name": str(base.resolve()) if local else name,
+        "base_model_name": None if local else name,
         "base_fingerprint": common.weights_fingerprint(base, "unet"),
         "num_clips": len(clips),
         "median_fps": statistics.median(fps),
@@ -1451,21 +1427,21 @@ def main(argv=None):
     except RuntimeError as error:
         if not common.is_out_of_memory(error):
             raise
-        available = torch.cuda.get_device_properties(device).total_memory / 2**30 * 0.95 - 0.6
+        available = usable_memory(device, torch.cuda.get_device_properties(device).total_memory)
         folder = common.resolve_model(args.pretrained_model_name)
         advised = advice(args, folder, DTYPES[args.mixed_precision], available)
         raise UserError(f"the GPU's memory is not enough ({str(error).splitlines()[0]}). {advised}") from None
 
 
 def train(args, device):
-    """One run, from the first or a saved step to the result; returns the exit status."""
-    # everything that can be refused is refused before a weight is loaded
+    """One run, from the first or a saved step to the result; returns the exit status.
+
+    Everything that can be refused is refused before a weight is loaded.
+    """
     base = common.resolve_model(args.pretrained_model_name)
     common.check_sizes(args, base)
     clips, held_out = split_clips(load_clips(args, args.dataset_dir), args)
-    with ThreadPoolExecutor(16) as pool:
-        for clip, digest in zip([*clips, *held_out], pool.map(clip_digest, [*clips, *held_out])):
-            clip["digest"] = digest
+    add_digests([*clips, *held_out])
     accelerator = build_accelerator(args, device)
     settings = describe_run(args, base, clips, accelerator.num_processes)
     frames = {clip["directory"]: f"{clip['digest']} {clip['fps']:g} {clip['motion_bucket_id']:g}" for clip in clips}
@@ -1478,44 +1454,26 @@ def train(args, device):
         if args.resume_from_checkpoint and accelerator.is_main_process:
             put_aside_newer(args, folder, saved["step"] if saved else 0)
         start_trackers(args, accelerator)
-
-        # data: with the cache, training needs the VAE's encoder alone, and CLIP not at all
-        weight_dtype = DTYPES[args.mixed_precision]
-        if args.cache_latents:
-            build_cache([*clips, *held_out], args, base, accelerator)
-            pipe, vae = None, common.load_part(base, "vae", torch.float32).requires_grad_(False)
-        else:
-            pipe = load_encoders(base, accelerator.device)
-            vae = pipe.vae
-        decoder, vae.decoder = vae.decoder, None
+        pipe, vae, decoder = load_frozen([*clips, *held_out], args, base, accelerator)
         dataset = ClipDataset(clips, args, vae.config, cached=not pipe)
-
-        # model
-        checkpointing = args.gradient_checkpointing
-        if checkpointing == "auto":
-            checkpointing = cheapest_checkpointing(args, base, weight_dtype, usable_memory(accelerator.device))
-        unet = common.load_part(base, "unet", torch.float32)
-        prepare_unet(unet, args.trainable, weight_dtype, checkpointing)
-        if args.compile:
-            compile_blocks(unet)
+        unet, checkpointing = load_unet(args, base, accelerator.device)
         vae.to(accelerator.device)
-        state = TrainingState(unet.to(accelerator.device), args, accelerator, {**settings}, frames)
+        state = TrainingState(unet, args, accelerator, settings, frames)
         if saved:
             state.load(folder, saved)
         validation = None
         if held_out and accelerator.is_main_process:
-            validation = Validation(args, base, held_out, vae, decoder, weight_dtype)
-        accelerator.print(
-            f"{len(clips)} clips{f' and {len(held_out)} held out' if held_out else ''}, {args.max_train_steps} steps of"
-            f" {settings['global_batch_size']}; {sum(p.numel() for p in state.trained.values()) / 1e6:.1f} M parameters"
-            f" trained ({args.trainable}), {args.mixed_precision} on {device.type}, recomputed: {checkpointing}"
-        )
-
+            validation = Validation(args, base, held_out, vae, decoder)
+        data = f"{len(clips)} clips" + (f" and {len(held_out)} held out" if held_out else "")
+        steps = f"{args.max_train_steps} steps of {settings['global_batch_size']}"
+        trained = f"{sum(p.numel() for p in state.trained.values()) / 1e6:.1f} M parameters trained ({args.trainable})"
+        how = f"{args.mixed_precision} on {device.type}, recomputed: {checkpointing}"
+        accelerator.print(f"{data}, {steps}; {trained}, {how}")
         with saved_on_error(state):
             status = run_steps(state, dataset, pipe, vae, validation)
         if not status and accelerator.is_main_process:
-            output = args.output_dir
             save_result(state, base)
+            output = args.output_dir
             print(f"done: {output} is a diffusers pipeline; python infer_svd.py --model_dir {output} ...")
         end_processes(state)
         return status
@@ -1529,7 +1487,7 @@ def run_steps(state, dataset, pipe, vae, validation):
     if first == 0 and validation:
         log.scores(validation(state))
     for step in range(first, args.max_train_steps):
-        micro_batches, failure = log.timed(take, loader, args.gradient_accumulation_steps)
+        micro_batches, failure = take(loader, args.gradient_accumulation_steps, log)
         received = stop.requested(failure)
         if failure or received < 0 or (received and state.steps > first):  # a step at least, or it would never end
             return end_early(state, received, failure)
@@ -1569,12 +1527,15 @@ def index_batches(state):
             yield list(range(first, first + size))
 
 
-def take(loader, count):
-    """The next `count` batches, and the error that came in their place or None."""
+def take(loader, count, log):
+    """The next `count` batches, and the error that came in their place or None; the time counts as waiting."""
+    start = time.perf_counter()
     try:
         return [next(loader) for _ in range(count)], None
     except (UserError, OSError) as error:
         return [], error
+    finally:
+        log.waited += time.perf_counter() - start
 
 
 def end_early(state, received, failure):
@@ -1596,10 +1557,9 @@ def describe_bad_step(state, dataset):
     total = state.settings["global_batch_size"]
     indices = range(state.steps * total, (state.steps + 1) * total)
     names = sorted({dataset.clip_of(index)["directory"] for index in indices})
-    return (
-        f"step {state.steps + 1}: the loss or a gradient is not finite; it did not reach the weights. Its clips:"
-        f" {', '.join(names)}. Look at them, or try a lower --learning_rate, or --mixed_precision bf16"
-    )
+    what = f"step {state.steps + 1}: the loss or a gradient is not finite; it did not reach the weights"
+    cure = "Look at them, or try a lower --learning_rate, or --mixed_precision bf16"
+    return f"{what}. Its clips: {', '.join(names)}. {cure}"
 
 
 @contextlib.contextmanager
@@ -1701,21 +1661,14 @@ class Log:
         self.start(state.steps)
 
     def start(self, step):
-        self.sums, self.counts, self.waited, self.since, self.step = {}, {}, 0.0, time.perf_counter(), step
+        self.values, self.waited, self.since, self.step = defaultdict(list), 0.0, time.perf_counter(), step
         if self.accelerator.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
 
-    def timed(self, function, *args):
-        """Calls it, and counts the time as waiting for data."""
-        start = time.perf_counter()
-        result = function(*args)
-        self.waited += time.perf_counter() - start
-        return result
-
     def add(self, values):
+        """Device scalars by name; a line holds the mean of those since the last one."""
         for name, value in values.items():
-            self.sums[name] = self.sums.get(name, 0) + value
-            self.counts[name] = self.counts.get(name, 0) + 1
+            self.values[name].append(value)
 
     def step_done(self, step, write):
         """Counts a step; with `write`, a line of the means since the last one."""
@@ -1727,7 +1680,7 @@ class Log:
 
     def write(self, step):
         reduce, elapsed = self.accelerator.reduce, time.perf_counter() - self.since
-        means = {name: reduce(total / self.counts[name], "mean").item() for name, total in self.sums.items()}
+        means = {name: reduce(sum(given) / len(given), "mean").item() for name, given in self.values.items()}
         line = {"step": step, **means, "learning_rate": self.state.lr_scheduler.get_last_lr()[0]}
         line["seconds_per_step"] = round(elapsed / (step - self.step), 4)
         line["data_wait_share"] = round(self.waited / elapsed, 4)
@@ -1741,6 +1694,7 @@ class Log:
         self.start(step)
 
     def append(self, line):
+        """Adds a line of numbers to metrics.jsonl and to --report_to."""
         line = finite(line)
         if self.accelerator.is_main_process:
             with open(self.path, "a") as file:
@@ -1771,11 +1725,9 @@ class Log:
 
                 frames, data = [Image.fromarray(frame) for frame in common.read_video(path)], io.BytesIO()
                 frames[0].save(data, "gif", save_all=True, append_images=frames[1:], duration=250, loop=0)
-                image = Summary.Image(
-                    width=frames[0].width, height=frames[0].height, encoded_image_string=data.getvalue()
-                )
-                summary = Summary(value=[Summary.Value(tag=path.stem, image=image)])
-                tracker.file_writer.add_summary(summary, step)
+                width, height = frames[0].size
+                image = Summary.Image(width=width, height=height, encoded_image_string=data.getvalue())
+                tracker.file_writer.add_summary(Summary(value=[Summary.Value(tag=path.stem, image=image)]), step)
 
 
 if __name__ == "__main__":

@@ -59,16 +59,8 @@ def matrix_rate():
 
 
 def arguments(width, height, *flags):
-    command = [
-        "--pretrained_model_name",
-        "x",
-        "--dataset_dir",
-        "x",
-        "--output_dir",
-        tempfile.mkdtemp(),
-        "--width",
-        width,
-    ]
+    command = ["--pretrained_model_name", "x", "--dataset_dir", "x", "--output_dir", tempfile.mkdtemp()]
+    command += ["--width", width]
     command += ["--height", height, "--num_frames", FRAMES, *flags]
     return train_svd.parse_args([str(word) for word in command])
 

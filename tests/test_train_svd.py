@@ -578,13 +578,8 @@ def test_metrics_are_json_also_where_a_number_is_not_finite(trained, tmp_path):
 
 
 def test_without_cuda_it_says_so_and_the_average_is_that_of_diffusers(dataset, tmp_path):
-    arguments = [
-        *train_arguments(dataset, tmp_path / "out"),
-        "--checkpointing_steps",
-        1,
-        "--checkpoints_total_limit",
-        9,
-    ]
+    arguments = [*train_arguments(dataset, tmp_path / "out"), "--checkpointing_steps", 1]
+    arguments += ["--checkpoints_total_limit", 9]
     done = run("train_svd.py", *arguments, "--max_train_steps", 4, "--use_ema", "--ema_decay", 0.7)
     if not torch.cuda.is_available():
         assert "no CUDA GPU: " in done.stdout and "pytorch.org" in done.stdout
