@@ -837,16 +837,15 @@ def compile_blocks(unet):
             module.compile()
 
 
-def usable_memory(device):
-    """GiB that a run may use: what is free now, less what no forecast sees: CUDA's context and workspaces (0.6), and
-    fragments (5 %; 12 % on Windows, where torch has no expandable segments)."""
-    if device.type == "cuda":
-        import torch
-
-        return torch.cuda.mem_get_info(device)[0] / 2**30 * (0.88 if os.name == "nt" else 0.95) - 0.6
+def usable_memory(device, size=None):
+    """GiB that a run may use of `size` bytes, or of what is free now: less what no forecast sees, which is CUDA's
+    context and workspaces (0.6), and fragments (5 %; 12 % on Windows, where torch has no expandable segments)."""
     import psutil
+    import torch
 
-    return psutil.virtual_memory().available / 2**30 * 0.95 - 0.6
+    is_cuda = device.type == "cuda"
+    size = size or (torch.cuda.mem_get_info(device)[0] if is_cuda else psutil.virtual_memory().available)
+    return size / 2**30 * (0.88 if is_cuda and os.name == "nt" else 0.95) - 0.6
 
 
 def is_out_of_memory(error):

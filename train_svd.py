@@ -46,7 +46,6 @@ import accelerate
 import cv2
 import diffusers
 import numpy as np
-import psutil
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKLTemporalDecoder, StableVideoDiffusionPipeline, UNetSpatioTemporalConditionModel
@@ -447,15 +446,6 @@ RECOMPUTED = {
 }
 
 
-class SingleTokenAttention:
-    """Cross-attention over one token, exactly: softmax over one key is 1, so the output is to_out(to_v(token))."""
-
-    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, **kwargs):
-        assert encoder_hidden_states.shape[1] == 1, "the shortcut holds for one token only"
-        hidden = attn.to_out[0](attn.to_v(encoder_hidden_states))  # (B, 1, C)
-        return hidden.expand(-1, hidden_states.shape[1], -1)
-
-
 def forward_in_input_dtype(module):
     """The forward pass of a layer with fp32 weights, in the dtype of its input: autocast for this layer alone."""
     if not isinstance(
@@ -487,7 +477,7 @@ def prepare_unet(unet, trainable, weight_dtype, checkpointing):
         if weight_dtype != torch.float32 and any(p.requires_grad for p in module.parameters(recurse=False)):
             module.forward = forward_in_input_dtype(module)
         if isinstance(module, (BasicTransformerBlock, TemporalBasicTransformerBlock)) and module.attn2 is not None:
-            module.attn2.set_processor(SingleTokenAttention())
+            module.attn2.set_processor(common.SingleTokenAttention())
         if isinstance(module, RECOMPUTED[checkpointing]):  # diffusers' own checkpointing skips the temporal halves
             module.forward = checkpointed(module.forward)
     return unet.train()
@@ -496,19 +486,11 @@ def prepare_unet(unet, trainable, weight_dtype, checkpointing):
 def load_unet(args, base, device):
     """The UNet as the run trains it, on the device, and the mode of recomputation that was chosen for it."""
     weight_dtype = DTYPES[args.mixed_precision]
-    mode = choose_checkpointing(args, base, weight_dtype, usable_memory(device))
+    mode = choose_checkpointing(args, base, weight_dtype, common.usable_memory(device))
     unet = prepare_unet(common.load_part(base, "unet", torch.float32), args.trainable, weight_dtype, mode)
     if args.compile:
-        compile_blocks(unet)
+        common.compile_blocks(unet)
     return unet.to(device), mode
-
-
-def compile_blocks(unet):
-    """Compiles each large block by itself, in place: the names in the state dict stay as they are."""
-    torch._dynamo.config.cache_size_limit = 64  # the blocks come in more shapes than the default 8
-    for module in unet.modules():
-        if isinstance(module, (BasicTransformerBlock, TemporalBasicTransformerBlock, SpatioTemporalResBlock)):
-            module.compile()
 
 
 def checkpointed(forward):
@@ -767,14 +749,6 @@ def generate_fake(args, folder, unet, batch, weight_dtype):
     del frames
 
 
-def usable_memory(device, size=None):
-    """GiB that a run may use of `size` bytes, or of what is free now: less what no forecast sees, which is CUDA's
-    context and workspaces (0.6), and fragments (5 %; 12 % on Windows, where torch has no expandable segments)."""
-    is_cuda = device.type == "cuda"
-    size = size or (torch.cuda.mem_get_info(device)[0] if is_cuda else psutil.virtual_memory().available)
-    return size / 2**30 * (0.88 if is_cuda and os.name == "nt" else 0.95) - 0.6
-
-
 def choose_checkpointing(args, folder, weight_dtype, available):
     """--gradient_checkpointing; for `auto` the least recomputation whose forecast fits, `full` where none does."""
     if args.gradient_checkpointing != "auto":
@@ -812,7 +786,7 @@ def dry_run(args, device):
     """Prints the plan of a run; its last line is one JSON object."""
     folder, weight_dtype = common.resolve_config(args.pretrained_model_name), DTYPES[args.mixed_precision]
     common.check_sizes(args, folder)
-    available = usable_memory(device) if device.type == "cuda" else 0
+    available = common.usable_memory(device) if device.type == "cuda" else 0
     mode = choose_checkpointing(args, folder, weight_dtype, available)
     plan = forecast(args, folder, mode, weight_dtype, count_flops=True)
     clips = common.list_clips(args.dataset_dir) if Path(args.dataset_dir).is_dir() else ()
@@ -1194,7 +1168,7 @@ def report_scores(metrics, state):
     """Prints the scores beside those of the base and of a copied first frame; warns of video that does not move."""
     base = next((line for line in read_metrics(state.args.output_dir) if line["step"] == 0), None)  # only scores have 0
     rows = {f"step {state.steps}": metrics}
-    if base:
+    if base and state.steps:
         rows["base model"] = {name.removeprefix("validation_"): value for name, value in base.items()}
     rows["first frame copied"] = {n.removeprefix("copied_"): v for n, v in metrics.items() if n.startswith("copied_")}
     for label, row in rows.items():
@@ -1427,7 +1401,7 @@ def main(argv=None):
     except RuntimeError as error:
         if not common.is_out_of_memory(error):
             raise
-        available = usable_memory(device, torch.cuda.get_device_properties(device).total_memory)
+        available = common.usable_memory(device, torch.cuda.get_device_properties(device).total_memory)
         folder = common.resolve_model(args.pretrained_model_name)
         advised = advice(args, folder, DTYPES[args.mixed_precision], available)
         raise UserError(f"the GPU's memory is not enough ({str(error).splitlines()[0]}). {advised}") from None

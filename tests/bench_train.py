@@ -71,7 +71,7 @@ def our_step(args, checkpointing):
     vae = build(AutoencoderKLTemporalDecoder, "vae").requires_grad_(False)
     vae.decoder = None
     if args.compile:
-        train_svd.compile_blocks(unet)
+        common.compile_blocks(unet)
     trained = list(train_svd.trained_parameters(unet).values())
     freed_early = train_svd.gradients_freed_early(args, 1)
     optimizer = train_svd.build_optimizer(args, trained, freed_early)
