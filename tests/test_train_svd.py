@@ -587,7 +587,8 @@ def test_without_cuda_it_says_so_and_the_average_is_that_of_diffusers(dataset, t
     ]
     done = run("train_svd.py", *arguments, "--max_train_steps", 4, "--use_ema", "--ema_decay", 0.7)
     if not torch.cuda.is_available():
-        assert "no CUDA GPU: " in done.stdout and "pytorch.org" in done.stdout
+        cure = "pytorch.org" if torch.version.cuda is None else "driver"  # "no driver found", or "too old"
+        assert "no CUDA GPU: " in done.stdout and cure in done.stdout
     start = common.load_part(TINY, "unet", torch.float32)
     names = list(load_file(tmp_path / "out" / "checkpoint-1" / "trained.safetensors"))
     reference = EMAModel([dict(start.named_parameters())[name] for name in names], decay=0.7)
