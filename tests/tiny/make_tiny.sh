@@ -35,4 +35,13 @@ train --pretrained_model_name $OUT-unet-1 --dataset_dir $OUT-dataset-2 --output_
     --learning_rate 7e-4 --lr_scheduler cosine --lr_warmup_steps 50 --ema_decay 0.997 --P_mean 0.3
 train --pretrained_model_name $OUT-unet-2 --dataset_dir $OUT-dataset-3 --output_dir $OUT-unet-3 --max_train_steps 5500 \
     --learning_rate 7e-4 --lr_scheduler cosine --lr_warmup_steps 50 --ema_decay 0.997 --P_mean 1.2
-echo "$OUT-unet-3 is the checkpoint; tests/tiny_svd is a copy of its five parts and model_index.json, in fp16"
+
+# more of the foretold motion, on new clips, with twice the batch
+$PYTHON tests/tiny/render.py --task deliver --episodes 700 --seed 14 --output_dir $OUT-4/deliver
+$PYTHON tests/tiny/render.py --task deliver --episodes 300 --seed 24 --cameras side --output_dir $OUT-4/deliver_side
+$PYTHON tests/tiny/render.py --task point --episodes 260 --seed 15 --output_dir $OUT-4/point
+$PYTHON tests/tiny/render.py --task reach --episodes 100 --seed 16 --output_dir $OUT-4/reach
+$PYTHON prepare_dataset.py --video_dir $OUT-4 --output_dir $OUT-dataset-4
+train --pretrained_model_name $OUT-unet-3 --dataset_dir $OUT-dataset-4 --output_dir $OUT-unet-4 --max_train_steps 1118 \
+    --train_batch_size 8 --learning_rate 5e-4 --lr_scheduler cosine --lr_warmup_steps 100 --ema_decay 0.99 --P_mean 1.2
+echo "$OUT-unet-4 is the checkpoint; tests/tiny_svd is a copy of its five parts and model_index.json, in fp16"
