@@ -1323,6 +1323,9 @@ def main(argv=None):
     state = output / ".prepare"
     state.mkdir(parents=True, exist_ok=True)
     with lock_dataset(state, args.shard_name):
+        if not args.shard:  # alone here: what a killed run left half written goes
+            for left in [*output.glob(".metadata.jsonl.*.part"), *output.glob(".preview.jpg.*.part")]:
+                left.unlink()
         old = read_records(state)
         other = next((r["options"] for r in old.values() if r["options"] != clip_options(args)), None)
         if other and not args.overwrite:
