@@ -44,10 +44,11 @@ IMAGE_SUFFIXES = (*common.IMAGE_SUFFIXES, ".tif", ".tiff")
 
 # The command line, resolved: no size and no conditioning is None any more. It never changes: a smaller memory mode is
 # another one (`smaller_memory`), with the reason as its `fallback`.
-SETTINGS = "model_dir base_model input_image output_video output_format num_videos_per_image".split()
+SETTINGS = "model_dir base_model lora lora_scale input_image output_video output_format num_videos_per_image".split()
 SETTINGS += [*OPTIONS, "compare_with", "reference", "low_vram", "compile", "dry_run", "fallback"]
 Settings = namedtuple("Settings", SETTINGS, defaults=[None])
-Model = namedtuple("Model", "name base settings trained")  # as `common.resolve_checkpoint` finds it, by its name
+# As `common.resolve_checkpoint` finds it, by its name; adapters: [(safetensors file, scale)] of each --lora.
+Model = namedtuple("Model", "name base settings trained adapters", defaults=[()])
 
 # --------------------------------------------------------------------------------------------------- Command line
 
@@ -57,6 +58,8 @@ def build_parser():
     add = parser.add_argument_group("in and out").add_argument
     add("--model_dir", required=True, help="fine-tuned folder, checkpoint-N of a run, base folder or hub name")
     add("--base_model", metavar="FOLDER_OR_NAME", help="what a checkpoint was trained from, where that has moved")
+    add("--lora", nargs="+", default=[], metavar="DIR", help="lay these LoRAs over it: folders as OUTPUT_DIR/lora")
+    add("--lora_scale", type=float, default=1.0, help="strength of the LoRAs (default 1.0)")
     add("--input_image", required=True, help="an image, a folder of them, a prepared dataset or a quoted pattern")
     add("--output_video", required=True, help="one clip: the .mp4, .gif or .webp to write; any number: a folder")
     add("--output_format", choices=list(FORMATS), help="of a folder; frames: a dataset for train_svd.py (default mp4)")
@@ -412,7 +415,10 @@ def clip_options(settings, job):
 def fingerprint(model):
     """Tells two models apart, whatever their folders are called; the trained weights of a checkpoint count whole."""
     found = common.weights_fingerprint(model.base, "unet")
-    return common.file_digest(model.trained, found.encode())[:16] if model.trained else found
+    found = common.file_digest(model.trained, found.encode())[:16] if model.trained else found
+    for file, scale in model.adapters:
+        found = common.file_digest(file, f"{found} {scale:g}".encode())[:16]
+    return found
 
 
 def record_name(where, record):
@@ -611,9 +617,12 @@ def make_clips(clips, settings, device, progress, failed):
     Returns the settings, which are smaller ones from the clip on for which the memory was not enough.
     """
     import torch
+    from safetensors.torch import load_file
 
     dtype = torch.float16 if device == "cuda" else torch.float32
     pipe, _ = common.load_pipeline(clips.model.name, dtype, settings.base_model)
+    for file, scale in clips.model.adapters:
+        common.add_adapter(dict(pipe.unet.named_parameters()), load_file(file), scale)
     pipe.set_progress_bar_config(disable=True)
     wrap_unet(pipe.unet, settings.compile)
     common.avoid_conv3d(pipe.vae)
@@ -774,12 +783,44 @@ def find_model(name, args):
     return Model(name, *common.resolve_checkpoint(name, args.base_model))
 
 
+def add_adapters(model, args):
+    """The model with the LoRAs of --lora, and where it was not trained here, with what the first was trained with.
+
+    Raises `UserError` for a folder that holds none, and for a LoRA that is not for this model, by the shapes alone.
+    """
+    shapes, settings = {}, model.settings
+    for file in common.weight_files(model.base, "unet") if args.lora and not args.dry_run else ():
+        shapes |= {name: tensor["shape"] for name, tensor in common.safetensors_header(file).items()}
+    adapters = []
+    for folder in [Path(given).expanduser() for given in args.lora]:
+        config, file = folder / "adapter_config.json", folder / "adapter_model.safetensors"
+        if not config.is_file():
+            raise UserError(
+                f"--lora {folder}: holds no LoRA (no {config.name}); give OUTPUT_DIR/lora of a training run"
+            )
+        config, tensors = common.read_json(config), common.safetensors_header(file)
+        other = [name for name in ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save") if config.get(name)]
+        plain = config.get("peft_type") == "LORA" and config.get("bias", "none") == "none" and not other
+        if not plain or not isinstance(config.get("r"), int) or not isinstance(config.get("lora_alpha"), (int, float)):
+            raise UserError(f"--lora {folder}: not a plain LoRA ({', '.join(other)}); peft itself can merge it")
+        for name, tensor in tensors.items() if shapes else ():
+            layer = name.removeprefix("base_model.model.").rsplit(".lora_", 1)[0] + ".weight"
+            side = 1 if ".lora_A." in name else 0
+            if shapes.get(layer, [None, None])[side] != tensor["shape"][side]:
+                raise UserError(f"--lora {folder}: for another model: {model.base} has no {layer} of its size")
+        adapters.append((file, args.lora_scale * common.lora_scale(config)))
+        if not settings and (folder / common.SETTINGS).is_file():
+            settings = common.read_settings(folder / common.SETTINGS, "delete it, or copy the folder again")
+    return model._replace(adapters=adapters, settings=settings)
+
+
 def main(argv=None):
     args = parse_args(argv)
     images, failed = list_images(args)
     for text in failed:
         print(f"left out: {text}", file=sys.stderr)
     models = [find_model(name, args) for name in (args.model_dir, args.compare_with) if name]
+    models[0] = add_adapters(models[0], args)
     settings = resolve(args, models[0].base, models[0].settings)
     for model in models:
         common.check_sizes(settings, model.base)

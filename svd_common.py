@@ -558,7 +558,7 @@ CHECKPOINT_STATE = "training_state.json"  # what makes a folder a checkpoint of 
 SETTINGS = "training_settings.json"  # beside every result: what it was trained with
 SETTINGS_EXAMPLE = {"width": 512, "height": 320, "num_frames": 14, "median_fps": 7, "median_motion_bucket_id": 127}
 SETTINGS_EXAMPLE |= {"motion_bucket_id_range": [0, 255], "pretrained_model_name": "", "base_fingerprint": ""}
-SETTINGS_EXAMPLE |= {"use_ema": False}
+SETTINGS_EXAMPLE |= {"use_ema": False, "lora_rank": 0, "lora_alpha": 0}
 
 HUB_HELP = """{what}. Three ways to get the weights:
   1. accept the licence at https://huggingface.co/{name} , then: pip install -U huggingface_hub && hf auth login
@@ -643,7 +643,7 @@ def describe(path):
         return f"pickled weights ({weights[0].name}), which are never loaded: unpickling runs code; {NEEDED}"
     names, what = "".join(safetensors_header(weights[0])), "the weights of one part of a model"
     if "lora" in names:
-        what = "a LoRA, which adds to a model and is none"
+        what = "a LoRA, which adds to a model and is none: infer_svd.py takes it as --lora"
     elif "diffusion_model." in names:
         what = "weights in one file, as ComfyUI takes them"
     return f"{what} ({weights[0].name}); {NEEDED}"
@@ -890,7 +890,7 @@ def load_pipeline(name, dtype, base=None):
     folder, settings, trained = resolve_checkpoint(name, base)
     parts = {part: load_part(folder, part, dtype) for part in PARTS}
     if trained is not None:
-        load_trained_weights(parts["unet"], trained)
+        load_trained_weights(parts["unet"], trained, settings)
     return StableVideoDiffusionPipeline(**parts), settings
 
 
@@ -953,15 +953,35 @@ def find_base(folder, recorded, fingerprint):
     raise UserError(f"{folder}: its base model is {where}; give its folder or hub name as --base_model")
 
 
-def load_trained_weights(unet, trained_file):
-    """Copies the trained weights of a checkpoint into a UNet, in place, whatever their dtype."""
-    import torch
-    from safetensors import safe_open
+def load_trained_weights(unet, trained_file, settings):
+    """Puts the trained weights of a checkpoint into a UNet, in place, whatever their dtype; a LoRA is merged."""
+    from safetensors.torch import load_file
 
+    if settings.get("lora_rank"):
+        return add_adapter(dict(unet.named_parameters()), load_file(trained_file), lora_scale(settings))
     parameters = dict(unet.named_parameters())
-    with safe_open(trained_file, "pt") as tensors, torch.no_grad():
-        for key in tensors.keys():
-            parameters[key].copy_(tensors.get_tensor(key))
+    for name, tensor in load_file(trained_file).items():
+        parameters[name].data.copy_(tensor)
+
+
+def add_adapter(weights, adapter, scale):
+    """Adds scale * B A of a LoRA (Hu et al. 2021) to the weights that it is for, in place; the sum is made in fp32.
+
+    weights: {"<layer>.weight": (out, in)} of a UNet or of one of its files; adapter: {"<layer>.lora_A.weight": (r, in),
+    "<layer>.lora_B.weight": (out, r)}, named as in peft's files or as in a model that peft has adapters in.
+    """
+    adapter = {re.sub(r"^base_model\.model\.|\.default(?=\.)", "", name): tensor for name, tensor in adapter.items()}
+    for name in adapter:
+        weight = weights.get(name.replace(".lora_A", "")) if ".lora_A" in name else None
+        if weight is not None:
+            update = adapter[name.replace("lora_A", "lora_B")].float() @ adapter[name].float()
+            weight.data.copy_(weight.data.float() + scale * update.to(weight.device))
+
+
+def lora_scale(config):
+    """What B A is multiplied by, from training_settings.json or from peft's adapter_config.json."""
+    rank = config.get("lora_rank") or config["r"]
+    return config["lora_alpha"] / (rank**0.5 if config.get("use_rslora") else rank)
 
 
 # -------------------------------------------------------------------------------------------------------- Forecast
