@@ -438,8 +438,8 @@ def is_trained(name, trainable):
     return any(group in name for group in TRAINABLE[trainable]) and not idle
 
 
-# What is recomputed in the backward pass. 512x320x25, AdamW: 37.0 GiB and 45.8 TFLOP with none, 17.7 and 56.0 with
-# transformers, 14.1 and 62.7 with full; recomputing the resnets alone would save little memory.
+# What is recomputed in the backward pass. 512x320x25, AdamW: 37.0 GiB and 45.8 TFLOP with none, 17.4 and 56.0 with
+# transformers, 13.8 and 62.7 with full; recomputing the resnets alone would save little memory.
 RECOMPUTED = {
     "none": (),
     "transformers": (TransformerSpatioTemporalModel,),
@@ -1022,8 +1022,8 @@ def put_aside_newer(args, folder, step):
 # Settings that may differ between a checkpoint and its resumption: they do not change the result.
 MAY_DIFFER_ON_RESUME = """output_dir dataset_dir pretrained_model_name resume_from_checkpoint checkpointing_steps
 checkpoints_total_limit cache_latents cache_dir dataloader_num_workers logging_steps report_to compile dry_run exclude
-gradient_checkpointing gradient_accumulation_steps train_batch_size max_train_steps save_merged versions step num_clips median_fps
-median_motion_bucket_id motion_bucket_id_range validation_dir validation_steps validation_metric""".split()
+gradient_checkpointing gradient_accumulation_steps train_batch_size max_train_steps save_merged versions step num_clips
+median_fps median_motion_bucket_id motion_bucket_id_range validation_dir validation_steps validation_metric""".split()
 
 
 def check_resume(settings, clips, saved, folder):

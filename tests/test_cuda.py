@@ -413,8 +413,8 @@ def plan(*flags):
 
 
 def test_forecast_counts_the_gradients_that_accumulate():
-    assert plan()["peak_memory_gib"] < 14.3  # each micro-batch but the first finds the gradients of those before it
-    assert plan("--gradient_accumulation_steps", "2")["peak_memory_gib"] == pytest.approx(15.03, abs=0.1)
+    assert plan()["peak_memory_gib"] < 14.0  # each micro-batch but the first finds the gradients of those before it
+    assert plan("--gradient_accumulation_steps", "2")["peak_memory_gib"] == pytest.approx(14.72, abs=0.1)
 
 
 def test_forecast_counts_the_attention():
