@@ -970,12 +970,15 @@ def add_adapter(weights, adapter, scale):
     weights: {"<layer>.weight": (out, in)} of a UNet or of one of its files; adapter: {"<layer>.lora_A.weight": (r, in),
     "<layer>.lora_B.weight": (out, r)}, named as in peft's files or as in a model that peft has adapters in.
     """
+    import torch
+
     adapter = {re.sub(r"^base_model\.model\.|\.default(?=\.)", "", name): tensor for name, tensor in adapter.items()}
-    for name in adapter:
-        weight = weights.get(name.replace(".lora_A", "")) if ".lora_A" in name else None
-        if weight is not None:
-            update = adapter[name.replace("lora_A", "lora_B")].float() @ adapter[name].float()
-            weight.data.copy_(weight.data.float() + scale * update.to(weight.device))
+    with torch.no_grad():
+        for name in adapter:
+            weight = weights.get(name.replace(".lora_A", "")) if ".lora_A" in name else None
+            if weight is not None:
+                update = adapter[name.replace("lora_A", "lora_B")].float() @ adapter[name].float()
+                weight.copy_(weight.float() + scale * update.to(weight.device))
 
 
 def lora_scale(config):

@@ -1099,8 +1099,7 @@ def save_result(state, base):
             elif part == "unet" and source in stored:
                 tensors = load_file(source)
                 if args.lora_rank:
-                    adapter = {name: tensor.detach().cpu() for name, tensor in weights.items()}
-                    common.add_adapter(tensors, adapter, common.lora_scale(state.settings))
+                    common.add_adapter(tensors, weights, common.lora_scale(state.settings))
                 for name in tensors.keys() & weights.keys():
                     tensors[name] = weights[name].detach().to("cpu", tensors[name].dtype)
                 write_tensors(target, tensors, {"format": "pt"})
