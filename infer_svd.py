@@ -358,11 +358,9 @@ class ClipSet:
                 self.number_clips(reserve=True)
             self.plan(settings)
             shutil.rmtree(self.hidden / ".making", ignore_errors=True)  # what a killed process left
-            left = [*self.folder.glob(".metadata.jsonl.*.part"), *self.hidden.rglob(".*.json.*.part")]
-            for part in ("meta", "data") if self.lerobot else ():
-                left += (self.folder / part).rglob(".*.part")
-            for path in left:
-                path.unlink()
+            ours = [".metadata.jsonl.*.part"] + ["meta/**/.*.part", "data/**/.*.part"] * self.lerobot
+            for left in [*itertools.chain(*map(self.folder.glob, ours)), *self.hidden.rglob(".*.json.*.part")]:
+                left.unlink()
             self.publish()
             if self.dropped:
                 again = f"to make it again, delete {self.hidden / self.dropped[0]}.json"
@@ -540,16 +538,6 @@ def image_stats(frames):
     return {**{name: v.round(6).reshape(3, 1, 1).tolist() for name, v in stats.items()}, "count": [len(frames)]}
 
 
-def merge_stats(episodes):
-    """[`image_stats`] -> those of the whole set. As in lerobot, its quantiles are the means of the episodes'."""
-    stats = {name: np.array([episode[name] for episode in episodes]) for name in episodes[0]}  # (N, 3, 1, 1)
-    stats["std"] = stats["std"] ** 2 + stats["mean"] ** 2
-    merged = {name: np.average(v, axis=0, weights=stats["count"].ravel()) for name, v in stats.items()}
-    merged["std"] = np.sqrt(np.maximum(merged["std"] - merged["mean"] ** 2, 0))
-    merged |= {"min": stats["min"].min(0), "max": stats["max"].max(0), "count": stats["count"].sum(0)}
-    return {name: values.tolist() for name, values in merged.items()}
-
-
 def write_lerobot(folder, records):
     """Writes data/ and meta/ of a LeRobot set from the records of its clips, which are in the order of the episodes."""
     import pyarrow
@@ -580,11 +568,18 @@ def write_lerobot(folder, records):
     columns |= {f"stats/{camera}/{name}": [episode[name] for episode in stats] for name in stats[0]}
     write("meta/episodes/chunk-000/file-000.parquet", columns)
 
+    each = {name: np.array([episode[name] for episode in stats]) for name in stats[0]}  # (N, 3, 1, 1)
+    each["std"] = each["std"] ** 2 + each["mean"] ** 2
+    total = {name: np.average(values, axis=0, weights=lengths) for name, values in each.items()}  # as lerobot does
+    total |= {"min": each["min"].min(0), "max": each["max"].max(0), "count": each["count"].sum(0)}
+    total["std"] = np.sqrt(np.maximum(total["std"] - total["mean"] ** 2, 0))
+    total = {name: values.tolist() for name, values in total.items()}
+    common.write_file(folder / "meta/stats.json", json.dumps({camera: total}))
+
     # Readers look a task up by its text, the index of pandas: it has to be told which column that is.
     column = {"name": "task", "field_name": "task", "pandas_type": "unicode", "numpy_type": "object", "metadata": None}
     pandas = json.dumps({"index_columns": ["task"], "column_indexes": [], "columns": [column]})
     write("meta/tasks.parquet", {"task_index": np.arange(len(names)), "task": names}, {"pandas": pandas})
-    common.write_file(folder / "meta/stats.json", json.dumps({camera: merge_stats(stats)}))
     info |= {"total_episodes": count, "total_frames": len(index), "total_tasks": len(names)}
     common.write_file(folder / "meta/info.json", json.dumps({**info, "splits": {"train": f"0:{count}"}}, indent=1))
 
