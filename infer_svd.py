@@ -47,7 +47,7 @@ IMAGE_SUFFIXES = (*common.IMAGE_SUFFIXES, ".tif", ".tiff")
 # The command line, resolved: no size and no conditioning is None any more. It never changes: a smaller memory mode is
 # another one (`smaller_memory`), with the reason as its `fallback`.
 SETTINGS = "model_dir base_model lora lora_scale input_image output_video output_format task".split()
-SETTINGS += ["num_videos_per_image", *OPTIONS, "compare_with", "reference", "low_vram", "compile", "dry_run", "fallback"]
+SETTINGS += [*OPTIONS, *"num_videos_per_image compare_with reference low_vram compile dry_run fallback".split()]
 Settings = namedtuple("Settings", SETTINGS, defaults=[None])
 # As `common.resolve_checkpoint` finds it, by its name; adapters: [(safetensors file, scale)] of each --lora.
 Model = namedtuple("Model", "name base settings trained adapters", defaults=[()])
