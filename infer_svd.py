@@ -46,7 +46,7 @@ IMAGE_SUFFIXES = (*common.IMAGE_SUFFIXES, ".tif", ".tiff")
 
 # The command line, resolved: no size and no conditioning is None any more. It never changes: a smaller memory mode is
 # another one (`smaller_memory`), with the reason as its `fallback`.
-SETTINGS = "model_dir base_model lora lora_scale input_image output_video output_format task".split()
+SETTINGS = "model_dir base_model lora lora_scale input_image output_video output_format task shard".split()
 SETTINGS += [*OPTIONS, *"num_videos_per_image compare_with reference low_vram compile dry_run fallback".split()]
 Settings = namedtuple("Settings", SETTINGS, defaults=[None])
 # As `common.resolve_checkpoint` finds it, by its name; adapters: [(safetensors file, scale)] of each --lora.
@@ -66,6 +66,7 @@ def build_parser():
     add("--output_video", required=True, help="one clip: the .mp4, .gif or .webp to write; any number: a folder")
     add("--output_format", choices=list(FORMATS), help="of a folder; frames: for train_svd.py (default mp4)")
     add("--task", metavar="TEXT", help="what the robot does, for lerobot (default: what the real clip's metadata says)")
+    add("--shard", metavar="I/N", help="make part I of N of a set (default: RANK/WORLD_SIZE, where they are set)")
     add("--num_videos_per_image", type=int, default=1, help="clips of each, with seeds SEED, SEED+1, ... (default 1)")
 
     add = parser.add_argument_group("what to make").add_argument
@@ -127,6 +128,14 @@ def parse_args(argv=None):
     elif suffix in (*IMAGE_SUFFIXES, ".avi", ".mov", ".mkv", ".webm", ".m4v") and not output.is_dir():
         parser.error(f"--output_video must end in .mp4, .gif or .webp, or be a folder's name, got {output}")
     args.output_format = args.output_format or "mp4"
+    if not args.shard and int(os.environ.get("WORLD_SIZE", 1)) > 1:  # accelerate launch, torchrun
+        args.shard = f"{os.environ['RANK']}/{os.environ['WORLD_SIZE']}"
+    try:
+        args.shard = common.parse_shard(args.shard or "0/1")
+    except UserError as error:
+        parser.error(str(error))
+    if args.shard[1] > 1 and is_file(output):
+        parser.error(f"--output_video {output}: one clip cannot be shared among processes; give a folder")
     if (args.compare_with or args.reference) and args.output_format in ("gif", "webp"):
         parser.error(f"--output_format {args.output_format} cannot be compared: its colours are not exact; use mp4")
     if args.output_format == "lerobot" and not find_spec("pyarrow"):
@@ -284,6 +293,9 @@ class ClipSet:
     whole: after a kill at any moment, a clip is done if its record and the clip are there. metadata.jsonl is written
     from the records after each clip. Sets of versions without records go on from their metadata.jsonl.
 
+    Several processes can each make a part, `settings.shard`: they write records and clips as they go, and each writes
+    metadata.jsonl when its part is done, so that the last one writes all of it.
+
     To drop a clip, delete it: it leaves metadata.jsonl and is not made again, unless its record is deleted too.
 
     A single file is a set of one: its record becomes FILE.json in the end, and the hidden folder, `.FILE.infer`, goes.
@@ -294,6 +306,9 @@ class ClipSet:
         self.single, self.model, self.fingerprint = is_file(output), model, fingerprint(model)
         self.folder = output.parent if self.single else Path(folder)
         self.hidden = self.folder / (f".{output.stem}.infer" if self.single else ".infer")
+        part, parts = self.shard = settings.shard
+        self.shard_name = f"-{part}-of-{parts}" if parts > 1 else ""
+        self.making = self.hidden / f".making{self.shard_name}"
         self.lerobot = settings.output_format == "lerobot"
         self.jobs, suffix, copies = [], FORMATS[settings.output_format], range(settings.num_videos_per_image)
         for image, index, bucket in itertools.product(images, copies, settings.motion_bucket_id):
@@ -348,19 +363,30 @@ class ClipSet:
                 self.check_same(job, record, settings)
             elif record is not None and (job["name"] in self.listed or record.get("deleted")):
                 self.dropped.append(job["name"])
-            else:
+            elif common.in_shard(job["title"], self.shard):
                 self.todo.append(job)
 
     @contextlib.contextmanager
     def locked(self, settings):
-        """Keeps the set for this process alone, and looks again at what is there. Raises `UserError` if it is taken."""
+        """Keeps the set, or the part of it, for this process alone, and looks again at what is there.
+
+        Raises `UserError` if it is taken.
+        """
         self.hidden.mkdir(parents=True, exist_ok=True)
         busy = f"{self.folder}: another infer_svd.py is writing here; wait for its end, or give another --output_video"
-        with common.lock_file(self.hidden / "lock", busy):
+        with contextlib.ExitStack() as locks:
+            for name in dict.fromkeys(["lock", f"lock{self.shard_name}"]):
+                shared = self.shard_name and name == "lock"
+                locks.enter_context(common.lock_file(self.hidden / name, busy, shared))
             if self.lerobot:
                 self.number_clips(reserve=True)
             self.plan(settings)
-            shutil.rmtree(self.hidden / ".making", ignore_errors=True)  # what a killed process left
+            shutil.rmtree(self.making, ignore_errors=True)  # what a killed process left
+            if self.shard_name:
+                yield
+                return
+            for folder in self.hidden.glob(".making-*"):
+                shutil.rmtree(folder)
             ours = [".metadata.jsonl.*.part"] + ["meta/**/.*.part", "data/**/.*.part"] * self.lerobot
             for left in [*itertools.chain(*map(self.folder.glob, ours)), *self.hidden.rglob(".*.json.*.part")]:
                 left.unlink()
@@ -369,6 +395,15 @@ class ClipSet:
                 again = f"to make it again, delete {self.hidden / self.dropped[0]}.json"
                 print(f"{len(self.dropped)} clips were deleted since they were made: {self.dropped[0]}, ...; {again}")
             yield
+
+    def finish(self, settings):
+        """Ends a part of the set; returns whether all of the set is there, or was tried by this process alone."""
+        if not self.shard_name:
+            return True
+        with common.lock_file(self.hidden / "finishing", busy=None):
+            self.plan(settings)
+            self.publish()
+        return all(job["target"].exists() or job["name"] in self.dropped for job in self.jobs)
 
     def publish(self):
         """Writes metadata.jsonl: the records of the clips that are there. A single clip's record becomes FILE.json."""
@@ -407,7 +442,8 @@ class ClipSet:
         motion = common.clip_motion(frames, settings.fps)
         record = {
             "file_name": name,
-            **{key: value for key, value in settings._asdict().items() if key != "fallback" or value},
+            **{key: value for key, value in settings._asdict().items() if key not in ("shard", "fallback")},
+            **({"fallback": settings.fallback} if settings.fallback else {}),
             **options,
             **{field: job[field] for field in CARRIED if job[field]},
             "model_dir": str(self.model.name),
@@ -433,12 +469,13 @@ class ClipSet:
         if os.path.lexists(target):
             raise UserError(f"{target}: somebody else has written it meanwhile; it stays as it is")
         self.write_record(name, record)
-        aside = self.hidden / ".making" / target.name
+        aside = self.making / target.name
         for folder in (aside.parent, target.parent):
             folder.mkdir(parents=True, exist_ok=True)
         write_clip(aside, frames, settings.fps, settings.output_format)
         os.replace(aside, target)
-        self.publish()
+        if not self.shard_name:
+            self.publish()
 
     def write_record(self, name, record):
         path = self.hidden / f"{name}.json"
@@ -899,6 +936,8 @@ def make_all(sets, settings, failed):
     import torch
 
     todo, device = sum(len(clips.todo) for clips in sets), "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda":  # a launcher starts a process for each GPU
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
     where = "the GPU in fp16" if device == "cuda" else "the CPU in fp32 (no CUDA GPU found)"
     if not torch.version.cuda:
         where = "the CPU in fp32 (this torch is built for CPUs; pytorch.org has it for CUDA)"
@@ -971,9 +1010,10 @@ def main(argv=None):
         for clips in sets:
             locks.enter_context(clips.locked(settings))
         make_all(sets, settings, failed)
+        complete = all([clips.finish(settings) for clips in sets])
         if settings.num_segments > 1:
             report_drift(sets[0].records.values())
-        if settings.compare_with or settings.reference:
+        if complete and (settings.compare_with or settings.reference):
             judge(settings, sets, real_clips)
     for text in failed:
         print(f"left out: {text}", file=sys.stderr)

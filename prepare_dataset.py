@@ -1291,10 +1291,10 @@ def parse_args(argv=None):
         parser.error("--fast_png needs: pip install isal")
     args.min_frames, args.shard_name = args.min_frames or args.clip_frames or 1, ""
     if args.shard:
-        match = re.fullmatch(r"(\d+)/([1-9]\d*)", args.shard)
-        if not match or int(match[1]) > int(match[2]):
-            parser.error(f"--shard must be I/N with I at most N, as in 0/4, got {args.shard}")
-        args.shard = int(match[1]) % int(match[2]), int(match[2])
+        try:
+            args.shard = common.parse_shard(args.shard)
+        except common.UserError as error:
+            parser.error(str(error))
         args.shard_name = f"-{args.shard[0]}-of-{args.shard[1]}"
     return args
 

@@ -229,19 +229,33 @@ def write_file(path, data):
 def lock_file(path, busy, shared=False):
     """Holds a lock on the file `path`, made where it is missing, until the block or the process ends in whatever way.
 
-    Raises `UserError(busy)` where another process holds it; `shared` locks bear each other.
+    Raises `UserError(busy)` where another process holds it, and waits where `busy` is None; `shared` locks bear each
+    other.
     """
     with open(path, "a") as file:
         with contextlib.suppress(ImportError):  # no such locks on Windows
             import fcntl
 
             try:
-                fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+                fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (fcntl.LOCK_NB if busy else 0))
             except BlockingIOError:
                 raise UserError(busy) from None
             except OSError:  # a file system without locks
                 pass
         yield
+
+
+def parse_shard(text):
+    """--shard I/N -> (part, parts); I from 0 to N - 1, or from 1 to N, which is part 0. Raises `UserError`."""
+    part, _, parts = text.partition("/")
+    if not (part.isdecimal() and parts.isdecimal() and int(part) <= int(parts) > 0):
+        raise UserError(f"--shard must be I/N with I at most N, as in 0/4, got {text}")
+    return int(part) % int(parts), int(parts)
+
+
+def in_shard(name, shard):
+    """Whether what has this name falls to (part, parts): by a hash, so to the same part in every run."""
+    return int(hashlib.sha256(name.encode(errors="surrogateescape")).hexdigest()[:16], 16) % shard[1] == shard[0]
 
 
 def file_digest(path, before=b""):
