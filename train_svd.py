@@ -45,6 +45,7 @@ from svd_common import UserError  # isort: skip
 import accelerate
 import cv2
 import diffusers
+import huggingface_hub
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -1022,8 +1023,9 @@ def put_aside_newer(args, folder, step):
 # Settings that may differ between a checkpoint and its resumption: they do not change the result.
 MAY_DIFFER_ON_RESUME = """output_dir dataset_dir pretrained_model_name resume_from_checkpoint checkpointing_steps
 checkpoints_total_limit cache_latents cache_dir dataloader_num_workers logging_steps report_to compile dry_run exclude
-gradient_checkpointing gradient_accumulation_steps train_batch_size max_train_steps save_merged versions step num_clips
-median_fps median_motion_bucket_id motion_bucket_id_range validation_dir validation_steps validation_metric""".split()
+gradient_checkpointing gradient_accumulation_steps train_batch_size max_train_steps save_merged push_to_hub
+base_model_name versions step num_clips median_fps median_motion_bucket_id motion_bucket_id_range validation_dir
+validation_steps validation_metric""".split()
 
 
 def check_resume(settings, clips, saved, folder):
@@ -1087,6 +1089,7 @@ def save_result(state, base):
     aside.mkdir()
     if args.lora_rank:
         save_adapter(aside / "lora", state, weights)
+        common.write_file(aside / "lora" / "README.md", model_card(state, base, "adapter"))
     for part in common.PARTS if args.save_merged else ():
         (aside / part).mkdir(parents=True)
         stored = common.weight_files(base, part) if part in common.MODEL_PARTS else []
@@ -1114,7 +1117,7 @@ def save_result(state, base):
         os.replace(part, output / part.name)
     aside.rmdir()
     common.write_file(output / common.SETTINGS, json.dumps({**state.settings, "step": state.steps}, indent=1))
-    common.write_file(output / "README.md", model_card(state))
+    common.write_file(output / "README.md", model_card(state, base, "finetune" if args.save_merged else "adapter"))
     if args.save_merged:
         common.write_file(output / "model_index.json", (base / "model_index.json").read_text())
 
@@ -1128,8 +1131,59 @@ def read_metrics(output_dir):
     return lines
 
 
-def model_card(state):
-    """What the result is, as a README in the hub's format: base, data, settings, last validation, samples."""
+def hub_name(path, kind):
+    """The hub's name of a local folder that lies in the hub's cache, or None; kind: models or datasets."""
+    found = re.search(rf"{kind}--([\w.-]+?)--([\w.-]+)", str(path))
+    return "/".join(found.groups()) if found else None
+
+
+def find_base_name(args, base):
+    """The base's name on the hub, never a local path; None where nothing tells it."""
+    given = args.base_model_name or hub_name(base.resolve(), "models")
+    if given or not Path(args.pretrained_model_name).is_dir():
+        return given or args.pretrained_model_name
+    index = common.read_json(base / "model_index.json")
+    names = [index.get("_name_or_path"), common.read_config(base, "unet").get("_name_or_path")]
+    return next((n for n in names if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(n)) and not Path(n).exists()), None)
+
+
+def card_data(settings, base, relation):
+    """The head of a model card; the licence is the base's, by its own card or, for Stability's, as they name it."""
+    name, there = settings["base_model_name"], {}
+    with contextlib.suppress(OSError, ValueError):
+        there = huggingface_hub.ModelCard.load(base / "README.md").data.to_dict()
+    data = {key: there[key] for key in ("license", "license_name", "license_link") if there.get(key)}
+    if not data and str(name).startswith("stabilityai/stable-video-diffusion"):
+        data = {"license": "other", "license_name": "stable-video-diffusion-community", "license_link": "LICENSE.md"}
+    if name and "license_link" in data and "://" not in data["license_link"]:
+        data["license_link"] = f"https://huggingface.co/{name}/blob/main/{data['license_link']}"
+    data |= {"base_model": name, "base_model_relation": relation} if name else {}
+    tags = ["image-to-video", "stable-video-diffusion", *(["lora"] if settings["lora_rank"] else [])]
+    library = "peft" if relation == "adapter" else "diffusers"
+    datasets = hub_name(Path(settings["dataset_dir"]).resolve(), "datasets")
+    return huggingface_hub.ModelCardData(**data, pipeline_tag="image-to-video", library_name=library, tags=tags,
+        datasets=[datasets] if datasets else None)  # fmt: skip
+
+
+def push_to_hub(args):
+    """Uploads the result, without checkpoints, to a repository of the hub, a private one where it is new."""
+    skip, name, output = ["checkpoint-*", "damaged-*", "best/*", ".*"], args.push_to_hub, args.output_dir
+    try:
+        api = huggingface_hub.HfApi()
+        api.create_repo(name, private=True, exist_ok=True)
+        api.upload_folder(repo_id=name, folder_path=output, ignore_patterns=list(skip))
+    except Exception as error:  # the network's, the hub's and the token's are of many kinds
+        why = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        later = f"hf upload {name} {shlex.quote(output)} . --exclude " + " ".join(map(shlex.quote, skip))
+        raise UserError(f"--push_to_hub {name}: {why}; the result is in {output}; to push it later: {later}") from error
+    print(f"pushed to {name}")
+
+
+def model_card(state, base, relation="finetune"):
+    """What the result is, as a README in the hub's format: base, data, settings, last validation, samples.
+
+    relation: to the base, finetune for a whole model, adapter for a LoRA.
+    """
     settings, output = state.settings, Path(state.args.output_dir)
     scores = next((line for line in reversed(read_metrics(output)) if "validation_loss_v" in line), {})
     numbers = {name.removeprefix("validation_"): value for name, value in scores.items() if value is not None}
@@ -1137,10 +1191,9 @@ def model_card(state):
     videos = sorted((output / "validation").glob(f"step-{scores.get('step', 0):06d}/*.mp4"))
     samples = "".join(f"- [{video.name}]({video.relative_to(output).as_posix()})\n" for video in videos)
     what = "{num_clips} clips, {steps} steps of {global_batch_size}, {width}x{height}, {num_frames} frames; trained:"
-    what += " {trainable}. Median fps {median_fps:g}, median motion_bucket_id {median_motion_bucket_id:g}: use these."
-    what = what.format(steps=state.steps, **settings)
-    base = f"base_model: {settings['base_model_name']}\n" if settings["base_model_name"] else ""  # never a local path
-    text = f"---\n{base}pipeline_tag: image-to-video\nlibrary_name: diffusers\n---\n"
+    what += " {layers}. Median fps {median_fps:g}, median motion_bucket_id {median_motion_bucket_id:g}: use these."
+    what = what.format(steps=state.steps, layers=trained_layers(state.args), **settings)
+    text = f"---\n{card_data(settings, base, relation).to_yaml()}\n---\n"
     text += f"\n# Stable Video Diffusion, fine-tuned\n\n{what} All settings: {common.SETTINGS}.\n"
     if scores:
         text += f"\n| held-out clips | real beside generated |\n|---|---|\n{table}\n{samples}"
@@ -1301,8 +1354,10 @@ def build_parser():
 
     add = parser.add_argument_group("model and data").add_argument
     add("--pretrained_model_name", required=True, help="hub name or local diffusers folder to start from")
+    add("--base_model_name", metavar="OWNER/NAME", help="its name on the hub, for the model card, where it is a folder")
     add("--dataset_dir", required=True, help="folder of clip folders, from prepare_dataset.py")
     add("--output_dir", required=True, help="where the checkpoints and the fine-tuned pipeline go")
+    add("--push_to_hub", metavar="OWNER/NAME", help="upload the result there, to a private repository where it is new")
     add("--exclude", nargs="+", default=[], metavar="CLIP", help="leave these clips out: names or 'patterns*'")
     add("--num_frames", type=positive, default=25, help="frames in a training window (default 25)")
     add("--width", type=positive, default=512, help="pixels, a multiple of 64 for SVD (default 512)")
@@ -1410,6 +1465,11 @@ def parse_args(argv=None):
         parser.error("--optimizer adamw8bit needs a CUDA GPU; leave it out on the CPU")
     if args.mixed_precision == "fp16" and not cuda:
         parser.error("--mixed_precision fp16 needs a CUDA GPU; on the CPU use no or bf16")
+    for flag in ("base_model_name", "push_to_hub"):
+        if getattr(args, flag) and not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", getattr(args, flag)):
+            parser.error(f"--{flag} must have the form OWNER/NAME, got {getattr(args, flag)}")
+    if args.push_to_hub and not huggingface_hub.get_token():
+        parser.error("--push_to_hub needs a token that may write: run `hf auth login`, or set HF_TOKEN")
     try:
         check_output_dir(args)
     except UserError as error:
@@ -1478,7 +1538,7 @@ def describe_run(args, base, clips, num_processes):
         **vars(args),
         "global_batch_size": args.train_batch_size * args.gradient_accumulation_steps * num_processes,
         "pretrained_model_name": str(base.resolve()) if local else name,
-        "base_model_name": None if local else name,
+        "base_model_name": find_base_name(args, base),
         "base_fingerprint": common.weights_fingerprint(base, "unet"),
         "num_clips": len(clips),
         "median_fps": statistics.median(fps),
@@ -1557,6 +1617,8 @@ def train(args, device):
             else:
                 print(f"done: python infer_svd.py --model_dir {args.pretrained_model_name} --lora {output}/lora ...")
         end_processes(state)
+        if args.push_to_hub and not status and accelerator.is_main_process:
+            push_to_hub(args)
         return status
 
 
