@@ -59,10 +59,6 @@ VIDEO_SUFFIXES = frozenset(
     " .mxf .nut .obu .ogm .ogv .qt .rm .rmvb .tod .trp .ts .vob .vvc .webm .webp .wmv .wtv .xvid .y4m".split()
 )
 PARTIAL_SUFFIXES = (".part", ".crdownload", ".download", ".aria2", ".ytdl")  # x.mp4.part: x.mp4 is not whole yet
-SYSTEM_FOLDERS = frozenset(  # deleted files, thumbnails and snapshots of Windows, macOS and network storage
-    "$recycle.bin|recycler|recycled|#recycle|@recycle|@eadir|@tmp|#snapshot|@recently-snapshot|~snapshot|lost+found"
-    "|system volume information|__macosx".split("|")
-)
 JPG_OPTIONS = [cv2.IMWRITE_JPEG_QUALITY, 95, cv2.IMWRITE_JPEG_SAMPLING_FACTOR, cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444]
 BYTES_IN_FLIGHT = 1 << 27  # decoded frames of one video that wait for an encoder
 
@@ -136,7 +132,7 @@ def list_files(root):
             continue
         seen.add((status.st_dev, status.st_ino))
         for entry in entries:
-            if entry.name.startswith(".") or entry.name.casefold() in SYSTEM_FOLDERS:
+            if entry.name.startswith(".") or entry.name.casefold() in common.SYSTEM_FOLDERS:
                 continue
             if not entry.is_symlink():
                 (folders if entry.is_dir() else files).append(entry.path)

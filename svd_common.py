@@ -379,7 +379,10 @@ def read_metadata(dataset_dir):
     return records
 
 
-SYSTEM_FOLDERS = ("@eaDir", "#recycle", "$RECYCLE.BIN", "System Volume Information", "lost+found", "__MACOSX")
+SYSTEM_FOLDERS = frozenset(  # deleted files, thumbnails and snapshots of Windows, macOS and network storage
+    "$recycle.bin|recycler|recycled|#recycle|@recycle|@eadir|@tmp|#snapshot|@recently-snapshot|~snapshot|lost+found"
+    "|system volume information|__macosx".split("|")
+)
 
 
 def find_folders(root):
@@ -406,7 +409,7 @@ def find_folders(root):
                 subfolders.clear()
                 continue
             seen.add(real)
-            subfolders[:] = [s for s in subfolders if not s.startswith(".") and s not in SYSTEM_FOLDERS]
+            subfolders[:] = [s for s in subfolders if not s.startswith(".") and s.casefold() not in SYSTEM_FOLDERS]
             paths = sorted((os.path.join(folder, name) for name in subfolders), key=natural_key)
             tops += filter(os.path.islink, paths)
             images = [name for name in files if name.lower().endswith(IMAGE_SUFFIXES)]
