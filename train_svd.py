@@ -1111,7 +1111,7 @@ def save_result(state, base):
     if args.save_merged:  # without this transformers, given no dtype, would load fp16 beside diffusers' fp32
         config = {**common.read_config(base, "image_encoder"), "dtype": "float32"}
         common.write_file(aside / "image_encoder" / "config.json", json.dumps(config, indent=2))
-    (output / "model_index.json").unlink(missing_ok=True)  # from here until it is back, this is no finished result
+        (output / "model_index.json").unlink(missing_ok=True)  # until it is back, this is no finished result
     for part in list(aside.iterdir()):
         shutil.rmtree(output / part.name, ignore_errors=True)  # an earlier result of this same run, resumed to go on
         os.replace(part, output / part.name)
