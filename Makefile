@@ -15,7 +15,7 @@ $(VENV)/.installed: requirements.txt
 	@touch $@
 
 $(VENV)/.installed-test: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) pytest pytest-xdist ruff isal scikit-image datasets
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) pytest pytest-xdist ruff isal scikit-image datasets peft pyarrow
 	@touch $@
 
 # Prepares the bundled clips, fine-tunes the tiny checkpoint, generates from held-out first frames, scores: demo/

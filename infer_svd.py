@@ -23,6 +23,7 @@ import sys
 import time
 from collections import Counter, namedtuple
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 import svd_common as common  # isort: skip  (first: it quiets OpenCV, which reads that once)
@@ -37,17 +38,19 @@ from tqdm.auto import tqdm
 PIPELINE_OPTIONS = "width height num_frames fps motion_bucket_id noise_aug_strength num_inference_steps".split()
 PIPELINE_OPTIONS += ["min_guidance_scale", "max_guidance_scale", "decode_chunk_size"]
 OPTIONS = [*PIPELINE_OPTIONS, "seed", "num_segments", "color_correction"]
-FORMATS = {"mp4": ".mp4", "gif": ".gif", "webp": ".webp", "frames": ""}
+FORMATS = {"mp4": ".mp4", "gif": ".gif", "webp": ".webp", "frames": "", "lerobot": ".mp4"}
+CARRIED = ("task", "camera", "robot_type")  # what a prepared LeRobot clip knows and its generated ones inherit
 LOW_VRAM_CHUNK = 4  # frames decoded at once: needs as much memory as the UNet at 1024x576
 DAMAGED = "damaged, or not UTF-8; repair or delete it"
 IMAGE_SUFFIXES = (*common.IMAGE_SUFFIXES, ".tif", ".tiff")
 
 # The command line, resolved: no size and no conditioning is None any more. It never changes: a smaller memory mode is
 # another one (`smaller_memory`), with the reason as its `fallback`.
-SETTINGS = "model_dir base_model input_image output_video output_format num_videos_per_image".split()
-SETTINGS += [*OPTIONS, "compare_with", "reference", "low_vram", "compile", "dry_run", "fallback"]
+SETTINGS = "model_dir base_model lora lora_scale input_image output_video output_format task shard".split()
+SETTINGS += [*OPTIONS, *"num_videos_per_image compare_with reference low_vram compile dry_run fallback".split()]
 Settings = namedtuple("Settings", SETTINGS, defaults=[None])
-Model = namedtuple("Model", "name base settings trained")  # as `common.resolve_checkpoint` finds it, by its name
+# As `common.resolve_checkpoint` finds it, by its name; adapters: [(safetensors file, scale)] of each --lora.
+Model = namedtuple("Model", "name base settings trained adapters", defaults=[()])
 
 # --------------------------------------------------------------------------------------------------- Command line
 
@@ -57,9 +60,13 @@ def build_parser():
     add = parser.add_argument_group("in and out").add_argument
     add("--model_dir", required=True, help="fine-tuned folder, checkpoint-N of a run, base folder or hub name")
     add("--base_model", metavar="FOLDER_OR_NAME", help="what a checkpoint was trained from, where that has moved")
+    add("--lora", nargs="+", default=[], metavar="DIR", help="lay these LoRAs over it: folders as OUTPUT_DIR/lora")
+    add("--lora_scale", type=float, default=1.0, help="strength of the LoRAs (default 1.0)")
     add("--input_image", required=True, help="an image, a folder of them, a prepared dataset or a quoted pattern")
     add("--output_video", required=True, help="one clip: the .mp4, .gif or .webp to write; any number: a folder")
-    add("--output_format", choices=list(FORMATS), help="of a folder; frames: a dataset for train_svd.py (default mp4)")
+    add("--output_format", choices=list(FORMATS), help="of a folder; frames: for train_svd.py (default mp4)")
+    add("--task", metavar="TEXT", help="what the robot does, for lerobot (default: what the real clip's metadata says)")
+    add("--shard", metavar="I/N", help="make part I of N of a set (default: RANK/WORLD_SIZE, where they are set)")
     add("--num_videos_per_image", type=int, default=1, help="clips of each, with seeds SEED, SEED+1, ... (default 1)")
 
     add = parser.add_argument_group("what to make").add_argument
@@ -121,8 +128,18 @@ def parse_args(argv=None):
     elif suffix in (*IMAGE_SUFFIXES, ".avi", ".mov", ".mkv", ".webm", ".m4v") and not output.is_dir():
         parser.error(f"--output_video must end in .mp4, .gif or .webp, or be a folder's name, got {output}")
     args.output_format = args.output_format or "mp4"
+    if not args.shard and int(os.environ.get("WORLD_SIZE", 1)) > 1:  # accelerate launch, torchrun
+        args.shard = f"{os.environ['RANK']}/{os.environ['WORLD_SIZE']}"
+    try:
+        args.shard = common.parse_shard(args.shard or "0/1")
+    except UserError as error:
+        parser.error(str(error))
+    if args.shard[1] > 1 and is_file(output):
+        parser.error(f"--output_video {output}: one clip cannot be shared among processes; give a folder")
     if (args.compare_with or args.reference) and args.output_format in ("gif", "webp"):
         parser.error(f"--output_format {args.output_format} cannot be compared: its colours are not exact; use mp4")
+    if args.output_format == "lerobot" and not find_spec("pyarrow"):
+        parser.error("--output_format lerobot writes Parquet files: pip install pyarrow")
     if args.reference and not Path(args.reference).is_dir():
         parser.error(f"--reference {args.reference}: no such folder")
     places = output.parents if is_file(output) else [output, *output.parents]
@@ -214,12 +231,15 @@ def expand_pattern(pattern):
 
 
 def list_images(args):
-    """What to start from: [{image (its name), path, sha256, size}]; and why other images cannot be read."""
+    """What to start from: [{image (its name), path, sha256, size, and what is CARRIED}]; why others cannot be read."""
     images, failed, single = [], [], is_file(args.output_video)
+    dataset = Path(args.reference or args.input_image)
+    known = common.read_metadata(dataset) if dataset.is_dir() else {}
     for name, path in find_images(args.input_image).items():
         try:
             height, width = common.read_image(path).shape[:2]
             images.append({"image": name, "path": path, "sha256": common.file_digest(path), "size": (width, height)})
+            images[-1] |= {field: known.get(name, {}).get(field) for field in CARRIED}
         except UserError as error:
             failed.append(str(error))
     if not images:
@@ -273,6 +293,9 @@ class ClipSet:
     whole: after a kill at any moment, a clip is done if its record and the clip are there. metadata.jsonl is written
     from the records after each clip. Sets of versions without records go on from their metadata.jsonl.
 
+    Several processes can each make a part, `settings.shard`: they write records and clips as they go, and each writes
+    metadata.jsonl when its part is done, so that the last one writes all of it.
+
     To drop a clip, delete it: it leaves metadata.jsonl and is not made again, unless its record is deleted too.
 
     A single file is a set of one: its record becomes FILE.json in the end, and the hidden folder, `.FILE.infer`, goes.
@@ -283,12 +306,34 @@ class ClipSet:
         self.single, self.model, self.fingerprint = is_file(output), model, fingerprint(model)
         self.folder = output.parent if self.single else Path(folder)
         self.hidden = self.folder / (f".{output.stem}.infer" if self.single else ".infer")
+        part, parts = self.shard = settings.shard
+        self.shard_name = f"-{part}-of-{parts}" if parts > 1 else ""
+        self.making = self.hidden / f".making{self.shard_name}"
+        self.lerobot = settings.output_format == "lerobot"
         self.jobs, suffix, copies = [], FORMATS[settings.output_format], range(settings.num_videos_per_image)
         for image, index, bucket in itertools.product(images, copies, settings.motion_bucket_id):
             job = {**image, "seed": settings.seed + index, "motion_bucket_id": bucket}
-            name = output.name if self.single else f"{job['image']}_seed{job['seed']}_motion{bucket}{suffix}"
+            job |= {"task": settings.task or job["task"], "title": f"{job['image']}_seed{job['seed']}_motion{bucket}"}
+            name = output.name if self.single else job["title"] + suffix
             self.jobs.append({**job, "name": name, "target": self.folder / name})
         self.plan(settings)
+
+    def number_clips(self, reserve=False):
+        """Names the clips of a LeRobot set by number: the place of a line in .infer/episodes.txt, or, not reserved yet,
+        after them. Lines are only ever added, by one write: no number changes, and all processes agree."""
+        path, titles = self.hidden / "episodes.txt", [json.dumps(job["title"]) for job in self.jobs]
+        lines = path.read_text().splitlines() if path.exists() else []
+        if reserve and set(titles) - set(lines):
+            with open(path, "ab", buffering=0) as file:
+                file.write("\n".join(["", *titles, ""]).encode())
+                os.fsync(file.fileno())
+            lines = path.read_text().splitlines()
+        numbers = {title: number for number, title in enumerate(dict.fromkeys(filter(None, [*lines, *titles])))}
+        for job, title in zip(self.jobs, titles):
+            chunk, file = divmod(numbers[title], EPISODES_A_FOLDER)
+            place = LEROBOT_FILE.format(chunk_index=chunk, file_index=file)
+            job["name"] = f"videos/{job['camera'] or CAMERA}/{place}.mp4"
+            job["target"] = self.folder / job["name"]
 
     def plan(self, settings):
         """Reads what is there, and sets `todo`; changes nothing. Raises `UserError` where it is not ours to go on."""
@@ -302,6 +347,9 @@ class ClipSet:
             name = path.relative_to(self.hidden).as_posix().removesuffix(".json")
             record_name(path, record := common.read_json(path, "repair or delete it"))
             self.records[name] = {**self.listed.get(name, {}), **record}
+        if self.lerobot:
+            self.number_clips()
+            check_lerobot(self.folder, self.jobs, self.records.values(), settings)
         for job in self.jobs:
             target, record = job["target"], self.records.get(job["name"])
             if len(os.fsencode(target.name)) > 220:  # 255 with what is added while it is written
@@ -315,18 +363,32 @@ class ClipSet:
                 self.check_same(job, record, settings)
             elif record is not None and (job["name"] in self.listed or record.get("deleted")):
                 self.dropped.append(job["name"])
-            else:
+            elif common.in_shard(job["title"], self.shard):
                 self.todo.append(job)
 
     @contextlib.contextmanager
     def locked(self, settings):
-        """Keeps the set for this process alone, and looks again at what is there. Raises `UserError` if it is taken."""
+        """Keeps the set, or the part of it, for this process alone, and looks again at what is there.
+
+        Raises `UserError` if it is taken.
+        """
         self.hidden.mkdir(parents=True, exist_ok=True)
         busy = f"{self.folder}: another infer_svd.py is writing here; wait for its end, or give another --output_video"
-        with common.lock_file(self.hidden / "lock", busy):
+        with contextlib.ExitStack() as locks:
+            for name in dict.fromkeys(["lock", f"lock{self.shard_name}"]):
+                shared = self.shard_name and name == "lock"
+                locks.enter_context(common.lock_file(self.hidden / name, busy, shared))
+            if self.lerobot:
+                self.number_clips(reserve=True)
             self.plan(settings)
-            shutil.rmtree(self.hidden / ".making", ignore_errors=True)  # what a killed process left
-            for left in [*self.folder.glob(".metadata.jsonl.*.part"), *self.hidden.glob(".*.json.*.part")]:
+            shutil.rmtree(self.making, ignore_errors=True)  # what a killed process left
+            if self.shard_name:
+                yield
+                return
+            for folder in self.hidden.glob(".making-*"):
+                shutil.rmtree(folder)
+            ours = [".metadata.jsonl.*.part"] + ["meta/**/.*.part", "data/**/.*.part"] * self.lerobot
+            for left in [*itertools.chain(*map(self.folder.glob, ours)), *self.hidden.rglob(".*.json.*.part")]:
                 left.unlink()
             self.publish()
             if self.dropped:
@@ -334,17 +396,29 @@ class ClipSet:
                 print(f"{len(self.dropped)} clips were deleted since they were made: {self.dropped[0]}, ...; {again}")
             yield
 
+    def finish(self, settings):
+        """Ends a part of the set; returns whether all of the set is there, or was tried by this process alone."""
+        if not self.shard_name:
+            return True
+        with common.lock_file(self.hidden / "finishing", busy=None):
+            self.plan(settings)
+            self.publish()
+        return all(job["target"].exists() or job["name"] in self.dropped for job in self.jobs)
+
     def publish(self):
         """Writes metadata.jsonl: the records of the clips that are there. A single clip's record becomes FILE.json."""
-        path, lines = self.folder / "metadata.jsonl", ""
+        path, lines, made = self.folder / "metadata.jsonl", "", []
         for name in sorted(self.records, key=common.natural_key):
             record = self.records[name]
             if (self.folder / name).exists():
+                made += [record] if record.get("output_format") == "lerobot" else []
                 lines += json.dumps({key: value for key, value in record.items() if key != "deleted"}) + "\n"
             elif name in self.listed and not record.get("deleted"):
                 self.write_record(name, {**record, "deleted": True})
         if not self.single and (lines or path.exists()):
             common.write_file(path, lines)
+            if self.lerobot and made:
+                write_lerobot(self.folder, made)
         elif self.single and self.jobs[0]["target"].exists():
             os.replace(self.hidden / f"{self.jobs[0]['name']}.json", self.jobs[0]["target"].with_suffix(".json"))
             shutil.rmtree(self.hidden, ignore_errors=True)
@@ -353,6 +427,8 @@ class ClipSet:
         """Raises `UserError` if the clip of this name was made from something else than what is asked for now."""
         now = {**clip_options(settings, job), "source_image_sha256": job["sha256"]}
         now["model_fingerprint"] = self.fingerprint
+        if self.lerobot:
+            now["task"] = job["task"]
         if record.get("fallback"):  # memory ran short: it was made with fewer frames decoded at once
             del now["decode_chunk_size"]
         before = {**record, **record.get("requested", {})}
@@ -366,8 +442,10 @@ class ClipSet:
         motion = common.clip_motion(frames, settings.fps)
         record = {
             "file_name": name,
-            **{key: value for key, value in settings._asdict().items() if key != "fallback" or value},
+            **{key: value for key, value in settings._asdict().items() if key not in ("shard", "fallback")},
+            **({"fallback": settings.fallback} if settings.fallback else {}),
             **options,
+            **{field: job[field] for field in CARRIED if job[field]},
             "model_dir": str(self.model.name),
             "model_fingerprint": self.fingerprint,
             "base_model": self.model.settings.get("pretrained_model_name"),
@@ -386,15 +464,18 @@ class ClipSet:
             bucket = record.pop("measured_motion_bucket_id")
             record |= {"num_frames": len(frames), "motion_bucket_id": bucket, "requested": asked}
             record = {"directory": record.pop("file_name"), "source": record["source_image"], **record}
+        if self.lerobot:
+            record["stats"] = image_stats(frames)
         if os.path.lexists(target):
             raise UserError(f"{target}: somebody else has written it meanwhile; it stays as it is")
         self.write_record(name, record)
-        aside = self.hidden / ".making" / target.name
+        aside = self.making / target.name
         for folder in (aside.parent, target.parent):
             folder.mkdir(parents=True, exist_ok=True)
         write_clip(aside, frames, settings.fps, settings.output_format)
         os.replace(aside, target)
-        self.publish()
+        if not self.shard_name:
+            self.publish()
 
     def write_record(self, name, record):
         path = self.hidden / f"{name}.json"
@@ -412,7 +493,10 @@ def clip_options(settings, job):
 def fingerprint(model):
     """Tells two models apart, whatever their folders are called; the trained weights of a checkpoint count whole."""
     found = common.weights_fingerprint(model.base, "unet")
-    return common.file_digest(model.trained, found.encode())[:16] if model.trained else found
+    found = common.file_digest(model.trained, found.encode())[:16] if model.trained else found
+    for file, scale in model.adapters:
+        found = common.file_digest(file, f"{found} {scale:g}".encode())[:16]
+    return found
 
 
 def record_name(where, record):
@@ -428,6 +512,8 @@ def write_clip(path, frames, fps, output_format):
     """Writes (T, H, W, 3) uint8 RGB as mp4, gif, webp or a folder of PNG; whole or not at all."""
     if output_format == "mp4":
         common.write_video(path, frames, fps)
+    elif output_format == "lerobot":  # as lerobot encodes: others cannot be joined to its own; also quick to seek in
+        common.write_video(path, frames, fps, "-g", "2")
     elif output_format == "frames":
         with common.replacing(path, folder=True) as aside:
             for index, frame in enumerate(frames):
@@ -446,6 +532,99 @@ def read_clip(path):
     if not path.is_dir():
         return common.read_video(path)
     return np.stack([common.read_image(frame) for frame in common.list_frames(path)])
+
+
+# -------------------------------------------------------------------------------------------------------- LeRobot
+# Version 3.0 of its layout, an mp4 for each episode; all else is written from the records whenever metadata.jsonl is.
+
+CAMERA, EPISODES_A_FOLDER = "observation.images.image", 1000  # CAMERA: where the image is of no LeRobot clip
+LEROBOT_FILE = "chunk-{chunk_index:03d}/file-{file_index:03d}"
+COLUMNS = {"timestamp": "float32", **dict.fromkeys(["frame_index", "episode_index", "index", "task_index"], "int64")}
+
+
+def lerobot_info(clip):
+    """What meta/info.json says of a set with this clip (a record or a job). lerobot merges only sets that are equal in
+    robot_type, fps and features, down to the video's `info`, which is what its `get_video_info` says of our mp4."""
+    shape = {"height": clip["height"], "width": clip["width"], "channels": 3}
+    video = {**shape, "codec": "h264", "pix_fmt": "yuv420p", "is_depth_map": False, "fps": int(clip["fps"])}
+    info = {**{f"video.{key}": value for key, value in video.items()}, "has_audio": False}
+    camera = {"dtype": "video", "shape": list(shape.values()), "names": list(shape), "info": info}
+    columns = {name: {"dtype": dtype, "shape": [1], "names": None} for name, dtype in COLUMNS.items()}
+    return {
+        "codebase_version": "v3.0", "generated": True, "robot_type": clip.get("robot_type"), "fps": clip["fps"],
+        "features": {clip.get("camera") or CAMERA: camera, **columns},
+        "chunks_size": EPISODES_A_FOLDER, "data_files_size_in_mb": 100, "video_files_size_in_mb": 200,
+        "data_path": f"data/{LEROBOT_FILE}.parquet", "video_path": f"videos/{{video_key}}/{LEROBOT_FILE}.mp4",
+    }  # fmt: skip
+
+
+def check_lerobot(folder, jobs, records, settings):
+    """Raises `UserError` where the clips to make and those that are there cannot be one set, or it is not ours."""
+    untold = [job["path"] for job in jobs if not str(job["task"] or "\n").isprintable()]
+    if untold:
+        raise UserError(f"--output_format lerobot: no line of text tells the task of {untold[0]}; give --task TEXT")
+    infos = [lerobot_info({**settings._asdict(), **job}) for job in jobs]
+    infos += [lerobot_info(record) for record in records if record.get("output_format") == "lerobot"]
+    if (path := folder / "meta" / "info.json").exists():
+        infos.append(common.read_json(path, "give another --output_video"))
+    different = [key for key, value in infos[0].items() if any(info.get(key) != value for info in infos)]
+    if different:
+        cure = "give another --output_video; prepare_dataset.py --camera takes one of several cameras"
+        raise UserError(f"{folder}: a LeRobot set is of one kind, here {' and '.join(different)} would differ; {cure}")
+
+
+def image_stats(frames):
+    """(T, H, W, 3) uint8 -> LeRobot's statistics of an episode, of the colours from 0 to 1, shape (3, 1, 1)."""
+    pixels = frames.reshape(-1, 3)[::7] / 255  # they tell as much as all
+    stats = {name: getattr(pixels, name)(0) for name in ("min", "max", "mean", "std")}
+    stats |= {f"q{q:02d}": np.percentile(pixels, q, axis=0) for q in (1, 10, 50, 90, 99)}
+    return {**{name: v.round(6).reshape(3, 1, 1).tolist() for name, v in stats.items()}, "count": [len(frames)]}
+
+
+def write_lerobot(folder, records):
+    """Writes data/ and meta/ of a LeRobot set from the records of its clips, which are in the order of the episodes."""
+    import pyarrow
+    from pyarrow import parquet
+
+    def write(path, columns, metadata=None):
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        with common.replacing(folder / path) as aside:
+            parquet.write_table(pyarrow.table(columns).replace_schema_metadata(metadata), aside)
+
+    tasks, stats = [record["task"] for record in records], [record["stats"] for record in records]
+    names, info = list(dict.fromkeys(tasks)), lerobot_info(records[0])
+    camera, count = next(iter(info["features"])), len(records)
+    lengths = np.array([episode["count"][0] for episode in stats])
+    ends = lengths.cumsum()
+    episode, index = np.arange(count).repeat(lengths), np.arange(ends[-1])
+    frame, task = index - (ends - lengths)[episode], np.array([names.index(text) for text in tasks])[episode]
+    values = zip(COLUMNS.items(), (frame / info["fps"], frame, episode, index, task))
+    write("data/chunk-000/file-000.parquet", {name: column.astype(dtype) for (name, dtype), column in values})
+
+    videos, zeros = [Path(record["file_name"]) for record in records], np.zeros(count, int)
+    columns = {"episode_index": np.arange(count), "tasks": [[text] for text in tasks], "length": lengths}
+    columns |= {"dataset_from_index": ends - lengths, "dataset_to_index": ends, "generated": zeros == 0}
+    columns |= {f"{part}/{name}_index": zeros for part in ("data", "meta/episodes") for name in ("chunk", "file")}
+    columns[f"videos/{camera}/chunk_index"] = [int(path.parent.name[len("chunk-") :]) for path in videos]
+    columns[f"videos/{camera}/file_index"] = [int(path.stem[len("file-") :]) for path in videos]
+    columns |= {f"videos/{camera}/from_timestamp": zeros / 1, f"videos/{camera}/to_timestamp": lengths / info["fps"]}
+    columns |= {f"stats/{camera}/{name}": [episode[name] for episode in stats] for name in stats[0]}
+    write("meta/episodes/chunk-000/file-000.parquet", columns)
+
+    each = {name: np.array([episode[name] for episode in stats]) for name in stats[0]}  # (N, 3, 1, 1)
+    each["std"] = each["std"] ** 2 + each["mean"] ** 2
+    total = {name: np.average(values, axis=0, weights=lengths) for name, values in each.items()}  # as lerobot does
+    total |= {"min": each["min"].min(0), "max": each["max"].max(0), "count": each["count"].sum(0)}
+    total["std"] = np.sqrt(np.maximum(total["std"] - total["mean"] ** 2, 0))
+    total = {name: values.tolist() for name, values in total.items()}
+    common.write_file(folder / "meta/stats.json", json.dumps({camera: total}))
+
+    # Readers look a task up by its text, the index of pandas: it has to be told which column that is.
+    column = {"name": "task", "field_name": "task", "pandas_type": "unicode", "numpy_type": "object", "metadata": None}
+    pandas = json.dumps({"index_columns": ["task"], "column_indexes": [], "columns": [column]})
+    write("meta/tasks.parquet", {"task_index": np.arange(len(names)), "task": names}, {"pandas": pandas})
+    info |= {"total_episodes": count, "total_frames": len(index), "total_tasks": len(names)}
+    common.write_file(folder / "meta/info.json", json.dumps({**info, "splits": {"train": f"0:{count}"}}, indent=1))
 
 
 # ---------------------------------------------------------------------------------------------------------- Model
@@ -611,9 +790,12 @@ def make_clips(clips, settings, device, progress, failed):
     Returns the settings, which are smaller ones from the clip on for which the memory was not enough.
     """
     import torch
+    from safetensors.torch import load_file
 
     dtype = torch.float16 if device == "cuda" else torch.float32
     pipe, _ = common.load_pipeline(clips.model.name, dtype, settings.base_model)
+    for file, scale in clips.model.adapters:
+        common.add_adapter(dict(pipe.unet.named_parameters()), load_file(file), scale)
     pipe.set_progress_bar_config(disable=True)
     wrap_unet(pipe.unet, settings.compile)
     common.avoid_conv3d(pipe.vae)
@@ -674,7 +856,7 @@ def judge(settings, sets, real_clips):
                 scores.setdefault(label, {}).setdefault(jobs[0]["image"], []).append(found)
             videos = {"real": real, **videos}
         if len(videos) > 1:
-            target = Path(settings.output_video) / "side_by_side" / f"{jobs[0]['name'].removesuffix('.mp4')}.mp4"
+            target = Path(settings.output_video) / "side_by_side" / f"{jobs[0]['title']}.mp4"
             target.parent.mkdir(parents=True, exist_ok=True)
             common.write_video(target, common.side_by_side(videos), settings.fps)
     if scores:
@@ -754,6 +936,8 @@ def make_all(sets, settings, failed):
     import torch
 
     todo, device = sum(len(clips.todo) for clips in sets), "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda":  # a launcher starts a process for each GPU
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
     where = "the GPU in fp16" if device == "cuda" else "the CPU in fp32 (no CUDA GPU found)"
     if not torch.version.cuda:
         where = "the CPU in fp32 (this torch is built for CPUs; pytorch.org has it for CUDA)"
@@ -774,12 +958,44 @@ def find_model(name, args):
     return Model(name, *common.resolve_checkpoint(name, args.base_model))
 
 
+def add_adapters(model, args):
+    """The model with the LoRAs of --lora, and where it was not trained here, with what the first was trained with.
+
+    Raises `UserError` for a folder that holds none, and for a LoRA that is not for this model, by the shapes alone.
+    """
+    shapes, settings = {}, model.settings
+    for file in common.weight_files(model.base, "unet") if args.lora and not args.dry_run else ():
+        shapes |= {name: tensor["shape"] for name, tensor in common.safetensors_header(file).items()}
+    adapters = []
+    for folder in [Path(given).expanduser() for given in args.lora]:
+        config, file = folder / "adapter_config.json", folder / "adapter_model.safetensors"
+        if not config.is_file():
+            raise UserError(
+                f"--lora {folder}: holds no LoRA (no {config.name}); give OUTPUT_DIR/lora of a training run"
+            )
+        config, tensors = common.read_json(config), common.safetensors_header(file)
+        other = [name for name in ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save") if config.get(name)]
+        plain = config.get("peft_type") == "LORA" and config.get("bias", "none") == "none" and not other
+        if not plain or not isinstance(config.get("r"), int) or not isinstance(config.get("lora_alpha"), (int, float)):
+            raise UserError(f"--lora {folder}: not a plain LoRA ({', '.join(other)}); peft itself can merge it")
+        for name, tensor in tensors.items() if shapes else ():
+            layer = name.removeprefix("base_model.model.").rsplit(".lora_", 1)[0] + ".weight"
+            side = 1 if ".lora_A." in name else 0
+            if shapes.get(layer, [None, None])[side] != tensor["shape"][side]:
+                raise UserError(f"--lora {folder}: for another model: {model.base} has no {layer} of its size")
+        adapters.append((file, args.lora_scale * common.lora_scale(config)))
+        if not settings and (folder / common.SETTINGS).is_file():
+            settings = common.read_settings(folder / common.SETTINGS, "delete it, or copy the folder again")
+    return model._replace(adapters=adapters, settings=settings)
+
+
 def main(argv=None):
     args = parse_args(argv)
     images, failed = list_images(args)
     for text in failed:
         print(f"left out: {text}", file=sys.stderr)
     models = [find_model(name, args) for name in (args.model_dir, args.compare_with) if name]
+    models[0] = add_adapters(models[0], args)
     settings = resolve(args, models[0].base, models[0].settings)
     for model in models:
         common.check_sizes(settings, model.base)
@@ -794,9 +1010,10 @@ def main(argv=None):
         for clips in sets:
             locks.enter_context(clips.locked(settings))
         make_all(sets, settings, failed)
+        complete = all([clips.finish(settings) for clips in sets])
         if settings.num_segments > 1:
             report_drift(sets[0].records.values())
-        if settings.compare_with or settings.reference:
+        if complete and (settings.compare_with or settings.reference):
             judge(settings, sets, real_clips)
     for text in failed:
         print(f"left out: {text}", file=sys.stderr)

@@ -59,10 +59,6 @@ VIDEO_SUFFIXES = frozenset(
     " .mxf .nut .obu .ogm .ogv .qt .rm .rmvb .tod .trp .ts .vob .vvc .webm .webp .wmv .wtv .xvid .y4m".split()
 )
 PARTIAL_SUFFIXES = (".part", ".crdownload", ".download", ".aria2", ".ytdl")  # x.mp4.part: x.mp4 is not whole yet
-SYSTEM_FOLDERS = frozenset(  # deleted files, thumbnails and snapshots of Windows, macOS and network storage
-    "$recycle.bin|recycler|recycled|#recycle|@recycle|@eadir|@tmp|#snapshot|@recently-snapshot|~snapshot|lost+found"
-    "|system volume information|__macosx".split("|")
-)
 JPG_OPTIONS = [cv2.IMWRITE_JPEG_QUALITY, 95, cv2.IMWRITE_JPEG_SAMPLING_FACTOR, cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444]
 BYTES_IN_FLIGHT = 1 << 27  # decoded frames of one video that wait for an encoder
 
@@ -93,6 +89,7 @@ class Video:
     group: str  # clips of one group (the cameras of an episode) belong on one side of a held-out split
     camera: str = ""
     episodes: list = None  # LeRobot v3: (first second, end, episode, frames or None) of the episodes in this file
+    lerobot: tuple = None  # what `read_lerobot` gives for the dataset that it is of
 
 
 def name_digest(source):
@@ -135,7 +132,7 @@ def list_files(root):
             continue
         seen.add((status.st_dev, status.st_ino))
         for entry in entries:
-            if entry.name.startswith(".") or entry.name.casefold() in SYSTEM_FOLDERS:
+            if entry.name.startswith(".") or entry.name.casefold() in common.SYSTEM_FOLDERS:
                 continue
             if not entry.is_symlink():
                 (folders if entry.is_dir() else files).append(entry.path)
@@ -170,9 +167,12 @@ def find_videos(args):
         hint = f"; the cameras are {', '.join(cameras)}" if args.camera and cameras else ""
         raise common.UserError(f"--camera, --include and --exclude leave none of {len(videos)} videos{hint}")
     for video in chosen:
-        if match := LEROBOT_V3.fullmatch(video.path.replace(os.sep, "/")):
+        posix = video.path.replace(os.sep, "/")
+        if match := LEROBOT_V3.fullmatch(posix):
             place = match["camera"], int(match["chunk"]), int(match["file"])
-            video.episodes = sorted(read_episodes(match["root"]).get(place, []))
+            video.episodes = sorted(read_episodes(match["root"])[0].get(place, []))
+        if match := match or LEROBOT_V2.fullmatch(posix):
+            video.lerobot = read_lerobot(match["root"])
     return sorted(chosen, key=lambda video: common.natural_key(video.source)), unfinished
 
 
@@ -219,7 +219,8 @@ def find_twins(videos):
 
 @functools.cache
 def read_episodes(root):
-    """LeRobot v3: where each file's episodes lie, `{(camera, chunk, file): [(first second, end, episode, frames)]}`."""
+    """LeRobot v3: where each file's episodes lie, `{(camera, chunk, file): [(first second, end, episode, frames)]}`,
+    and `{episode: its tasks}`."""
     why = f"{root} is a LeRobot v3 dataset, whose files hold several episodes each. "
     try:
         from pyarrow import parquet
@@ -228,19 +229,42 @@ def read_episodes(root):
     tables = sorted(Path(root, "meta", "episodes").rglob("*.parquet"))
     if not tables:
         raise common.UserError(why + "Where they begin stands in meta/episodes/*/*.parquet, which is missing")
-    fields, episodes = ("chunk_index", "file_index", "from_timestamp", "to_timestamp"), {}
+    fields, episodes, tasks = ("chunk_index", "file_index", "from_timestamp", "to_timestamp"), {}, {}
     for table in tables:
         names = parquet.read_schema(table).names
         cameras = [name.split("/")[1] for name in names if re.fullmatch(r"videos/[^/]+/from_timestamp", name)]
         needed = [f"videos/{camera}/{field}" for camera in cameras for field in fields]
-        needed += [name for name in ("episode_index", "length") if name in names]  # the statistics would be large
+        needed += [name for name in ("episode_index", "length", "tasks") if name in names]  # statistics would be large
         for row in parquet.read_table(table, columns=needed).to_pylist():
+            tasks[row["episode_index"]] = row.get("tasks")
             for camera in cameras:
                 chunk, file, start, end = (row[f"videos/{camera}/{field}"] for field in fields)
                 if chunk is not None:  # an episode may lack a camera
                     episode = start, end, int(row["episode_index"]), row.get("length")
                     episodes.setdefault((camera, int(chunk), int(file)), []).append(episode)
-    return episodes
+    return episodes, tasks
+
+
+@functools.cache
+def read_lerobot(root):
+    """What a LeRobot dataset knows of all its clips, `{"robot_type": ...}`, and `{episode: its tasks}`."""
+    meta, damaged = Path(root, "meta"), "not a JSON object; repair it, or move it away"
+    text = (meta / "info.json").read_text("utf-8-sig", "replace") if (meta / "info.json").exists() else "{}"
+    info = common.parse_object(text, f"{meta / 'info.json'}: {damaged}")
+    lines = common.read_lines(meta / "episodes.jsonl", damaged)  # version 2
+    tasks = {line.get("episode_index"): line.get("tasks") for _, line in lines}
+    known = {key: info[key] for key in ("robot_type", "generated") if info.get(key)}
+    return known, tasks or (read_episodes(root)[1] if (meta / "episodes").is_dir() else {})
+
+
+def lerobot_fields(video, group):
+    """What of it goes into the line of a clip: nothing for a video that is of no LeRobot dataset."""
+    if not video.lerobot:
+        return {}
+    known, tasks = video.lerobot
+    episode = int(group.rpartition("_")[2])
+    task = "; ".join(tasks.get(episode) or [])
+    return {"camera": video.camera, "episode_index": episode, **({"task": task} if task else {}), **known}
 
 
 # ----------------------------------------------------------------------------------------------------------- probe
@@ -1003,10 +1027,12 @@ def describe_clip(directory, clip, video, probe, stride, args):
     else:  # shorter than the stride
         motion = common.clip_motion([common.read_frame(path) for path in common.list_frames(clip.folder)], fps)
     episode = re.search(r"@(episode_\d+)", directory) if video.episodes else None
+    group = video.group + (episode[1] if episode else "")
     return {
         "directory": directory,
         "source": video.source,
-        "group": video.group + (episode[1] if episode else ""),
+        "group": group,
+        **lerobot_fields(video, group),
         "fps": fps,
         "num_frames": len(clip.times),
         "width": clip.shape[1],
@@ -1261,10 +1287,10 @@ def parse_args(argv=None):
         parser.error("--fast_png needs: pip install isal")
     args.min_frames, args.shard_name = args.min_frames or args.clip_frames or 1, ""
     if args.shard:
-        match = re.fullmatch(r"(\d+)/([1-9]\d*)", args.shard)
-        if not match or int(match[1]) > int(match[2]):
-            parser.error(f"--shard must be I/N with I at most N, as in 0/4, got {args.shard}")
-        args.shard = int(match[1]) % int(match[2]), int(match[2])
+        try:
+            args.shard = common.parse_shard(args.shard)
+        except common.UserError as error:
+            parser.error(str(error))
         args.shard_name = f"-{args.shard[0]}-of-{args.shard[1]}"
     return args
 

@@ -229,19 +229,33 @@ def write_file(path, data):
 def lock_file(path, busy, shared=False):
     """Holds a lock on the file `path`, made where it is missing, until the block or the process ends in whatever way.
 
-    Raises `UserError(busy)` where another process holds it; `shared` locks bear each other.
+    Raises `UserError(busy)` where another process holds it, and waits where `busy` is None; `shared` locks bear each
+    other.
     """
     with open(path, "a") as file:
         with contextlib.suppress(ImportError):  # no such locks on Windows
             import fcntl
 
             try:
-                fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+                fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (fcntl.LOCK_NB if busy else 0))
             except BlockingIOError:
                 raise UserError(busy) from None
             except OSError:  # a file system without locks
                 pass
         yield
+
+
+def parse_shard(text):
+    """--shard I/N -> (part, parts); I from 0 to N - 1, or from 1 to N, which is part 0. Raises `UserError`."""
+    part, _, parts = text.partition("/")
+    if not (part.isdecimal() and parts.isdecimal() and int(part) <= int(parts) > 0):
+        raise UserError(f"--shard must be I/N with I at most N, as in 0/4, got {text}")
+    return int(part) % int(parts), int(parts)
+
+
+def in_shard(name, shard):
+    """Whether what has this name falls to (part, parts): by a hash, so to the same part in every run."""
+    return int(hashlib.sha256(name.encode(errors="surrogateescape")).hexdigest()[:16], 16) % shard[1] == shard[0]
 
 
 def file_digest(path, before=b""):
@@ -258,15 +272,15 @@ def encode_png(frame):
     return cv2.imencode(".png", cv2.cvtColor(frame, cv2.COLOR_RGB2BGR), PNG_OPTIONS)[1].tobytes()
 
 
-def write_video(path, frames, fps):
+def write_video(path, frames, fps, *options):
     """Writes (T, H, W, 3) uint8 RGB as H.264 yuv420p mp4 that browsers and phones play; whole or not at all.
 
-    An odd width or height loses its last column or row: H.264 with 4:2:0 has even sizes only.
+    An odd width or height loses its last column or row: H.264 with 4:2:0 has even sizes only. `options` are ffmpeg's.
     """
     import imageio_ffmpeg
 
     frames = np.asarray(frames)[:, : frames[0].shape[0] // 2 * 2, : frames[0].shape[1] // 2 * 2]
-    size, options = frames.shape[2:0:-1], ["-crf", "14", "-movflags", "+faststart", "-f", "mp4"]
+    size, options = frames.shape[2:0:-1], ["-crf", "14", *options, "-movflags", "+faststart", "-f", "mp4"]
     codec = {"codec": "libx264", "pix_fmt_out": "yuv420p", "macro_block_size": 2, "output_params": options}
     with replacing(path) as aside:
         writer = imageio_ffmpeg.write_frames(str(aside), size, fps=fps, **codec)
@@ -365,7 +379,10 @@ def read_metadata(dataset_dir):
     return records
 
 
-SYSTEM_FOLDERS = ("@eaDir", "#recycle", "$RECYCLE.BIN", "System Volume Information", "lost+found", "__MACOSX")
+SYSTEM_FOLDERS = frozenset(  # deleted files, thumbnails and snapshots of Windows, macOS and network storage
+    "$recycle.bin|recycler|recycled|#recycle|@recycle|@eadir|@tmp|#snapshot|@recently-snapshot|~snapshot|lost+found"
+    "|system volume information|__macosx".split("|")
+)
 
 
 def find_folders(root):
@@ -392,7 +409,7 @@ def find_folders(root):
                 subfolders.clear()
                 continue
             seen.add(real)
-            subfolders[:] = [s for s in subfolders if not s.startswith(".") and s not in SYSTEM_FOLDERS]
+            subfolders[:] = [s for s in subfolders if not s.startswith(".") and s.casefold() not in SYSTEM_FOLDERS]
             paths = sorted((os.path.join(folder, name) for name in subfolders), key=natural_key)
             tops += filter(os.path.islink, paths)
             images = [name for name in files if name.lower().endswith(IMAGE_SUFFIXES)]
@@ -558,7 +575,7 @@ CHECKPOINT_STATE = "training_state.json"  # what makes a folder a checkpoint of 
 SETTINGS = "training_settings.json"  # beside every result: what it was trained with
 SETTINGS_EXAMPLE = {"width": 512, "height": 320, "num_frames": 14, "median_fps": 7, "median_motion_bucket_id": 127}
 SETTINGS_EXAMPLE |= {"motion_bucket_id_range": [0, 255], "pretrained_model_name": "", "base_fingerprint": ""}
-SETTINGS_EXAMPLE |= {"use_ema": False}
+SETTINGS_EXAMPLE |= {"use_ema": False, "lora_rank": 0, "lora_alpha": 0}
 
 HUB_HELP = """{what}. Three ways to get the weights:
   1. accept the licence at https://huggingface.co/{name} , then: pip install -U huggingface_hub && hf auth login
@@ -643,7 +660,7 @@ def describe(path):
         return f"pickled weights ({weights[0].name}), which are never loaded: unpickling runs code; {NEEDED}"
     names, what = "".join(safetensors_header(weights[0])), "the weights of one part of a model"
     if "lora" in names:
-        what = "a LoRA, which adds to a model and is none"
+        what = "a LoRA, which adds to a model and is none: infer_svd.py takes it as --lora"
     elif "diffusion_model." in names:
         what = "weights in one file, as ComfyUI takes them"
     return f"{what} ({weights[0].name}); {NEEDED}"
@@ -890,7 +907,7 @@ def load_pipeline(name, dtype, base=None):
     folder, settings, trained = resolve_checkpoint(name, base)
     parts = {part: load_part(folder, part, dtype) for part in PARTS}
     if trained is not None:
-        load_trained_weights(parts["unet"], trained)
+        load_trained_weights(parts["unet"], trained, settings)
     return StableVideoDiffusionPipeline(**parts), settings
 
 
@@ -953,15 +970,38 @@ def find_base(folder, recorded, fingerprint):
     raise UserError(f"{folder}: its base model is {where}; give its folder or hub name as --base_model")
 
 
-def load_trained_weights(unet, trained_file):
-    """Copies the trained weights of a checkpoint into a UNet, in place, whatever their dtype."""
-    import torch
-    from safetensors import safe_open
+def load_trained_weights(unet, trained_file, settings):
+    """Puts the trained weights of a checkpoint into a UNet, in place, whatever their dtype; a LoRA is merged."""
+    from safetensors.torch import load_file
 
+    if settings.get("lora_rank"):
+        return add_adapter(dict(unet.named_parameters()), load_file(trained_file), lora_scale(settings))
     parameters = dict(unet.named_parameters())
-    with safe_open(trained_file, "pt") as tensors, torch.no_grad():
-        for key in tensors.keys():
-            parameters[key].copy_(tensors.get_tensor(key))
+    for name, tensor in load_file(trained_file).items():
+        parameters[name].data.copy_(tensor)
+
+
+def add_adapter(weights, adapter, scale):
+    """Adds scale * B A of a LoRA (Hu et al. 2021) to the weights that it is for, in place; the sum is made in fp32.
+
+    weights: {"<layer>.weight": (out, in)} of a UNet or of one of its files; adapter: {"<layer>.lora_A.weight": (r, in),
+    "<layer>.lora_B.weight": (out, r)}, named as in peft's files or as in a model that peft has adapters in.
+    """
+    import torch
+
+    adapter = {re.sub(r"^base_model\.model\.|\.default(?=\.)", "", name): tensor for name, tensor in adapter.items()}
+    with torch.no_grad():
+        for name in adapter:
+            weight = weights.get(name.replace(".lora_A", "")) if ".lora_A" in name else None
+            if weight is not None:
+                update = adapter[name.replace("lora_A", "lora_B")].float() @ adapter[name].float()
+                weight.copy_(weight.float() + scale * update.to(weight.device))
+
+
+def lora_scale(config):
+    """What B A is multiplied by, from training_settings.json or from peft's adapter_config.json."""
+    rank = config.get("lora_rank") or config["r"]
+    return config["lora_alpha"] / (rank**0.5 if config.get("use_rslora") else rank)
 
 
 # -------------------------------------------------------------------------------------------------------- Forecast

@@ -45,10 +45,12 @@ from svd_common import UserError  # isort: skip
 import accelerate
 import cv2
 import diffusers
+import huggingface_hub
 import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKLTemporalDecoder, StableVideoDiffusionPipeline, UNetSpatioTemporalConditionModel
+from diffusers.models.activations import GEGLU
 from diffusers.models.attention import BasicTransformerBlock, TemporalBasicTransformerBlock
 from diffusers.models.resnet import SpatioTemporalResBlock
 from diffusers.models.transformers.transformer_temporal import TransformerSpatioTemporalModel
@@ -437,8 +439,8 @@ def is_trained(name, trainable):
     return any(group in name for group in TRAINABLE[trainable]) and not idle
 
 
-# What is recomputed in the backward pass. 512x320x25, AdamW: 37.0 GiB and 45.8 TFLOP with none, 17.7 and 56.0 with
-# transformers, 14.1 and 62.7 with full; recomputing the resnets alone would save little memory.
+# What is recomputed in the backward pass. 512x320x25, AdamW: 37.0 GiB and 45.8 TFLOP with none, 17.4 and 56.0 with
+# transformers, 13.8 and 62.7 with full; recomputing the resnets alone would save little memory.
 RECOMPUTED = {
     "none": (),
     "transformers": (TransformerSpatioTemporalModel,),
@@ -467,17 +469,65 @@ def forward_in_input_dtype(module):
     return forward
 
 
+def trained_layers(args):
+    return args.trainable + (f", LoRA of rank {args.lora_rank}" if args.lora_rank else "")
+
+
+def add_adapters(unet, args):
+    """Puts a LoRA of --lora_rank into the transformer blocks that --trainable names, in place, as peft does it.
+
+    Every linear layer there gets one, but the queries and keys of cross-attention: see WITHOUT_GRADIENT.
+    """
+    import peft
+
+    blocks = "transformer_blocks" if args.trainable == "all" else "temporal_transformer_blocks"
+    layers = rf".*{blocks}\..*\.(attn1\.to_q|attn1\.to_k|to_v|to_out\.0|proj|net\.2)"
+    config = peft.LoraConfig(r=args.lora_rank, lora_alpha=args.lora_alpha, target_modules=layers)
+    peft.inject_adapter_in_model(config, unet)
+    generator = random_generator(args.seed, "adapters")
+    for module in unet.modules():
+        if isinstance(module, peft.tuners.lora.LoraLayer):
+            down, up = module.lora_A["default"], module.lora_B["default"]
+            start = torch.nn.init.kaiming_uniform_(torch.empty(down.weight.shape), math.sqrt(5), generator=generator)
+            down.weight, up.weight = torch.nn.Parameter(start), torch.nn.Parameter(torch.zeros(up.weight.shape))
+
+
+def adapter_forward(layer):
+    """The forward pass of a peft LoRA layer, W x + b + scale * B A x, in its input's dtype.
+
+    peft's own holds four tensors as large as the output, this one: 6.1 instead of 7.0 GiB for SVD-XT at 512x320x25.
+    """
+    base, down, up, scale = (getattr(layer, n) for n in ("base_layer", "lora_A", "lora_B", "scaling"))
+    down, up, scale = down["default"], up["default"], scale["default"]
+
+    def forward(x):
+        rows = x.flatten(0, -2)  # (N, in)
+        low = F.linear(rows, down.weight.to(x.dtype))  # (N, rank)
+        out = F.linear(rows, base.weight, base.bias).addmm_(low, up.weight.to(x.dtype).T, alpha=scale)
+        return out.unflatten(0, x.shape[:-1])
+
+    return forward
+
+
 def prepare_unet(unet, trainable, weight_dtype, checkpointing):
-    """Freezes, casts and wraps a UNet for training, in place; names and shapes in its state dict stay as they are."""
+    """Freezes, casts and wraps a UNet for training, in place; names and shapes in its state dict stay as they are.
+
+    Where it has adapters, they alone are trained, and `trainable` has said where they are.
+    """
+    has_adapters = any("lora_" in name for name, _ in unet.named_parameters())
     for name, parameter in unet.named_parameters():
-        parameter.requires_grad_(is_trained(name, trainable))
+        parameter.requires_grad_("lora_" in name if has_adapters else is_trained(name, trainable))
         parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else weight_dtype)
     common.avoid_conv3d(unet)
     for module in unet.modules():
         if weight_dtype != torch.float32 and any(p.requires_grad for p in module.parameters(recurse=False)):
             module.forward = forward_in_input_dtype(module)
+        if hasattr(module, "lora_A"):
+            module.forward = adapter_forward(module)
         if isinstance(module, (BasicTransformerBlock, TemporalBasicTransformerBlock)) and module.attn2 is not None:
             module.attn2.set_processor(common.SingleTokenAttention())
+        if isinstance(module, GEGLU) and checkpointing != "none":
+            module.forward = gated_recomputed(module)
         if isinstance(module, RECOMPUTED[checkpointing]):  # diffusers' own checkpointing skips the temporal halves
             module.forward = checkpointed(module.forward)
     return unet.train()
@@ -487,7 +537,10 @@ def load_unet(args, base, device):
     """The UNet as the run trains it, on the device, and the mode of recomputation that was chosen for it."""
     weight_dtype = DTYPES[args.mixed_precision]
     mode = choose_checkpointing(args, base, weight_dtype, common.usable_memory(device))
-    unet = prepare_unet(common.load_part(base, "unet", torch.float32), args.trainable, weight_dtype, mode)
+    unet = common.load_part(base, "unet", torch.float32)
+    if args.lora_rank:
+        add_adapters(unet, args)
+    prepare_unet(unet, args.trainable, weight_dtype, mode)
     if args.compile:
         common.compile_blocks(unet)
     return unet.to(device), mode
@@ -502,6 +555,17 @@ def checkpointed(forward):
         return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
 
     return run
+
+
+def gated_recomputed(geglu):
+    """A GEGLU's forward pass, with all but its matrix product computed again: that costs next to nothing."""
+
+    def gate(projected):
+        hidden, gate = projected.chunk(2, dim=-1)
+        return hidden * geglu.gelu(gate)
+
+    recomputed = checkpointed(gate)
+    return lambda x: recomputed(geglu.proj(x))
 
 
 def trained_parameters(unet):
@@ -595,7 +659,8 @@ class TrainingState:
 
     def load(self, folder, saved):
         """Puts a checkpoint's weights, optimizer, schedule, average and scaler in place."""
-        common.load_trained_weights(self.bare_unet, folder / "trained.safetensors")
+        for name, tensor in load_file(folder / "trained.safetensors").items():
+            self.trained[name].data.copy_(tensor)
         unflatten_state(self.optimizer, self.trained, load_file(folder / "optimizer.safetensors"), saved["optimizer"])
         for _ in range(saved["step"]):  # the schedule is a function of the step
             self.lr_scheduler.step()
@@ -693,9 +758,13 @@ def forecast(args, folder, checkpointing, weight_dtype, count_flops=False):
     """
     processes, flops = int(os.environ.get("WORLD_SIZE", 1)), {}
     freed_early = gradients_freed_early(args, processes)
-    with FakeTensorMode(allow_non_fake_inputs=True), common.memory_tracker() as tracker:
+    with torch.device("meta"):
         unet = UNetSpatioTemporalConditionModel.from_config(common.read_config(folder, "unet"))
+        if args.lora_rank:
+            add_adapters(unet, args)
         prepare_unet(unet, args.trainable, weight_dtype, checkpointing)
+    with FakeTensorMode(allow_non_fake_inputs=True), common.memory_tracker() as tracker:
+        unet.to_empty(device="cpu")
         vae = AutoencoderKLTemporalDecoder.from_config(common.read_config(folder, "vae")).requires_grad_(False)
         vae.decoder = None
         trained = list(trained_parameters(unet).values())
@@ -767,6 +836,7 @@ def advice(args, folder, weight_dtype, available):
         {"gradient_checkpointing": "full"},
         {"train_batch_size": 1, "gradient_accumulation_steps": batch},
         {"optimizer": "adamw8bit", "max_grad_norm": 0},
+        {"lora_rank": 32, "lora_alpha": 32.0} if importlib.util.find_spec("peft") and not args.lora_rank else {},
         {"num_frames": min(14, args.num_frames)},
         smaller,
     ):
@@ -793,7 +863,8 @@ def dry_run(args, device):
     frames = sum(len(clip["frames"]) for clip in clips)
     plan |= disk_space(args, folder, frames, plan)
     size = f"{args.width}x{args.height}, {args.num_frames} frames, batch {args.train_batch_size}"
-    what = f"{plan['trainable_parameters'] / 1e6:.1f} M parameters ({args.trainable}) of {args.pretrained_model_name}"
+    what = f"{plan['trainable_parameters'] / 1e6:.1f} M parameters ({trained_layers(args)})"
+    what += f" of {args.pretrained_model_name}"
     print(f"trains {what}, {size}, {args.mixed_precision}, {args.optimizer}, gradient checkpointing {mode}")
     for name in ("weights", "gradients", "optimizer", "activations"):
         print(f"  {name:12s} {plan[f'{name}_gib']:8.2f} GiB" + (" at the peak" if name == "activations" else ""))
@@ -829,6 +900,8 @@ def disk_space(args, folder, frames, plan):
             clip = CLIPVisionModelWithProjection(CLIPVisionConfig(**common.read_config(folder, "image_encoder")))
             models = [UNetSpatioTemporalConditionModel.from_config(unet), AutoencoderKLTemporalDecoder.from_config(vae)]
         output = sum(4 * p.numel() for model in (*models, clip) for p in model.parameters())
+    if args.lora_rank:
+        output = output * args.save_merged + 4 * plan["trainable_parameters"]
     sizes = {"cache_gib": frames * frame * 4 / 2**30, "checkpoint_gib": plan["optimizer_gib"] + weights}
     return {name: round(size, 3) for name, size in {**sizes, "output_gib": output / 2**30}.items()}
 
@@ -950,8 +1023,9 @@ def put_aside_newer(args, folder, step):
 # Settings that may differ between a checkpoint and its resumption: they do not change the result.
 MAY_DIFFER_ON_RESUME = """output_dir dataset_dir pretrained_model_name resume_from_checkpoint checkpointing_steps
 checkpoints_total_limit cache_latents cache_dir dataloader_num_workers logging_steps report_to compile dry_run exclude
-gradient_checkpointing gradient_accumulation_steps train_batch_size max_train_steps versions step num_clips median_fps
-median_motion_bucket_id motion_bucket_id_range validation_dir validation_steps validation_metric""".split()
+gradient_checkpointing gradient_accumulation_steps train_batch_size max_train_steps save_merged push_to_hub
+base_model_name versions step num_clips median_fps median_motion_bucket_id motion_bucket_id_range validation_dir
+validation_steps validation_metric""".split()
 
 
 def check_resume(settings, clips, saved, folder):
@@ -989,18 +1063,34 @@ def listed(names):
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
+def save_adapter(folder, state, weights):
+    """A LoRA as peft itself saves it, and what it was trained with."""
+    config, settings = state.bare_unet.peft_config["default"], state.settings
+    config.base_model_name_or_path = settings["base_model_name"]
+    config.save_pretrained(folder)
+    names = {name: "base_model.model." + name.replace(".default", "") for name in weights}
+    tensors = {names[name]: tensor.detach().cpu() for name, tensor in weights.items()}
+    write_tensors(folder / "adapter_model.safetensors", tensors, {"format": "pt"})
+    common.write_file(folder / common.SETTINGS, json.dumps({**settings, "step": state.steps}, indent=1))
+
+
 def save_result(state, base):
     """The fine-tuned pipeline as a standard diffusers folder: the base's own files, the trained tensors replaced.
 
     Frozen weights are copied from the base on disk, so they stay bitwise the same whatever dtype they were trained in,
     and no second model is built. Every file keeps the base's precision. model_index.json is written last. (diffusers'
-    save_pretrained would write the local path into config.json, and shards of its own.)
+    save_pretrained would write the local path into config.json, and shards of its own.) A LoRA is merged into it, and
+    lies in `lora/` too; with --no-save_merged there alone.
     """
-    output = Path(state.args.output_dir)
+    output, args = Path(state.args.output_dir), state.args
     weights = dict(zip(state.trained, state.ema.shadow_params)) if state.ema else state.trained
     aside = output / ".result.part"
     shutil.rmtree(aside, ignore_errors=True)
-    for part in common.PARTS:
+    aside.mkdir()
+    if args.lora_rank:
+        save_adapter(aside / "lora", state, weights)
+        common.write_file(aside / "lora" / "README.md", model_card(state, base, "adapter"))
+    for part in common.PARTS if args.save_merged else ():
         (aside / part).mkdir(parents=True)
         stored = common.weight_files(base, part) if part in common.MODEL_PARTS else []
         for source in [*(base / part).glob("*.json"), *stored]:
@@ -1011,22 +1101,25 @@ def save_result(state, base):
                     common.write_file(target, text.replace(".fp16", ""))
             elif part == "unet" and source in stored:
                 tensors = load_file(source)
+                if args.lora_rank:
+                    common.add_adapter(tensors, weights, common.lora_scale(state.settings))
                 for name in tensors.keys() & weights.keys():
                     tensors[name] = weights[name].detach().to("cpu", tensors[name].dtype)
                 write_tensors(target, tensors, {"format": "pt"})
             else:
                 shutil.copyfile(source, target)
-    # without this transformers, given no dtype, would load fp16 beside diffusers' fp32
-    config = {**common.read_config(base, "image_encoder"), "dtype": "float32"}
-    common.write_file(aside / "image_encoder" / "config.json", json.dumps(config, indent=2))
-    (output / "model_index.json").unlink(missing_ok=True)  # from here until it is back, this is no finished result
-    for part in common.PARTS:
-        shutil.rmtree(output / part, ignore_errors=True)  # an earlier result of this same run, resumed to go further
-        os.replace(aside / part, output / part)
+    if args.save_merged:  # without this transformers, given no dtype, would load fp16 beside diffusers' fp32
+        config = {**common.read_config(base, "image_encoder"), "dtype": "float32"}
+        common.write_file(aside / "image_encoder" / "config.json", json.dumps(config, indent=2))
+        (output / "model_index.json").unlink(missing_ok=True)  # until it is back, this is no finished result
+    for part in list(aside.iterdir()):
+        shutil.rmtree(output / part.name, ignore_errors=True)  # an earlier result of this same run, resumed to go on
+        os.replace(part, output / part.name)
     aside.rmdir()
     common.write_file(output / common.SETTINGS, json.dumps({**state.settings, "step": state.steps}, indent=1))
-    common.write_file(output / "README.md", model_card(state))
-    common.write_file(output / "model_index.json", (base / "model_index.json").read_text())
+    common.write_file(output / "README.md", model_card(state, base, "finetune" if args.save_merged else "adapter"))
+    if args.save_merged:
+        common.write_file(output / "model_index.json", (base / "model_index.json").read_text())
 
 
 def read_metrics(output_dir):
@@ -1038,8 +1131,59 @@ def read_metrics(output_dir):
     return lines
 
 
-def model_card(state):
-    """What the result is, as a README in the hub's format: base, data, settings, last validation, samples."""
+def hub_name(path, kind):
+    """The hub's name of a local folder that lies in the hub's cache, or None; kind: models or datasets."""
+    found = re.search(rf"{kind}--([\w.-]+?)--([\w.-]+)", str(path))
+    return "/".join(found.groups()) if found else None
+
+
+def find_base_name(args, base):
+    """The base's name on the hub, never a local path; None where nothing tells it."""
+    given = args.base_model_name or hub_name(base.resolve(), "models")
+    if given or not Path(args.pretrained_model_name).is_dir():
+        return given or args.pretrained_model_name
+    index = common.read_json(base / "model_index.json")
+    names = [index.get("_name_or_path"), common.read_config(base, "unet").get("_name_or_path")]
+    return next((n for n in names if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(n)) and not Path(n).exists()), None)
+
+
+def card_data(settings, base, relation):
+    """The head of a model card; the licence is the base's, by its own card or, for Stability's, as they name it."""
+    name, there = settings["base_model_name"], {}
+    with contextlib.suppress(OSError, ValueError):
+        there = huggingface_hub.ModelCard.load(base / "README.md").data.to_dict()
+    data = {key: there[key] for key in ("license", "license_name", "license_link") if there.get(key)}
+    if not data and str(name).startswith("stabilityai/stable-video-diffusion"):
+        data = {"license": "other", "license_name": "stable-video-diffusion-community", "license_link": "LICENSE.md"}
+    if name and "license_link" in data and "://" not in data["license_link"]:
+        data["license_link"] = f"https://huggingface.co/{name}/blob/main/{data['license_link']}"
+    data |= {"base_model": name, "base_model_relation": relation} if name else {}
+    tags = ["image-to-video", "stable-video-diffusion", *(["lora"] if settings["lora_rank"] else [])]
+    library = "peft" if relation == "adapter" else "diffusers"
+    datasets = hub_name(Path(settings["dataset_dir"]).resolve(), "datasets")
+    return huggingface_hub.ModelCardData(**data, pipeline_tag="image-to-video", library_name=library, tags=tags,
+        datasets=[datasets] if datasets else None)  # fmt: skip
+
+
+def push_to_hub(args):
+    """Uploads the result, without checkpoints, to a repository of the hub, a private one where it is new."""
+    skip, name, output = ["checkpoint-*", "damaged-*", "best/*", ".*"], args.push_to_hub, args.output_dir
+    try:
+        api = huggingface_hub.HfApi()
+        api.create_repo(name, private=True, exist_ok=True)
+        api.upload_folder(repo_id=name, folder_path=output, ignore_patterns=list(skip))
+    except Exception as error:  # the network's, the hub's and the token's are of many kinds
+        why = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        later = f"hf upload {name} {shlex.quote(output)} . --exclude " + " ".join(map(shlex.quote, skip))
+        raise UserError(f"--push_to_hub {name}: {why}; the result is in {output}; to push it later: {later}") from error
+    print(f"pushed to {name}")
+
+
+def model_card(state, base, relation="finetune"):
+    """What the result is, as a README in the hub's format: base, data, settings, last validation, samples.
+
+    relation: to the base, finetune for a whole model, adapter for a LoRA.
+    """
     settings, output = state.settings, Path(state.args.output_dir)
     scores = next((line for line in reversed(read_metrics(output)) if "validation_loss_v" in line), {})
     numbers = {name.removeprefix("validation_"): value for name, value in scores.items() if value is not None}
@@ -1047,10 +1191,9 @@ def model_card(state):
     videos = sorted((output / "validation").glob(f"step-{scores.get('step', 0):06d}/*.mp4"))
     samples = "".join(f"- [{video.name}]({video.relative_to(output).as_posix()})\n" for video in videos)
     what = "{num_clips} clips, {steps} steps of {global_batch_size}, {width}x{height}, {num_frames} frames; trained:"
-    what += " {trainable}. Median fps {median_fps:g}, median motion_bucket_id {median_motion_bucket_id:g}: use these."
-    what = what.format(steps=state.steps, **settings)
-    base = f"base_model: {settings['base_model_name']}\n" if settings["base_model_name"] else ""  # never a local path
-    text = f"---\n{base}pipeline_tag: image-to-video\nlibrary_name: diffusers\n---\n"
+    what += " {layers}. Median fps {median_fps:g}, median motion_bucket_id {median_motion_bucket_id:g}: use these."
+    what = what.format(steps=state.steps, layers=trained_layers(state.args), **settings)
+    text = f"---\n{card_data(settings, base, relation).to_yaml()}\n---\n"
     text += f"\n# Stable Video Diffusion, fine-tuned\n\n{what} All settings: {common.SETTINGS}.\n"
     if scores:
         text += f"\n| held-out clips | real beside generated |\n|---|---|\n{table}\n{samples}"
@@ -1211,8 +1354,10 @@ def build_parser():
 
     add = parser.add_argument_group("model and data").add_argument
     add("--pretrained_model_name", required=True, help="hub name or local diffusers folder to start from")
+    add("--base_model_name", metavar="OWNER/NAME", help="its name on the hub, for the model card, where it is a folder")
     add("--dataset_dir", required=True, help="folder of clip folders, from prepare_dataset.py")
     add("--output_dir", required=True, help="where the checkpoints and the fine-tuned pipeline go")
+    add("--push_to_hub", metavar="OWNER/NAME", help="upload the result there, to a private repository where it is new")
     add("--exclude", nargs="+", default=[], metavar="CLIP", help="leave these clips out: names or 'patterns*'")
     add("--num_frames", type=positive, default=25, help="frames in a training window (default 25)")
     add("--width", type=positive, default=512, help="pixels, a multiple of 64 for SVD (default 512)")
@@ -1228,7 +1373,7 @@ def build_parser():
     add("--train_batch_size", type=positive, default=1, help="clips a step on each GPU (default 1)")
     add("--gradient_accumulation_steps", type=positive, default=1, help="batches summed into one step (default 1)")
     add("--max_train_steps", type=positive, default=5000, help="optimizer steps (default 5000)")
-    add("--learning_rate", type=at_least_zero, default=1e-5, help="peak of the schedule (default 1e-5)")
+    add("--learning_rate", type=at_least_zero, help="peak of the schedule (default 1e-5; 1e-4 for a LoRA)")
     schedules = [s.value for s in SchedulerType if s.value != "piecewise_constant"]  # that one needs a rule
     add("--lr_scheduler", choices=schedules, default="constant", help="of the learning rate (default constant)")
     add("--lr_warmup_steps", type=int, default=0, help="optimizer steps of linear warm-up (default 0)")
@@ -1237,6 +1382,11 @@ def build_parser():
     add("--optimizer", choices=["adamw", "adamw8bit"], default="adamw", help="adamw8bit needs bitsandbytes")
     add("--adam_weight_decay", type=at_least_zero, default=1e-2, help="AdamW's decoupled decay (default 0.01)")
     add("--trainable", choices=list(TRAINABLE), default="temporal", help="which UNet layers (default temporal)")
+    lora = "train a LoRA of this rank in the transformer blocks' linear layers alone, the rest frozen; needs peft"
+    add("--lora_rank", type=positive, default=0, metavar="N", help=lora)
+    add("--lora_alpha", type=at_least_zero, help="the LoRA's strength is alpha / rank (default: the rank)")
+    merged = "beside OUTPUT_DIR/lora, also the whole pipeline with the LoRA merged in (default)"
+    add("--save_merged", action=switch, default=True, help=merged)
     add("--loss", choices=["v", "noise"], default="v", help="v: SVD's weighting; noise: plain noise MSE (default v)")
     add("--P_mean", type=float, default=0.7, help="mean of ln sigma (default 0.7; 1.0 favours motion)")
     add("--P_std", type=at_least_zero, default=1.6, help="standard deviation of ln sigma (default 1.6)")
@@ -1291,6 +1441,14 @@ def parse_args(argv=None):
         parser.error("validation reads the latent cache: leave out --no-cache_latents")
     if args.lr_warmup_steps and args.lr_scheduler == "constant":
         args.lr_scheduler = "constant_with_warmup"  # diffusers' `constant` would ignore the warm-up
+    if args.learning_rate is None:
+        args.learning_rate = 1e-4 if args.lora_rank else 1e-5
+    if not args.lora_rank and (args.lora_alpha is not None or not args.save_merged):
+        parser.error("--lora_alpha and --no-save_merged are of a LoRA: give --lora_rank too")
+    if args.lora_alpha is None:
+        args.lora_alpha = float(args.lora_rank)
+    if args.lora_rank and importlib.util.find_spec("peft") is None:
+        parser.error("--lora_rank needs: pip install peft")
     if args.max_grad_norm is None:
         args.max_grad_norm = 0.0 if args.optimizer == "adamw8bit" else 1.0
     cuda = torch.cuda.is_available()
@@ -1307,6 +1465,11 @@ def parse_args(argv=None):
         parser.error("--optimizer adamw8bit needs a CUDA GPU; leave it out on the CPU")
     if args.mixed_precision == "fp16" and not cuda:
         parser.error("--mixed_precision fp16 needs a CUDA GPU; on the CPU use no or bf16")
+    for flag in ("base_model_name", "push_to_hub"):
+        if getattr(args, flag) and not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", getattr(args, flag)):
+            parser.error(f"--{flag} must have the form OWNER/NAME, got {getattr(args, flag)}")
+    if args.push_to_hub and not huggingface_hub.get_token():
+        parser.error("--push_to_hub needs a token that may write: run `hf auth login`, or set HF_TOKEN")
     try:
         check_output_dir(args)
     except UserError as error:
@@ -1320,8 +1483,8 @@ def check_output_dir(args):
     if output.exists() and not output.is_dir():
         raise UserError(f"--output_dir {output}: a file of that name is in the way")
     run = checkpoints_of(output) or (output / "metrics.jsonl").is_file()
-    ours = ("model_index.json", common.SETTINGS, "README.md", "metrics.jsonl", "validation", "best", *common.PARTS)
-    there = [name for name in ours if (output / name).exists()]
+    ours = ("model_index.json", common.SETTINGS, "README.md", "metrics.jsonl", "validation", "best", "lora")
+    there = [name for name in (*ours, *common.PARTS) if (output / name).exists()]
     if there and not run:
         raise UserError(f"--output_dir {output} holds what is no run of this script: {there[0]}; give another")
     if run and not args.resume_from_checkpoint:
@@ -1375,7 +1538,7 @@ def describe_run(args, base, clips, num_processes):
         **vars(args),
         "global_batch_size": args.train_batch_size * args.gradient_accumulation_steps * num_processes,
         "pretrained_model_name": str(base.resolve()) if local else name,
-        "base_model_name": None if local else name,
+        "base_model_name": find_base_name(args, base),
         "base_fingerprint": common.weights_fingerprint(base, "unet"),
         "num_clips": len(clips),
         "median_fps": statistics.median(fps),
@@ -1440,7 +1603,8 @@ def train(args, device):
             validation = Validation(args, base, held_out, vae, decoder)
         data = f"{len(clips)} clips" + (f" and {len(held_out)} held out" if held_out else "")
         steps = f"{args.max_train_steps} steps of {settings['global_batch_size']}"
-        trained = f"{sum(p.numel() for p in state.trained.values()) / 1e6:.1f} M parameters trained ({args.trainable})"
+        count = sum(p.numel() for p in state.trained.values()) / 1e6
+        trained = f"{count:.1f} M parameters trained ({trained_layers(args)})"
         how = f"{args.mixed_precision} on {device.type}, recomputed: {checkpointing}"
         accelerator.print(f"{data}, {steps}; {trained}, {how}")
         with saved_on_error(state):
@@ -1448,8 +1612,13 @@ def train(args, device):
         if not status and accelerator.is_main_process:
             save_result(state, base)
             output = args.output_dir
-            print(f"done: {output} is a diffusers pipeline; python infer_svd.py --model_dir {output} ...")
+            if args.save_merged:
+                print(f"done: {output} is a diffusers pipeline; python infer_svd.py --model_dir {output} ...")
+            else:
+                print(f"done: python infer_svd.py --model_dir {args.pretrained_model_name} --lora {output}/lora ...")
         end_processes(state)
+        if args.push_to_hub and not status and accelerator.is_main_process:
+            push_to_hub(args)
         return status
 
 

@@ -17,11 +17,14 @@ sys.path.insert(0, str(ROOT))
 
 import svd_common as common  # isort: skip
 import numpy as np
+from PIL import Image
 
 TINY, DATA, DEMO = ROOT / "tests" / "tiny_svd", ROOT / "tests" / "data", ROOT / "demo"
 TRAINING = "--num_frames 8 --width 96 --height 64 --train_batch_size 4 --max_train_steps 600 --learning_rate 2e-3"
 TRAINING += " --P_mean 1.5 --lr_scheduler cosine --lr_warmup_steps 30 --use_ema --ema_decay 0.98"
 TRAINING += " --checkpointing_steps 100 --gradient_checkpointing none"
+FPS = 4  # of the bundled clips
+SHOWN = (0, 2)  # the held-out clips in sample.mp4
 
 
 def script(name, *arguments):
@@ -46,26 +49,38 @@ def main():
         "--output_video", DEMO / "generated", "--compare_with", TINY, "--reference", DEMO / "heldout",
         "--num_inference_steps", 4, "--max_guidance_scale", 1.0)  # fmt: skip
 
-    films = [common.read_video(path) for path in sorted((DEMO / "generated" / "side_by_side").glob("*.mp4"))]
-    film = np.concatenate([np.concatenate(films[i : i + 2], axis=1) for i in (0, 2)])  # two clips, then two others
-    common.write_video(DEMO / "sample.mp4", film, 4)
-    write_contact_sheet(DEMO / "contact_sheet.png")
+    clips = [read_clip(clip) for clip in common.list_clips(DEMO / "heldout")]
+    write_sample(DEMO / "sample", [clips[i] for i in SHOWN])
+    write_contact_sheet(DEMO / "contact_sheet.png", clips[:4])
     scores = json.loads((DEMO / "generated" / "metrics.json").read_text())["mean"]
     moving = [f"{label} {table['psnr_moving']['mean']:.1f}" for label, table in scores.items()]
     print(f"\nPSNR on moving pixels, dB: {', '.join(moving)}. Done in {time.time() - started:.0f} s.")
     print("Look at demo/sample.mp4, demo/contact_sheet.png and demo/generated/side_by_side.")
 
 
-def write_contact_sheet(path):
-    """A picture of four held-out clips: the frames of the real, the fine-tuned and the base video in a row each."""
-    rows = []
-    for clip in common.list_clips(DEMO / "heldout")[:4]:
-        real = np.stack([common.read_frame(frame) for frame in clip["frames"]])
-        videos = {"real": real}
-        for label, folder in (("fine-tuned", DEMO / "generated"), ("base", DEMO / "generated" / ".compare")):
-            videos[label] = common.read_video(next(folder.glob(f"{clip['directory']}*.mp4")))
-        rows += [common.label_frames([np.concatenate(list(v), axis=1)], label)[0] for label, v in videos.items()]
-    path.write_bytes(common.encode_png(np.concatenate(rows)))
+def read_clip(clip):
+    """{"real", "generated", "base before fine-tuning": (T, H, W, 3) uint8} of one held-out clip."""
+    videos = {"real": np.stack([common.read_image(frame) for frame in clip["frames"]])}
+    for label, folder in (("generated", ""), ("base before fine-tuning", ".compare")):
+        videos[label] = common.read_video(next((DEMO / "generated" / folder).glob(f"{clip['directory']}*.mp4")))
+    return videos
+
+
+def write_sample(path, clips):
+    """The videos of these clips side by side, enlarged, the end held for a second: as an mp4 of three rounds, which
+    any player shows, and as a webp, which a README shows moving at first sight."""
+    film = np.concatenate([common.side_by_side(videos, min_width=384) for videos in clips], axis=1)  # (T, H, W, 3)
+    film = np.concatenate([film, film[-1:].repeat(FPS, axis=0)])
+    common.write_video(path.with_suffix(".mp4"), np.tile(film, (3, 1, 1, 1)), FPS)
+    frames = [Image.fromarray(frame) for frame in film]
+    more = {"append_images": frames[1:], "duration": 1000 // FPS, "loop": 0, "quality": 70, "method": 6}
+    frames[0].save(path.with_suffix(".webp"), save_all=True, **more)
+
+
+def write_contact_sheet(path, clips):
+    """A picture: the frames of the real, the fine-tuned and the base video of each clip in a row each."""
+    rows = [(label, np.concatenate(list(video), axis=1)) for videos in clips for label, video in videos.items()]
+    path.write_bytes(common.encode_png(np.concatenate([common.label_frames([row], label)[0] for label, row in rows])))
 
 
 if __name__ == "__main__":

@@ -286,6 +286,7 @@ def pretend(shim):
     bitsandbytes = sys.modules["bitsandbytes"] = types.ModuleType("bitsandbytes")
     bitsandbytes.__spec__ = importlib.machinery.ModuleSpec("bitsandbytes", None)
     bitsandbytes.optim = types.SimpleNamespace(AdamW8bit=AdamW8bit)
+    bitsandbytes.nn = types.SimpleNamespace()  # peft looks for its layers there
 
 
 def drive(script, arguments, capability):
@@ -376,12 +377,15 @@ TRAINING = {  # name: (flags, CUDA's capability, waits for the GPU that a step m
     ),  # to CLIP and back
     "fp16-accumulation": (["--gradient_accumulation_steps", 2], (7, 5), 0),  # with a scaler, as on a T4
     "adamw8bit": (["--optimizer", "adamw8bit"], (8, 9), 0),
+    "lora": (["--lora_rank", 4, "--gradient_checkpointing", "full"], (8, 9), 0),
 }
 
 
 @pytest.mark.parametrize("name", TRAINING)
 def test_training(gpu, model, clips, tmp_path, name):
     flags, capability, waits = TRAINING[name]
+    if name == "lora":
+        pytest.importorskip("peft")
     run = ["train_svd", "--pretrained_model_name", model, "--dataset_dir", clips, "--output_dir", tmp_path / "out"]
     run += ["--logging_steps", 100, *flags]
     validation = ["--validation_dir", clips / "held_out"] if name == "ema-full" else []
@@ -413,8 +417,8 @@ def plan(*flags):
 
 
 def test_forecast_counts_the_gradients_that_accumulate():
-    assert plan()["peak_memory_gib"] < 14.3  # each micro-batch but the first finds the gradients of those before it
-    assert plan("--gradient_accumulation_steps", "2")["peak_memory_gib"] == pytest.approx(15.03, abs=0.1)
+    assert plan()["peak_memory_gib"] < 14.0  # each micro-batch but the first finds the gradients of those before it
+    assert plan("--gradient_accumulation_steps", "2")["peak_memory_gib"] == pytest.approx(14.72, abs=0.1)
 
 
 def test_forecast_counts_the_attention():

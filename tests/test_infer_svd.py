@@ -75,7 +75,7 @@ def test_every_option_is_recorded_and_the_video_plays_everywhere(picture, tmp_pa
     options = vars(
         infer_svd.build_parser().parse_args(["--model_dir", "m", "--input_image", "i", "--output_video", "o"])
     )
-    assert options.keys() <= record.keys()
+    assert options.keys() - {"shard"} <= record.keys()  # a clip is the same whichever process made it
     assert all(record[name] is not None for name in ("width", "height", "num_frames", "fps", "decode_chunk_size"))
     assert record["model_dir"] == str(TINY) and record["seed"] == 0 and record["motion_bucket_id"] == 127
     assert record["versions"].keys() >= {"python", "torch", "diffusers"}

@@ -546,6 +546,29 @@ def test_lerobot_v2_groups_and_camera(tmp_path):
     assert "observation.images.top" in text
 
 
+LEROBOT_FIELDS = ("camera", "episode_index", "task", "robot_type", "generated")
+
+
+def test_lerobot_v2_tasks_and_robot_are_carried(tmp_path):
+    videos, meta = tmp_path / "videos", tmp_path / "videos/pusht/meta"
+    lerobot_v2(videos / "pusht")
+    make(videos / "plain.mp4", "-frames:v", "3")
+    meta.mkdir()
+    (meta / "info.json").write_text('{"codebase_version": "v2.1", "robot_type": "so100"}')
+    rows = [{"episode_index": 0, "tasks": ["推 the T", "go home"]}, {"episode_index": 1, "tasks": []}]
+    (meta / "episodes.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    lines = prepare(videos, tmp_path / "out", "--camera", "", "top")[1]
+    found = {source: [line.get(field) for field in LEROBOT_FIELDS] for source, line in lines.items()}
+    top = "observation.images.top"
+    assert list(found.values()) == [
+        [None] * 5,
+        [top, 0, "推 the T; go home", "so100", None],
+        [top, 1, None, "so100", None],
+    ]
+    (meta / "info.json").write_text("{")
+    assert "info.json: not a JSON object" in prepare(videos, tmp_path / "out2", status=2)[0]
+
+
 def lerobot_v3(folder):
     make(folder / "videos/observation.images.top/chunk-000/file-000.mp4", picture="testsrc2=s=96x64:r=10:d=3")
     (folder / "meta/episodes/chunk-000").mkdir(parents=True)
@@ -578,12 +601,16 @@ def prepare_v3(folder, episodes, **options):
     lerobot_v3(folder / "videos")
     key, rows = "videos/observation.images.top/", []
     for episode, (start, end, length) in enumerate(episodes):
-        row = {"episode_index": episode, key + "chunk_index": 0, key + "file_index": 0}
+        row = {"episode_index": episode, key + "chunk_index": 0, key + "file_index": 0, "tasks": [f"task {episode}"]}
         row.update({} if length is None else {"length": length})
         rows.append({**row, key + "from_timestamp": start, key + "to_timestamp": end})
+    (folder / "videos/meta/info.json").write_text('{"robot_type": "so100", "generated": true}')
     text, _ = prepare(folder / "videos", folder / "out", env=fake_pyarrow(folder / "fake", rows), **options)
     path = folder / "out/metadata.jsonl"
     lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    for line in lines:
+        found, number = [line.get(field) for field in LEROBOT_FIELDS], line["episode_index"]
+        assert found == ["observation.images.top", int(line["group"][-6:]), f"task {number}", "so100", True]
     return text, {line["group"]: line["num_frames"] for line in lines}
 
 

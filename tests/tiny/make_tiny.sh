@@ -44,4 +44,6 @@ $PYTHON tests/tiny/render.py --task reach --episodes 100 --seed 16 --output_dir 
 $PYTHON prepare_dataset.py --video_dir $OUT-4 --output_dir $OUT-dataset-4
 train --pretrained_model_name $OUT-unet-3 --dataset_dir $OUT-dataset-4 --output_dir $OUT-unet-4 --max_train_steps 1118 \
     --train_batch_size 8 --learning_rate 5e-4 --lr_scheduler cosine --lr_warmup_steps 100 --ema_decay 0.99 --P_mean 1.2
-echo "$OUT-unet-4 is the checkpoint; tests/tiny_svd is a copy of its five parts and model_index.json, in fp16"
+train --pretrained_model_name $OUT-unet-4 --dataset_dir $OUT-dataset-4 --output_dir $OUT-unet-5 --max_train_steps 2400 \
+    --train_batch_size 8 --learning_rate 6e-4 --lr_scheduler cosine --lr_warmup_steps 60 --ema_decay 0.99 --P_mean 1.2
+echo "$OUT-unet-5 is the checkpoint; tests/tiny_svd is a copy of its five parts and model_index.json, in fp16"

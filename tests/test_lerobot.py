@@ -1,0 +1,189 @@
+"""LeRobot datasets: real clips (version 2.1) -> prepare -> a generated set (version 3.0) -> lerobot, prepare."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from conftest import SIZE, TINY, moving_square, run
+from test_infer_svd import infer, lines_of
+
+import infer_svd
+import svd_common as common
+
+parquet = pytest.importorskip("pyarrow.parquet")
+CAMERA, OTHER = "observation.images.front", "observation.images.wrist"
+TASKS = ["push the red cube", "推 the blue cube"]
+FLAGS = ["--model_dir", TINY, "--output_format", "lerobot", *SIZE, "--num_inference_steps", "1", "--fps", "8"]
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory):
+    """A prepared dataset of two episodes, each seen by two cameras."""
+    root = tmp_path_factory.mktemp("real")
+    for seed, camera in enumerate((CAMERA, OTHER)):
+        for episode in range(2):
+            path = root / f"lerobot/videos/chunk-000/{camera}/episode_{episode:06d}.mp4"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            common.write_video(path, moving_square(10, seed=2 * seed + episode), 8)
+    (root / "lerobot/meta").mkdir()
+    (root / "lerobot/meta/info.json").write_text('{"codebase_version": "v2.1", "robot_type": "panda"}')
+    rows = (json.dumps({"episode_index": number, "tasks": [task]}) for number, task in enumerate(TASKS))
+    (root / "lerobot/meta/episodes.jsonl").write_text("\n".join(rows))
+    run("prepare_dataset.py", "--video_dir", root / "lerobot", "--output_dir", root / "front", "--camera", "front")
+    run("prepare_dataset.py", "--video_dir", root / "lerobot", "--output_dir", root / "both")
+    return root
+
+
+@pytest.fixture(scope="module")
+def made(real):
+    """Two clips of each episode."""
+    arguments = ["--input_image", real / "front", "--output_video", real / "set", "--num_videos_per_image", 2]
+    with pytest.raises(SystemExit) as end:
+        common.run_script(lambda: infer_svd.main(list(map(str, FLAGS + arguments))))
+    assert not end.value.code
+    return real / "set"
+
+
+def bytes_in(folder):
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_the_files_are_laid_out_as_version_3_says(made):
+    info = json.loads((made / "meta/info.json").read_text())
+    assert info["codebase_version"] == "v3.0" and info["robot_type"] == "panda" and info["fps"] == 8
+    assert info["generated"] is True and info["splits"] == {"train": "0:4"}
+    assert [info[f"total_{what}"] for what in ("episodes", "frames", "tasks")] == [4, 32, 2]
+    assert info["features"][CAMERA]["shape"] == [64, 96, 3] and info["features"][CAMERA]["dtype"] == "video"
+    file = {"chunk_index": 0, "file_index": 0}
+    data = parquet.read_table(made / info["data_path"].format(**file))
+    assert {field.name: str(field.type).replace("float", "float32") for field in data.schema} == {
+        name: feature["dtype"] for name, feature in info["features"].items() if name != CAMERA
+    }
+    data = data.to_pydict()
+    assert data["index"] == list(range(32)) and data["frame_index"] == list(range(8)) * 4
+    assert np.array_equal(data["timestamp"], np.tile(np.arange(8) / 8, 4))
+    assert data["episode_index"] == np.repeat(range(4), 8).tolist()
+    assert data["task_index"] == [0] * 16 + [1] * 16
+    tasks = parquet.read_table(made / "meta/tasks.parquet")
+    assert tasks.schema.pandas_metadata["index_columns"] == ["task"] and tasks.column("task").to_pylist() == TASKS
+
+    episodes = parquet.read_table(made / "meta/episodes/chunk-000/file-000.parquet").to_pylist()
+    frames = []
+    for number, (episode, record) in enumerate(zip(episodes, lines_of(made))):
+        place = {name: episode[f"videos/{CAMERA}/{name}"] for name in ("chunk_index", "file_index")}
+        assert record["file_name"] == info["video_path"].format(video_key=CAMERA, **place)
+        assert episode[f"videos/{CAMERA}/from_timestamp"] == 0 and episode[f"videos/{CAMERA}/to_timestamp"] == 1
+        assert episode["episode_index"] == number and episode["tasks"] == [record["task"]] and episode["generated"]
+        span = [episode["length"], episode["dataset_from_index"], episode["dataset_to_index"]]
+        assert span == [8, 8 * number, 8 * number + 8]
+        frames.append(common.read_video(made / record["file_name"]) / 255)
+        assert np.allclose(np.ravel(episode[f"stats/{CAMERA}/mean"]), frames[-1].mean((0, 1, 2)), atol=0.02)
+    stats = json.loads((made / "meta/stats.json").read_text())[CAMERA]
+    pixels = np.concatenate(frames).reshape(-1, 3)
+    for name, expected, tolerance in (
+        ("mean", pixels.mean(0), 0.01), ("std", pixels.std(0), 0.01), ("max", pixels.max(0), 0.05),
+        ("min", pixels.min(0), 0.05), ("q50", np.median(pixels, axis=0), 0.1),
+    ):  # fmt: skip
+        assert np.shape(stats[name]) == (3, 1, 1) and np.allclose(np.ravel(stats[name]), expected, atol=tolerance), name
+    assert stats["count"] == [32] and all(np.shape(stats[f"q{q}"]) == (3, 1, 1) for q in ("01", "10", "90", "99"))
+
+
+def test_prepare_reads_the_set_and_knows_that_it_is_generated(made, tmp_path):
+    run("prepare_dataset.py", "--video_dir", made, "--output_dir", tmp_path / "again")
+    lines = [json.loads(line) for line in (tmp_path / "again/metadata.jsonl").read_text().splitlines()]
+    fields = ("camera", "episode_index", "task", "robot_type", "generated", "num_frames")
+    assert [[line[field] for field in fields] for line in lines] == [
+        [CAMERA, number, TASKS[number // 2], "panda", True, 8] for number in range(4)
+    ]
+
+
+def test_a_killed_run_is_gone_on_with_and_added_clips_come_after(made, real, tmp_path, capsys):
+    """Killed between a clip's record and the clip, with none of the set's own files written yet, or half."""
+    folder, before = shutil.copytree(made, tmp_path / "set"), bytes_in(made)
+    last = max(folder.glob("videos/*/*/*.mp4"))
+    last.unlink()
+    lines = [line for line in (folder / "metadata.jsonl").read_text().splitlines(True) if last.name not in line]
+    (folder / "metadata.jsonl").write_text("".join(lines))
+    shutil.rmtree(folder / "data")
+    (folder / "meta/tasks.parquet").unlink()
+    (folder / "meta/.stats.json.4711.part").write_text("{")
+    flags = [*FLAGS, "--input_image", real / "front", "--output_video", folder, "--num_videos_per_image"]
+    assert "1 clips to make" in infer(capsys, *flags, 2)
+    after, ours = bytes_in(folder), ("videos/", "data/", "meta/")
+    assert after.keys() == before.keys()
+    assert all(after[name] == data for name, data in before.items() if name.startswith(ours))
+
+    assert "2 clips to make" in infer(capsys, *flags, 3)
+    assert all(bytes_in(folder)[name] == data for name, data in before.items() if name.endswith(".mp4"))
+    found = [(line["file_name"][-7:-4], line["task"], line["seed"]) for line in lines_of(folder)]
+    kinds = [(0, 0), (0, 1), (1, 0), (1, 1), (0, 2), (1, 2)]  # (episode, seed)
+    assert found == [(f"{number:03d}", TASKS[episode], seed) for number, (episode, seed) in enumerate(kinds)]
+    assert json.loads((folder / "meta/info.json").read_text())["splits"] == {"train": "0:6"}
+
+    (folder / lines_of(folder)[1]["file_name"]).unlink()  # a person did not like it
+    assert "0 clips to make" in infer(capsys, *flags, 3)
+    episodes = parquet.read_table(folder / "meta/episodes/chunk-000/file-000.parquet").to_pylist()
+    assert [episode["episode_index"] for episode in episodes] == [0, 1, 2, 3, 4]
+    assert [episode[f"videos/{CAMERA}/file_index"] for episode in episodes] == [0, 2, 3, 4, 5]
+
+
+def test_what_cannot_be_one_set_is_refused_before_anything_is_made(made, real, tmp_path, capsys, monkeypatch):
+    image = next((real / "front").glob("*/00000.png"))
+    foreign, labelled = tmp_path / "foreign", shutil.copytree(made, tmp_path / "labelled")
+    shutil.copytree(real / "lerobot", foreign)
+    info = json.loads((labelled / "meta/info.json").read_text())
+    info["features"]["action"] = {"dtype": "float32", "shape": [7], "names": None}
+    (labelled / "meta/info.json").write_text(json.dumps(info))
+    before = bytes_in(tmp_path) | bytes_in(made)
+    for arguments, words in (
+        (["--input_image", image, "--output_video", tmp_path / "a"], "give --task"),
+        (["--input_image", image, "--output_video", tmp_path / "a", "--task", "two\nlines"], "give --task"),
+        (["--input_image", image, "--output_video", tmp_path / "a.mp4"], "a file for one clip alone"),
+        (["--input_image", real / "both", "--output_video", tmp_path / "a"], "here features would differ"),
+        (["--input_image", real / "front", "--output_video", foreign], "generated"),
+        (["--input_image", real / "front", "--output_video", labelled], "here features would differ"),
+        (["--input_image", real / "front", "--output_video", made, "--seed", 9, "--fps", 9], "fps and features"),
+        (["--input_image", real / "front", "--output_video", made, "--task", "other"], "task was push the red cube"),
+    ):
+        printed = infer(capsys, *FLAGS, *arguments, ok=False)
+        assert words in printed and printed.count("error: ") == 1, printed
+    monkeypatch.setattr(infer_svd, "find_spec", lambda name: None)
+    printed = infer(capsys, *FLAGS, "--input_image", image, "--output_video", tmp_path / "a", "--task", "t", ok=False)
+    assert "pip install pyarrow" in printed and bytes_in(tmp_path) | bytes_in(made) == before
+
+
+def test_the_real_lerobot_loads_the_set_and_merges_it_with_a_real_one(made, tmp_path):
+    pytest.importorskip("lerobot")
+    from lerobot.datasets.aggregate import aggregate_datasets
+    from lerobot.datasets.lerobot_dataset import LeRobotDataset
+
+    def check(dataset, first):
+        """The episodes from `first` on are the set's: its frames at their times, by lerobot's own decoder."""
+        for number, record in enumerate(lines_of(made), first):
+            video, start = (
+                common.read_video(made / record["file_name"]),
+                dataset.meta.episodes[number]["dataset_from_index"],
+            )
+            assert dataset.meta.episodes[number]["length"] == len(video) and dataset.meta.episodes[number]["generated"]
+            for t, frame in enumerate(video):
+                item = dataset[start + t]
+                assert item["episode_index"] == number and item["frame_index"] == t and item["task"] == record["task"]
+                assert abs(item["timestamp"].item() - t / 8) < 1e-6
+                assert np.abs(item[CAMERA].permute(1, 2, 0).numpy() * 255 - frame).max() <= 1
+
+    check(LeRobotDataset("local/made", root=made, video_backend="pyav"), 0)
+    shape = {"dtype": "video", "shape": (64, 96, 3), "names": ["height", "width", "channels"]}
+    options = {"fps": 8, "robot_type": "panda", "features": {CAMERA: shape}, "root": tmp_path / "real"}
+    recorded = LeRobotDataset.create("local/real", vcodec="h264", **options)
+    for episode, task in enumerate([TASKS[1], "another"]):
+        for frame in moving_square(10, seed=episode):
+            recorded.add_frame({CAMERA: frame, "task": task})
+        recorded.save_episode()
+    recorded.finalize()
+    for name, roots in (("after", [tmp_path / "real", made]), ("before", [made, tmp_path / "real"])):
+        aggregate_datasets(["a", "b"], "local/merged", roots=roots, aggr_root=tmp_path / name)
+        merged = LeRobotDataset("local/merged", root=tmp_path / name, video_backend="pyav")
+        check(merged, 2 if name == "after" else 0)
+        assert merged.num_episodes == 6 and len(merged) == 52 and set(merged.meta.tasks.index) == {*TASKS, "another"}
+        assert sorted(map(bool, merged.meta.episodes["generated"])) == [False] * 2 + [True] * 4

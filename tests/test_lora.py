@@ -1,0 +1,150 @@
+"""LoRA: the adapters alone are trained, saved as peft's own, and the merged result is the base plus the adapter."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from conftest import ROOT, SIZE, TINY, run, train_arguments
+
+import svd_common as common
+
+peft = pytest.importorskip("peft")
+torch = pytest.importorskip("torch")
+
+from diffusers import UNetSpatioTemporalConditionModel
+from safetensors.torch import load_file, save_file
+
+LORA = ["--lora_rank", 4, "--learning_rate", "1e-3"]
+
+
+def weights_of(model):
+    return load_file(model / "unet" / "diffusion_pytorch_model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def adapted(dataset, tmp_path_factory):
+    """A finished run with a LoRA, an average and validation."""
+    output = tmp_path_factory.mktemp("lora") / "outputs"
+    run("train_svd.py", *train_arguments(dataset, output), *LORA, "--lora_alpha", 8, "--max_train_steps", 6,
+        "--checkpointing_steps", 3, "--use_ema", "--num_validation_videos", 1)  # fmt: skip
+    return output
+
+
+def test_adapters_alone_are_trained_in_every_linear_layer_of_the_temporal_blocks(adapted):
+    state = json.loads((adapted / "checkpoint-6" / common.CHECKPOINT_STATE).read_text())
+    first, trained = (load_file(adapted / f"checkpoint-{step}" / "trained.safetensors") for step in (3, 6))
+    assert all(".lora_" in name for name in trained) and all(not torch.equal(trained[n], first[n]) for n in trained)
+    unet = UNetSpatioTemporalConditionModel.from_pretrained(TINY, subfolder="unet")
+    linear = {name for name, module in unet.named_modules() if isinstance(module, torch.nn.Linear)}
+    idle = ("attn2.to_q", "attn2.to_k")  # without a gradient: one token is attended to
+    expected = {n for n in linear if ".temporal_transformer_blocks." in n and not n.endswith(idle)}
+    assert {name.split(".lora_")[0] for name in trained} == expected
+    assert state["settings"]["lora_rank"] == 4 and state["settings"]["lora_alpha"] == 8
+    line = json.loads((adapted / "metrics.jsonl").read_text().splitlines()[-1])
+    assert line["validation_psnr_moving"] > 5 and (adapted / "best" / "ema.safetensors").exists()
+
+
+def test_merged_result_is_what_plain_peft_makes_of_base_and_adapter(adapted):
+    base = UNetSpatioTemporalConditionModel.from_pretrained(TINY, subfolder="unet")
+    before = {name: value.clone() for name, value in base.state_dict().items()}
+    model = peft.PeftModel.from_pretrained(base, str(adapted / "lora")).merge_and_unload()
+    merged = UNetSpatioTemporalConditionModel.from_pretrained(adapted, subfolder="unet").state_dict()
+    changed = 0
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(merged[name], value, rtol=1e-3, atol=1e-6)  # the file is fp16, as the base's is
+        moved = not torch.equal(merged[name], before[name])
+        assert not moved or ".temporal_transformer_blocks." in name
+        changed += moved
+    assert changed > 20
+
+
+def test_lora_over_the_base_gives_the_frames_of_the_merged_result(adapted, dataset, tmp_path):
+    image = next((dataset / "clip0").glob("*.png"))
+    options = ["--input_image", image, "--num_inference_steps", 2, "--seed", 1]
+    for name, model in (
+        ("merged", ["--model_dir", adapted]),
+        ("checkpoint", ["--model_dir", adapted / "checkpoint-6"]),
+        ("lora", ["--model_dir", TINY, "--lora", adapted / "lora"]),
+        ("halves", ["--model_dir", TINY, "--lora", adapted / "lora", adapted / "lora", "--lora_scale", 0.5]),
+        ("base", ["--model_dir", TINY, *SIZE, "--fps", 7, "--motion_bucket_id", 127]),
+    ):
+        run("infer_svd.py", *model, *options, "--output_video", tmp_path / name, "--output_format", "frames")
+    frames = {}
+    for folder in tmp_path.iterdir():
+        files = sorted(folder.glob("*/*.png"))
+        frames[folder.name] = np.stack([common.read_image(file) for file in files]).astype(int)
+    for name in ("checkpoint", "lora", "halves"):
+        assert np.abs(frames[name] - frames["merged"]).max() <= 2
+    assert np.abs(frames["base"] - frames["merged"]).max() > 4
+
+
+def test_lora_that_does_not_fit_is_refused(adapted, dataset, tmp_path):
+    image = next((dataset / "clip0").glob("*.png"))
+
+    def refused(folder):
+        done = run("infer_svd.py", "--model_dir", TINY, "--lora", folder, "--input_image", image,
+            "--output_video", tmp_path / "clips", ok=False)  # fmt: skip
+        assert not (tmp_path / "clips").exists()
+        return done.stdout
+
+    assert "holds no LoRA" in refused(adapted / "unet")
+    other, odd = tmp_path / "other", tmp_path / "odd"
+    for copy in (other, odd):
+        shutil.copytree(adapted / "lora", copy)
+    tensors = load_file(other / "adapter_model.safetensors")
+    name = next(iter(tensors))
+    save_file({**tensors, name: torch.zeros(4, 48)}, other / "adapter_model.safetensors")
+    assert "for another model" in refused(other)
+    config = json.loads((odd / "adapter_config.json").read_text())
+    (odd / "adapter_config.json").write_text(json.dumps({**config, "use_dora": True}))
+    assert "not a plain LoRA (use_dora)" in refused(odd)
+    parent = run("infer_svd.py", "--model_dir", adapted / "lora", "--input_image", image, "--output_video",
+        tmp_path / "clips", ok=False)  # fmt: skip
+    assert str(adapted) in parent.stdout
+
+
+def test_wrong_lora_options_are_refused(dataset, tmp_path):
+    arguments = train_arguments(dataset, tmp_path / "out")
+    assert (
+        "--lora_rank: must be at least 1, got 0" in run("train_svd.py", *arguments, "--lora_rank", 0, ok=False).stdout
+    )
+    for option in (["--lora_alpha", 4], ["--no-save_merged"]):
+        assert "give --lora_rank too" in run("train_svd.py", *arguments, *option, ok=False).stdout
+    assert not (tmp_path / "out").exists()
+
+
+def test_killed_lora_run_goes_on_to_the_same_weights_and_writes_the_adapter_alone(dataset, tmp_path):
+    def arguments(output):
+        return [*train_arguments(dataset, output), *LORA, "--max_train_steps", 12, "--checkpointing_steps", 2,
+            "--use_ema", "--no-save_merged", "--gradient_checkpointing", "full", "--trainable", "all"]  # fmt: skip
+
+    run("train_svd.py", *arguments(tmp_path / "whole"))
+    command = [sys.executable, str(ROOT / "train_svd.py"), *map(str, arguments(tmp_path / "killed"))]
+    process = subprocess.Popen(command, env=os.environ, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.time() + 120
+    while process.poll() is None and time.time() < deadline and not (tmp_path / "killed" / "checkpoint-4").exists():
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "killed" / "lora").exists()
+    done = run("train_svd.py", *arguments(tmp_path / "killed"), "--resume_from_checkpoint", "latest")
+    assert f"--lora {tmp_path / 'killed'}/lora" in done.stdout
+    files = [tmp_path / name / "lora" / "adapter_model.safetensors" for name in ("whole", "killed")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    assert not (tmp_path / "killed" / "model_index.json").exists() and not (tmp_path / "killed" / "unet").exists()
+    assert any(not re.search("temporal", name) for name in load_file(files[0]))  # --trainable all: the spatial ones too
+
+
+def test_forecast_of_a_lora_fits_an_8_gb_card(tmp_path):
+    done = run("train_svd.py", "--pretrained_model_name", "stabilityai/stable-video-diffusion-img2vid-xt",
+        "--dataset_dir", "none", "--output_dir", tmp_path / "out", "--lora_rank", 32, "--dry_run")  # fmt: skip
+    plan = json.loads(done.stdout.splitlines()[-1])
+    assert 4 < plan["peak_memory_gib"] <= 6.8
+    assert 10e6 < plan["trainable_parameters"] < 20e6

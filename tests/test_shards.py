@@ -1,0 +1,96 @@
+"""One set of generated clips, made by several processes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import ROOT, SIZE, TINY, moving_square, run, write_clip
+
+import svd_common as common
+
+pytest.importorskip("torch")
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory):
+    root = tmp_path_factory.mktemp("real")
+    for seed in range(4):
+        write_clip(root / f"clip{seed}", moving_square(8, seed=seed))
+    return root
+
+
+def command(real, output, *more):
+    return ["--model_dir", TINY, "--input_image", real, "--output_video", output, *SIZE, "--num_inference_steps", 1,
+        "--num_videos_per_image", 2, "--reference", real, "--compare_with", TINY, *more]  # fmt: skip
+
+
+def start(*arguments, **env):
+    return subprocess.Popen([sys.executable, str(ROOT / "infer_svd.py"), *map(str, arguments)], text=True,
+        env={**os.environ, **env}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)  # fmt: skip
+
+
+def contents(folder):
+    """{file: bytes} of a set; of JSON, without what no two runs share: the time it took, and where it lies."""
+    found = {}
+    for path in folder.rglob("*"):
+        name = path.relative_to(folder).as_posix()
+        if path.is_file() and ".infer" not in path.parts:
+            found[name] = path.read_bytes()
+        if path.name == "metadata.jsonl":
+            records = [json.loads(line) for line in path.read_text().splitlines()]
+            found[name] = [{**record, "seconds": 0, "output_video": ""} for record in records]
+    return found
+
+
+@pytest.fixture(scope="module")
+def alone(real, tmp_path_factory):
+    output = tmp_path_factory.mktemp("alone") / "clips"
+    run("infer_svd.py", *command(real, output))
+    return contents(output)
+
+
+def test_a_launcher_s_two_processes_make_what_one_makes(real, alone, tmp_path):
+    both = [start(*command(real, tmp_path / "clips"), RANK=str(rank), WORLD_SIZE="2") for rank in (0, 1)]
+    printed = [process.communicate(timeout=300)[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0], printed
+    assert sum("real clips, 95 % intervals" in text for text in printed) >= 1  # whoever was last has judged
+    assert contents(tmp_path / "clips") == alone
+    assert len(alone["metadata.jsonl"]) == 8 and "metrics.json" in alone
+
+
+def test_a_killed_part_of_three_goes_on_and_the_last_to_end_writes_all(real, alone, tmp_path):
+    output = tmp_path / "clips"
+    killed = start(*command(real, output, "--shard", "0/3"))
+    deadline = time.time() + 120
+    while killed.poll() is None and time.time() < deadline and not list(output.glob(".infer/*.json")):
+        time.sleep(0.005)
+    refused = run("infer_svd.py", *command(real, output), ok=False).stdout
+    assert "another infer_svd.py is writing here" in refused
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    for part in (1, 2):
+        run("infer_svd.py", *command(real, output, "--shard", f"{part}/3"))
+    assert not (output / "metrics.json").exists() and len(contents(output)["metadata.jsonl"]) < 8
+    run("infer_svd.py", *command(real, output, "--shard", "0/3"))
+    assert contents(output) == alone
+    assert not list(output.rglob(".making*/*"))
+
+
+def test_wrong_shards_are_refused(real, tmp_path):
+    for text in ("3/2", "1", "a/b", "0/0"):
+        done = run("infer_svd.py", *command(real, tmp_path / "clips", "--shard", text), ok=False)
+        assert f"--shard must be I/N with I at most N, as in 0/4, got {text}" in done.stdout
+    image = next(real.glob("*/*.png"))
+    done = run("infer_svd.py", "--model_dir", TINY, "--input_image", image, "--output_video", tmp_path / "one.mp4",
+        "--shard", "0/2", ok=False)  # fmt: skip
+    assert "one clip cannot be shared" in done.stdout
+
+
+def test_names_are_spread_over_the_parts():
+    parts = [common.in_shard(f"clip_{i}_seed0", (0, 4)) for i in range(2000)]
+    assert 400 < sum(parts) < 600
+    assert common.parse_shard("4/4") == common.parse_shard("0/4") == (0, 4)
