@@ -63,16 +63,14 @@ def soften(frames, generator):
 
 
 def train(model, loss_of_batch, steps):
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min(1, (step + 1) / 30) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
-    )
-    for _ in range(steps):
+    optimizer = torch.optim.AdamW(model.parameters())
+    for step in range(steps):
+        falling = min(1, (step + 1) / 30) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
+        optimizer.param_groups[0]["lr"] = LEARNING_RATE * falling
         loss = loss_of_batch()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        schedule.step()
     return model.eval()
 
 
@@ -118,7 +116,7 @@ def train_labeller(seed, clips, paths, videos, steps, batch=16):
 
 
 def pseudo_label(networks, **options):
-    """`train_labeller` by so many networks, each from another seed: the mean of their labels."""
+    """The mean of the labels of so many networks, each from another seed."""
     answers = in_processes(partial(train_labeller, **options), range(networks))
     return [np.mean(labels, 0) for labels in zip(*answers)]
 
@@ -155,8 +153,3 @@ def train_policy(job, real, steps, test, batch=32):
     with torch.no_grad():
         moved = (model(*tensors(*test)).numpy() * std + mean).reshape(len(test[1]), -1, 3)
     return np.concatenate([test[1][:, None], test[1][:, None] + moved], 1)
-
-
-def train_policies(jobs, **options):
-    """`train_policy` for each job: (jobs, N, T, 3)."""
-    return np.stack(in_processes(partial(train_policy, **options), jobs))

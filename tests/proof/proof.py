@@ -12,6 +12,7 @@ import resource
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -20,6 +21,7 @@ import clips  # isort: skip  (first: it finds svd_common, which quiets OpenCV)
 import cv2
 import learn
 import numpy as np
+
 import svd_common as common
 
 TINY, BUNDLED = clips.ROOT / "tests" / "tiny_svd", clips.ROOT / "tests" / "data" / "robot_push"
@@ -56,15 +58,8 @@ def build_parser():
 
 def generate(model, frames, output):
     """Starts infer_svd.py as a user does."""
-    command = [
-        sys.executable,
-        str(clips.ROOT / "infer_svd.py"),
-        "--model_dir",
-        str(model),
-        "--input_image",
-        str(frames),
-    ]
-    command += ["--output_video", str(output), *GENERATING.split()]
+    command = [sys.executable, clips.ROOT / "infer_svd.py", "--model_dir", model, "--input_image", frames,
+        "--output_video", output, *GENERATING.split()]  # fmt: skip
     threads = str(max(1, (os.cpu_count() or 2) // 2))  # two of them run at a time
     env = {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", **os.environ, "OMP_NUM_THREADS": threads}
     return subprocess.Popen(command, env=env)
@@ -97,10 +92,8 @@ def interval(draws):
 
 
 def write_table(results, path):
-    lines = [
-        "| arm | success | fingertip error | pseudo-label error | actions, labelled / true |",
-        "|---|---|---|---|---|",
-    ]
+    head = "| arm | success | fingertip error | pseudo-label error | actions, labelled / true |"
+    lines = [head, "|---|---|---|---|---|"]
     for arm, r in results["arms"].items():
         low, high = (100 * x for x in r["success_interval"])
         label = [f"{r['label_error_cm']:.1f} cm", f"{r['action_ratio']:.2f}"] if "label_error_cm" in r else ["", ""]
@@ -136,7 +129,7 @@ def write_pushes(path, first_frames, answers, seed, layouts=4):
 
 
 def write_clips(path, videos, labels, paths, count=3):
-    """Of a few new layouts: each kind of video with its pseudo-labels (dots) and the true place of the fingertip (+)."""
+    """New layouts: each kind of video, where its pseudo-labels put the fingertip (dots) and where it really is (+)."""
     rows = []
     for i in range(min(count, len(paths))):
         for name, video in videos.items():
@@ -204,8 +197,9 @@ def main(args):
     added |= {"a": None, "f": samples("new", moved["new"])}
     real = samples("bundled", moved["bundled"][:LABELLED], slice(LABELLED))
     jobs = [(arm, policy) for arm in args.arms for policy in range(args.seeds)]
-    answers = learn.train_policies([(s, added[arm]) for arm, s in jobs], real=real, steps=args.policy_steps, test=test)
-    answers = dict(zip(args.arms, answers.reshape(len(args.arms), args.seeds, args.layouts, clips.FRAMES, 3)))
+    train = partial(learn.train_policy, real=real, steps=args.policy_steps, test=test)
+    answers = np.stack(learn.in_processes(train, [(policy, added[arm]) for arm, policy in jobs]))
+    answers = dict(zip(args.arms, answers.reshape(len(args.arms), args.seeds, *answers.shape[1:])))
     done("trained")
 
     # Judge: the arms, and itself with the true path and with standing still
