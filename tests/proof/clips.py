@@ -86,8 +86,7 @@ def judge_layout(job, seed):
 def judge(paths, seed):
     """`judge_layout` for paths (P, N, 8, 3) of N layouts: (P, N) distances in metres."""
     with ProcessPoolExecutor() as pool:
-        jobs = enumerate(np.swapaxes(paths, 0, 1))
-        return np.array(list(pool.map(partial(judge_layout, seed=seed), jobs))).T
+        return np.array(list(pool.map(partial(judge_layout, seed=seed), enumerate(np.swapaxes(paths, 0, 1))))).T
 
 
 # Pictures
