@@ -764,7 +764,11 @@ def forecast(args, folder, checkpointing, weight_dtype, count_flops=False):
             add_adapters(unet, args)
         prepare_unet(unet, args.trainable, weight_dtype, checkpointing)
     with FakeTensorMode(allow_non_fake_inputs=True), common.memory_tracker() as tracker:
-        unet.to_empty(device="cpu")
+        for module in unet.modules():  # not to_empty(): it swaps the tensors of a parameter, which fake ones cannot bear
+            for name, p in module._parameters.items():
+                if p is not None:
+                    empty = torch.empty(p.shape, dtype=p.dtype, device="cpu")
+                    module._parameters[name] = torch.nn.Parameter(empty, p.requires_grad)
         vae = AutoencoderKLTemporalDecoder.from_config(common.read_config(folder, "vae")).requires_grad_(False)
         vae.decoder = None
         trained = list(trained_parameters(unet).values())
