@@ -575,9 +575,10 @@ def check_lerobot(folder, jobs, records, settings):
 
 def image_stats(frames):
     """(T, H, W, 3) uint8 -> LeRobot's statistics of an episode, of the colours from 0 to 1, shape (3, 1, 1)."""
-    pixels = frames.reshape(-1, 3)[::7] / 255  # they tell as much as all
-    stats = {name: getattr(pixels, name)(0) for name in ("min", "max", "mean", "std")}
-    stats |= {f"q{q:02d}": np.percentile(pixels, q, axis=0) for q in (1, 10, 50, 90, 99)}
+    pixels = np.ascontiguousarray(frames.reshape(-1, 3).T)
+    stats = {name: getattr(pixels, name)(1) / 255 for name in ("min", "max", "mean", "std")}
+    quantiles = np.percentile(pixels[:, ::7], [1, 10, 50, 90, 99], axis=1) / 255  # a seventh tells as much
+    stats |= dict(zip(("q01", "q10", "q50", "q90", "q99"), quantiles))
     return {**{name: v.round(6).reshape(3, 1, 1).tolist() for name, v in stats.items()}, "count": [len(frames)]}
 
 
