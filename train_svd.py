@@ -470,6 +470,7 @@ def forward_in_input_dtype(module):
 
 
 def trained_layers(args):
+    """What is trained, in words: `temporal, LoRA of rank 32`."""
     return args.trainable + (f", LoRA of rank {args.lora_rank}" if args.lora_rank else "")
 
 
