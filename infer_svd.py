@@ -971,13 +971,12 @@ def add_adapters(model, args):
     for folder in [Path(given).expanduser() for given in args.lora]:
         config, file = folder / "adapter_config.json", folder / "adapter_model.safetensors"
         if not config.is_file():
-            raise UserError(
-                f"--lora {folder}: holds no LoRA (no {config.name}); give OUTPUT_DIR/lora of a training run"
-            )
+            raise UserError(f"--lora {folder}: no {config.name} in it; give OUTPUT_DIR/lora of a training run")
         config, tensors = common.read_json(config), common.safetensors_header(file)
         other = [name for name in ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save") if config.get(name)]
         plain = config.get("peft_type") == "LORA" and config.get("bias", "none") == "none" and not other
-        if not plain or not isinstance(config.get("r"), int) or not isinstance(config.get("lora_alpha"), (int, float)):
+        plain &= all(isinstance(config.get(name), (int, float)) and config[name] > 0 for name in ("r", "lora_alpha"))
+        if not plain:
             raise UserError(f"--lora {folder}: not a plain LoRA ({', '.join(other)}); peft itself can merge it")
         for name, tensor in tensors.items() if shapes else ():
             layer = name.removeprefix("base_model.model.").rsplit(".lora_", 1)[0] + ".weight"
