@@ -496,8 +496,8 @@ def add_adapters(unet, args):
 def adapter_forward(layer):
     """The forward pass of a peft LoRA layer, W x + b + scale * B A x, in its input's dtype.
 
-    peft's own holds its input in fp32 too, and four tensors as large as the output where this holds one: training SVD-XT
-    at 512x320x25 would need 7.8 GiB instead of 6.7.
+    peft's own holds its input in fp32 too, and four tensors as large as the output where this holds one: training
+    SVD-XT at 512x320x25 would need 7.8 GiB instead of 6.7.
     """
     base, down, up, scale = (getattr(layer, n) for n in ("base_layer", "lora_A", "lora_B", "scaling"))
     down, up, scale = down["default"], up["default"], scale["default"]
@@ -768,7 +768,7 @@ def forecast(args, folder, checkpointing, weight_dtype, count_flops=False):
     with FakeTensorMode(allow_non_fake_inputs=True), common.memory_tracker() as tracker:
         for (
             module
-        ) in unet.modules():  # not to_empty(): it swaps the tensors of a parameter, which fake ones cannot bear
+        ) in unet.modules():  # not by to_empty(): it swaps tensors, which fake ones cannot bear
             for name, p in module._parameters.items():
                 if p is not None:
                     empty = torch.empty(p.shape, dtype=p.dtype, device="cpu")
