@@ -16,6 +16,7 @@ import shutil
 import struct
 import sys
 from pathlib import Path, PurePosixPath
+from urllib.parse import quote
 
 # Read once, when cv2, torch and transformers are imported; what the user has set stays.
 os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # no decoder chatter
@@ -557,6 +558,48 @@ def video_metrics(generated, real):
         scores["flow_error"] = float(np.linalg.norm(flow - truth, axis=1).mean())
         scores["flow_cosine"] = float(dot.sum() / max(norms.sum(), 1e-9))
     return scores
+
+
+def sharpness(frame):
+    """Variance of the Laplacian of (H, W, 3) RGB: falls when a picture blurs."""
+    return float(cv2.Laplacian(cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY), cv2.CV_64F).var())
+
+
+def clip_measures(frames, image, fps):
+    """Measures of a generated clip (T, H, W, 3) RGB that need no real one; image: its input, at the clip's size.
+
+      motion            as `clip_motion`; measured_motion_bucket_id is its bucket, beside the one that was asked for
+      sharpness_ratio   `sharpness`, mean of the last quarter of the frames over frame 0: below 1, it blurs; above, noise
+      psnr_first_frame  dB of frame 0 to the image; at most 100, which stands for equal
+      flicker           mean |change| of the mean brightness from a frame to the next, in levels of 255; no motion is
+                        compensated: what moves changes the mean of a whole frame little, unless it comes or goes
+    """
+    motion, start = clip_motion(frames, fps), sharpness(frames[0])
+    end = np.mean([sharpness(frame) for frame in frames[-max(1, len(frames) // 4) :]])
+    brightness = [cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY).mean() for frame in frames]
+    return {
+        "motion": round(motion, 4),
+        "measured_motion_bucket_id": motion_bucket(motion),
+        "sharpness_ratio": round(float(end / start), 4) if start else None,  # none where frame 0 is of one colour
+        "psnr_first_frame": round(min(psnr(((frames[0] - image.astype(np.float64)) ** 2).mean()), 100.0), 2),
+        "flicker": round(float(np.abs(np.diff(brightness)).mean()), 4),
+    }
+
+
+def write_page(path, data):
+    """Writes a page that shows `data`: page.html beside the scripts, with the data put in as JSON.
+
+    No page where that template is missing, or cannot be written: no run fails for it. A page of another maker stays.
+    """
+    with contextlib.suppress(OSError):
+        template = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
+        if not path.exists() or b'content="SVD trio"' in path.read_bytes():
+            write_file(path, template.replace("{{DATA}}", json.dumps(data).replace("<", "\\u003c")))
+
+
+def page_url(path):
+    """The link to a file below the page's folder, whatever characters are in its name."""
+    return quote(os.fsencode(path))
 
 
 # ---------------------------------------------------------------------------------------------------- SVD's parts
