@@ -568,11 +568,11 @@ def sharpness(frame):
 def clip_measures(frames, image, fps):
     """Measures of a generated clip (T, H, W, 3) RGB that need no real one; image: its input, at the clip's size.
 
-      motion            as `clip_motion`; measured_motion_bucket_id is its bucket, beside the one that was asked for
-      sharpness_ratio   `sharpness`, mean of the last quarter of the frames over frame 0: below 1, it blurs; above, noise
-      psnr_first_frame  dB of frame 0 to the image; at most 100, which stands for equal
-      flicker           mean |change| of the mean brightness from a frame to the next, in levels of 255; no motion is
-                        compensated: what moves changes the mean of a whole frame little, unless it comes or goes
+    motion            as `clip_motion`; measured_motion_bucket_id is its bucket, beside the one that was asked for
+    sharpness_ratio   `sharpness`, mean of the last quarter of the frames over frame 0: below 1, it blurs; above, noise
+    psnr_first_frame  dB of frame 0 to the image; at most 100, which stands for equal
+    flicker           mean |change| of the mean brightness from a frame to the next, in levels of 255; no motion is
+                      compensated: what moves changes the mean of a whole frame little, unless it comes or goes
     """
     motion, start = clip_motion(frames, fps), sharpness(frames[0])
     end = np.mean([sharpness(frame) for frame in frames[-max(1, len(frames) // 4) :]])
