@@ -1,10 +1,12 @@
 """The pages of a generated set and of a training run: opened in a real browser, clicked, filtered and read."""
 
-import html
 import json
+import os
 import re
 import shutil
 import subprocess
+import sys
+import threading
 
 import numpy as np
 import pytest
@@ -15,36 +17,58 @@ import svd_common as common
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 FLAGS = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
-FLAGS += " --disable-component-update --disable-sync --virtual-time-budget=20000 --window-size=1300,2500 --dump-dom"
+FLAGS += " --disable-component-update --disable-sync --window-size=1300,2500 --remote-debugging-pipe"
 needs_browser = pytest.mark.skipif(not BROWSER, reason="no Chromium here")
 NAMES = [f"{name}_seed0_motion{bucket}" for name in ("b cup", "机器 手#1%") for bucket in (60, 180)]
 
-SEEN = """
-const by_id = (id) => document.getElementById(id), seen = {}, errors = [];
+SEEN = """(async () => {
+const by_id = (id) => document.getElementById(id), seen = {};
 const enter = (id, value) => { by_id(id).value = value; by_id(id).dispatchEvent(new Event("input")); };
 const names = () => [...document.querySelectorAll(".card .name")].map((element) => element.textContent);
 const shown = (list) => list.filter((element) => element.videoWidth || element.naturalWidth);
-const pause = () => new Promise((done) => { requestAnimationFrame(() => {}); setTimeout(done, 50); });
-const wait = async (ready) => { for (let i = 0; i < 99 && !ready(); i++) await pause(); };
-addEventListener("error", (event) => errors.push(event.message));
-(async () => { %s })().catch((error) => errors.push(String(error))).finally(() => {
-  document.body.innerHTML = "";
-  const textContent = JSON.stringify([seen, errors]);
-  document.body.append(Object.assign(document.createElement("pre"), { id: "seen", textContent }));
-});
-"""
+const wait = async (ready) => {
+  for (let i = 0; i < 300 && !ready(); i++) await new Promise((done) => setTimeout(done, 50));
+};
+%s
+return seen;
+})()"""
 
 
 def see(page, script, profile):
-    """What a script saw that did something in the page: its object `seen`."""
-    copy = page.with_name("copy.html")
-    copy.write_text(page.read_text("utf-8") + f"<script>{{ {SEEN % script} }}</script>", "utf-8")
-    command = [BROWSER, *FLAGS.split(), f"--user-data-dir={profile}", copy.as_uri()]
-    dumped = subprocess.run(command, capture_output=True, text=True, timeout=120).stdout
-    copy.unlink()
-    seen, errors = json.loads(html.unescape(re.search(r'<pre id="seen">(.*?)</pre>', dumped, re.DOTALL)[1]))
-    assert errors == []
-    return seen
+    """What a script saw that did something in the page: its object `seen`. Chromium's protocol, over two pipes."""
+    to_browser, from_browser = os.pipe(), os.pipe()
+    pipes = to_browser[0], from_browser[1]
+    moved = "import os, sys; _, a, b, *c = sys.argv; os.dup2(int(a), 3); os.dup2(int(b), 4); os.execv(c[0], c)"
+    command = [sys.executable, "-c", moved, *map(str, pipes), BROWSER, *FLAGS.split(), f"--user-data-dir={profile}"]
+    process = subprocess.Popen([*command, page.as_uri()], pass_fds=pipes, stderr=subprocess.DEVNULL)
+    for pipe in pipes:
+        os.close(pipe)
+    killer = threading.Timer(60, process.kill)
+    killer.start()
+    with open(to_browser[1], "wb", buffering=0) as out, open(from_browser[0], "rb") as answers:
+
+        def ask(method, session=None, **params):
+            message = {"id": 1, "method": method, "params": params, **({"sessionId": session} if session else {})}
+            out.write(json.dumps(message).encode() + b"\0")
+            while True:
+                text = b"".join(iter(lambda: answers.read(1), b"\0"))
+                if "id" in (answer := json.loads(text)):
+                    return answer["result"]
+
+        targets = []
+        while not targets:
+            found = ask("Target.getTargets")["targetInfos"]
+            targets = [target["targetId"] for target in found if target["url"] == page.as_uri()]
+        session = ask("Target.attachToTarget", targetId=targets[0], flatten=True)["sessionId"]
+        loaded = "Boolean(document.title) && document.readyState === 'complete'"  # there is an empty page before it
+        while not ask("Runtime.evaluate", session, expression=loaded)["result"]["value"]:
+            pass
+        answer = ask("Runtime.evaluate", session, expression=SEEN % script, awaitPromise=True, returnByValue=True)
+        ask("Browser.close")
+    process.wait()
+    killer.cancel()
+    assert "exceptionDetails" not in answer, answer
+    return answer["result"]["value"]
 
 
 def data_of(page):
