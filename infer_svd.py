@@ -25,6 +25,7 @@ from collections import Counter, namedtuple
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
+from urllib.parse import quote
 
 import svd_common as common  # isort: skip  (first: it quiets OpenCV, which reads that once)
 from svd_common import UserError  # isort: skip
@@ -511,17 +512,15 @@ def record_name(where, record):
     return name
 
 
-MEASURES = "motion measured_motion_bucket_id sharpness_ratio psnr_first_frame flicker seed fps".split()
-
-
 def page_entry(name, record):
-    """What the page of a set shows of a clip; its first frame lies in the hidden folder."""
-    made = {"motion_bucket_id": record.get("motion_bucket_id"), **record.get("requested", {})}
-    entry = {key: record.get(key) for key in MEASURES} | {"asked_motion_bucket_id": made["motion_bucket_id"]}
-    if record.get("output_format") == "frames":
-        entry |= {"frames": record["num_frames"], "measured_motion_bucket_id": record.get("motion_bucket_id")}
+    """What index.html shows of a clip."""
+    bucket = record.get("motion_bucket_id")  # in a set of frames, the measured one
+    entry = {key: record.get(key) for key in "motion sharpness_ratio psnr_first_frame flicker seed fps task".split()}
+    entry["measured_motion_bucket_id"] = record.get("measured_motion_bucket_id", bucket)
+    entry["asked_motion_bucket_id"] = record.get("requested", {}).get("motion_bucket_id", bucket)
+    entry["frames"] = record.get("num_frames") if "directory" in record else None
     first = f".infer/{record.get('source_image_sha256')}.jpg"
-    return {**entry, "name": name, "url": common.page_url(name), "first": first, "task": record.get("task")}
+    return {**entry, "first": first, "name": name, "url": quote(os.fsencode(name))}
 
 
 def write_clip(path, frames, fps, output_format):

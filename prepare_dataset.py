@@ -202,9 +202,8 @@ def describe_video(path, root):
 def is_wanted(video, args):
     def named(patterns):
         names = video.source, os.path.basename(video.source)
-        listed = any(video.source in pattern for pattern in patterns if isinstance(pattern, frozenset))
-        globs = [pattern for pattern in patterns if isinstance(pattern, str)]
-        return listed or any(fnmatch.fnmatch(name, pattern) for pattern in globs for name in names)
+        listed = any(video.source in names for names in patterns if isinstance(names, frozenset))
+        return listed or any(fnmatch.fnmatch(n, glob) for glob in patterns if isinstance(glob, str) for n in names)
 
     camera = not args.camera or any(video.camera == c or video.camera.endswith("." + c) for c in args.camera)
     return camera and (not args.include or named(args.include)) and not named(args.exclude)

@@ -16,7 +16,6 @@ import shutil
 import struct
 import sys
 from pathlib import Path, PurePosixPath
-from urllib.parse import quote
 
 # Read once, when cv2, torch and transformers are imported; what the user has set stays.
 os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # no decoder chatter
@@ -568,11 +567,11 @@ def sharpness(frame):
 def clip_measures(frames, image, fps):
     """Measures of a generated clip (T, H, W, 3) RGB that need no real one; image: its input, at the clip's size.
 
-    motion            as `clip_motion`; measured_motion_bucket_id is its bucket, beside the one that was asked for
-    sharpness_ratio   `sharpness`, mean of the last quarter of the frames over frame 0: below 1, it blurs; above, noise
+    motion            as `clip_motion`; measured_motion_bucket_id is its bucket
+    sharpness_ratio   `sharpness`, mean of the last quarter of the frames over frame 0: below 1 it blurs
     psnr_first_frame  dB of frame 0 to the image; at most 100, which stands for equal
-    flicker           mean |change| of the mean brightness from a frame to the next, in levels of 255; no motion is
-                      compensated: what moves changes the mean of a whole frame little, unless it comes or goes
+    flicker           mean |change| of a frame's mean brightness to the next, in levels of 255; what only moves within
+                      the picture hardly changes that mean, so motion is not compensated
     """
     motion, start = clip_motion(frames, fps), sharpness(frames[0])
     end = np.mean([sharpness(frame) for frame in frames[-max(1, len(frames) // 4) :]])
@@ -595,11 +594,6 @@ def write_page(path, data):
         template = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
         if not path.exists() or b'content="SVD trio"' in path.read_bytes():
             write_file(path, template.replace("{{DATA}}", json.dumps(data).replace("<", "\\u003c")))
-
-
-def page_url(path):
-    """The link to a file below the page's folder, whatever characters are in its name."""
-    return quote(os.fsencode(path))
 
 
 # ---------------------------------------------------------------------------------------------------- SVD's parts

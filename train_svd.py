@@ -38,6 +38,7 @@ from collections import defaultdict, deque
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from urllib.parse import quote
 
 import svd_common as common  # isort: skip  (first: it quiets OpenCV and transformers, which read that once)
 from svd_common import UserError  # isort: skip
@@ -1315,7 +1316,7 @@ def mean_scores(scores):
 def write_page(output):
     """Writes index.html of a run: the loss and the scores by step, and the validation's videos."""
     videos = [path.relative_to(output) for path in sorted(output.glob("validation/step-*/*.mp4"))]
-    shown = [{"step": p.parent.name[5:], "name": p.stem, "url": common.page_url(p.as_posix())} for p in videos]
+    shown = [{"step": p.parent.name[5:], "name": p.stem, "url": quote(os.fsencode(p.as_posix()))} for p in videos]
     run = {"title": output.absolute().name, "lines": read_metrics(output), "videos": shown}
     common.write_page(output / "index.html", run)
 
