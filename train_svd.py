@@ -38,6 +38,7 @@ from collections import defaultdict, deque
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from urllib.parse import quote
 
 import svd_common as common  # isort: skip  (first: it quiets OpenCV and transformers, which read that once)
 from svd_common import UserError  # isort: skip
@@ -1315,6 +1316,14 @@ def mean_scores(scores):
     return {name: float(np.mean(given)) for name, given in values.items() if given}
 
 
+def write_page(output):
+    """Writes index.html of a run: the loss and the scores by step, and the validation's videos."""
+    videos = [path.relative_to(output) for path in sorted(output.glob("validation/step-*/*.mp4"))]
+    shown = [{"step": p.parent.name[5:], "name": p.stem, "url": quote(os.fsencode(p.as_posix()))} for p in videos]
+    run = {"title": output.absolute().name, "lines": read_metrics(output), "videos": shown}
+    common.write_page(output / "index.html", run)
+
+
 def report_scores(metrics, state):
     """Prints the scores beside those of the base and of a copied first frame; warns of video that does not move."""
     base = next((line for line in read_metrics(state.args.output_dir) if line["step"] == 0), None)  # only scores have 0
@@ -1664,6 +1673,8 @@ def run_steps(state, dataset, pipe, vae, validation):
         if validating:
             log.scores(validation(state))
     log.progress.close()
+    if accelerator.is_main_process:
+        write_page(Path(args.output_dir))
     accelerator.wait_for_everyone()
     return 0
 
@@ -1860,6 +1871,7 @@ class Log:
             report_scores(metrics, self.state)
             keep_best(metrics, self.state)
             self.send_videos()
+            write_page(self.path.parent)
         self.start(self.state.steps)
 
     def send_videos(self):

@@ -376,6 +376,9 @@ def test_validation_scores_held_out_episodes_and_changes_nothing(dataset, tmp_pa
     assert sum(name.startswith("validation_loss_v_sigma") for name in scored[0]) == len(train_svd.VALIDATION_SIGMAS)
     videos = sorted((tmp_path / "with" / "validation").glob("*/*.mp4"))
     assert len(videos) == 3 and common.read_video(videos[0]).shape[0] == 8
+    page = (tmp_path / "with" / "index.html").read_text()
+    shown = json.loads(re.search(r'id="data">(.*?)</script>', page)[1])
+    assert shown["lines"] == lines and [video["step"] for video in shown["videos"]] == ["000000", "000002", "000004"]
     assert json.loads((tmp_path / "with" / "best" / "training_state.json").read_text())["step"] in (0, 2, 4)
 
 
