@@ -767,9 +767,7 @@ def forecast(args, folder, checkpointing, weight_dtype, count_flops=False):
             add_adapters(unet, args)
         prepare_unet(unet, args.trainable, weight_dtype, checkpointing)
     with FakeTensorMode(allow_non_fake_inputs=True), common.memory_tracker() as tracker:
-        for (
-            module
-        ) in unet.modules():  # not by to_empty(): it swaps tensors, which fake ones cannot bear
+        for module in unet.modules():  # not by to_empty(): it swaps tensors, which fake ones cannot bear
             for name, p in module._parameters.items():
                 if p is not None:
                     empty = torch.empty(p.shape, dtype=p.dtype, device="cpu")
