@@ -515,7 +515,8 @@ def record_name(where, record):
 def page_entry(name, record):
     """What index.html shows of a clip."""
     bucket = record.get("motion_bucket_id")  # in a set of frames, the measured one
-    entry = {key: record.get(key) for key in "motion sharpness_ratio psnr_first_frame flicker seed fps task".split()}
+    fields = "motion sharpness_ratio psnr_first_frame flicker seed fps task width height".split()
+    entry = {field: record.get(field) for field in fields}
     entry["measured_motion_bucket_id"] = record.get("measured_motion_bucket_id", bucket)
     entry["asked_motion_bucket_id"] = record.get("requested", {}).get("motion_bucket_id", bucket)
     entry["frames"] = record.get("num_frames") if "directory" in record else None
