@@ -25,6 +25,7 @@ from collections import Counter, namedtuple
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
+from urllib.parse import quote
 
 import svd_common as common  # isort: skip  (first: it quiets OpenCV, which reads that once)
 from svd_common import UserError  # isort: skip
@@ -388,7 +389,7 @@ class ClipSet:
             for folder in self.hidden.glob(".making-*"):
                 shutil.rmtree(folder)
             ours = [".metadata.jsonl.*.part"] + ["meta/**/.*.part", "data/**/.*.part"] * self.lerobot
-            for left in [*itertools.chain(*map(self.folder.glob, ours)), *self.hidden.rglob(".*.json.*.part")]:
+            for left in [*itertools.chain(*map(self.folder.glob, ours)), *self.hidden.rglob(".*.part")]:
                 left.unlink()
             self.publish()
             if self.dropped:
@@ -407,16 +408,18 @@ class ClipSet:
 
     def publish(self):
         """Writes metadata.jsonl: the records of the clips that are there. A single clip's record becomes FILE.json."""
-        path, lines, made = self.folder / "metadata.jsonl", "", []
+        path, lines, made, shown = self.folder / "metadata.jsonl", "", [], []
         for name in sorted(self.records, key=common.natural_key):
             record = self.records[name]
             if (self.folder / name).exists():
                 made += [record] if record.get("output_format") == "lerobot" else []
                 lines += json.dumps({key: value for key, value in record.items() if key != "deleted"}) + "\n"
+                shown.append(page_entry(name, record))
             elif name in self.listed and not record.get("deleted"):
                 self.write_record(name, {**record, "deleted": True})
         if not self.single and (lines or path.exists()):
             common.write_file(path, lines)
+            common.write_page(self.folder / "index.html", {"title": self.folder.absolute().name, "clips": shown})
             if self.lerobot and made:
                 write_lerobot(self.folder, made)
         elif self.single and self.jobs[0]["target"].exists():
@@ -439,7 +442,7 @@ class ClipSet:
     def save(self, job, settings, frames, **more):
         """Writes the record, then the clip, whole or not at all, then the metadata."""
         name, target, options = job["name"], job["target"], clip_options(settings, job)
-        motion = common.clip_motion(frames, settings.fps)
+        image = common.fit_frame(common.read_image(job["path"]), *frames.shape[2:0:-1])
         record = {
             "file_name": name,
             **{key: value for key, value in settings._asdict().items() if key not in ("shard", "fallback")},
@@ -456,8 +459,7 @@ class ClipSet:
             "generated": True,
             **more,
             "versions": {"python": platform.python_version(), **{n: version(n) for n in ("torch", "diffusers")}},
-            "motion": round(motion, 4),
-            "measured_motion_bucket_id": common.motion_bucket(motion),
+            **common.clip_measures(frames, image, settings.fps),
         }
         if settings.output_format == "frames":  # a dataset's own fields: what the clip is, not what was asked for
             asked = {key: record[key] for key in ("num_frames", "motion_bucket_id")}
@@ -469,6 +471,8 @@ class ClipSet:
         if os.path.lexists(target):
             raise UserError(f"{target}: somebody else has written it meanwhile; it stays as it is")
         self.write_record(name, record)
+        if not self.single and not (first := self.hidden / f"{job['sha256']}.jpg").exists():  # for the page
+            common.write_file(first, cv2.imencode(".jpg", image[..., ::-1])[1].tobytes())
         aside = self.making / target.name
         for folder in (aside.parent, target.parent):
             folder.mkdir(parents=True, exist_ok=True)
@@ -506,6 +510,18 @@ def record_name(where, record):
     if not inside or not isinstance(record.get("requested", {}), dict):
         raise UserError(f"{where}: {DAMAGED}")
     return name
+
+
+def page_entry(name, record):
+    """What index.html shows of a clip."""
+    bucket = record.get("motion_bucket_id")  # in a set of frames, the measured one
+    fields = "motion sharpness_ratio psnr_first_frame flicker seed fps task width height".split()
+    entry = {field: record.get(field) for field in fields}
+    entry["measured_motion_bucket_id"] = record.get("measured_motion_bucket_id", bucket)
+    entry["asked_motion_bucket_id"] = record.get("requested", {}).get("motion_bucket_id", bucket)
+    entry["frames"] = record.get("num_frames") if "directory" in record else None
+    first = f".infer/{record.get('source_image_sha256')}.jpg"
+    return {**entry, "first": first, "name": name, "url": quote(os.fsencode(name))}
 
 
 def write_clip(path, frames, fps, output_format):
@@ -575,9 +591,10 @@ def check_lerobot(folder, jobs, records, settings):
 
 def image_stats(frames):
     """(T, H, W, 3) uint8 -> LeRobot's statistics of an episode, of the colours from 0 to 1, shape (3, 1, 1)."""
-    pixels = frames.reshape(-1, 3)[::7] / 255  # they tell as much as all
-    stats = {name: getattr(pixels, name)(0) for name in ("min", "max", "mean", "std")}
-    stats |= {f"q{q:02d}": np.percentile(pixels, q, axis=0) for q in (1, 10, 50, 90, 99)}
+    pixels = np.ascontiguousarray(frames.reshape(-1, 3).T)
+    stats = {name: getattr(pixels, name)(1) / 255 for name in ("min", "max", "mean", "std")}
+    quantiles = np.percentile(pixels[:, ::7], [1, 10, 50, 90, 99], axis=1) / 255  # a seventh tells as much
+    stats |= dict(zip(("q01", "q10", "q50", "q90", "q99"), quantiles))
     return {**{name: v.round(6).reshape(3, 1, 1).tolist() for name, v in stats.items()}, "count": [len(frames)]}
 
 
@@ -778,7 +795,7 @@ def match_colors(segment, start):
 
 def describe_segment(frames):
     """Sharpness (variance of the Laplacian), mean colour and motion (mean |frame difference|): what may drift."""
-    sharpness = np.mean([cv2.Laplacian(cv2.cvtColor(f, cv2.COLOR_RGB2GRAY), cv2.CV_64F).var() for f in frames])
+    sharpness = np.mean([common.sharpness(frame) for frame in frames])
     motion = np.abs(np.diff(frames.astype(np.float64), axis=0)).mean()
     color = frames.mean((0, 1, 2))
     return {"sharpness": round(sharpness, 2), "color": color.round(2).tolist(), "motion": round(motion, 3)}
@@ -970,13 +987,12 @@ def add_adapters(model, args):
     for folder in [Path(given).expanduser() for given in args.lora]:
         config, file = folder / "adapter_config.json", folder / "adapter_model.safetensors"
         if not config.is_file():
-            raise UserError(
-                f"--lora {folder}: holds no LoRA (no {config.name}); give OUTPUT_DIR/lora of a training run"
-            )
+            raise UserError(f"--lora {folder}: no {config.name} in it; give OUTPUT_DIR/lora of a training run")
         config, tensors = common.read_json(config), common.safetensors_header(file)
         other = [name for name in ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save") if config.get(name)]
         plain = config.get("peft_type") == "LORA" and config.get("bias", "none") == "none" and not other
-        if not plain or not isinstance(config.get("r"), int) or not isinstance(config.get("lora_alpha"), (int, float)):
+        plain &= all(isinstance(config.get(name), (int, float)) and config[name] > 0 for name in ("r", "lora_alpha"))
+        if not plain:
             raise UserError(f"--lora {folder}: not a plain LoRA ({', '.join(other)}); peft itself can merge it")
         for name, tensor in tensors.items() if shapes else ():
             layer = name.removeprefix("base_model.model.").rsplit(".lora_", 1)[0] + ".weight"

@@ -161,6 +161,9 @@ def find_videos(args):
         if any(path.lower().endswith(common.IMAGE_SUFFIXES) for path in files):
             hint += ", but images: train_svd.py --dataset_dir takes a folder with a folder of frames for each clip"
         raise common.UserError(f"--video_dir {args.video_dir}: no video in it{hint}")
+    listed = frozenset().union(*(names for names in args.include + args.exclude if isinstance(names, frozenset)))
+    if unknown := sorted(listed - {video.source for video in videos} - unfinished.keys()):
+        print(f"warning: {len(unknown)} of {len(listed)} listed names are no video of {args.video_dir}: {unknown[0]}")
     chosen = [video for video in videos if is_wanted(video, args)]
     if not chosen:
         cameras = sorted({video.camera for video in videos if video.camera})
@@ -199,7 +202,8 @@ def describe_video(path, root):
 def is_wanted(video, args):
     def named(patterns):
         names = video.source, os.path.basename(video.source)
-        return any(fnmatch.fnmatch(name, pattern) for pattern in patterns for name in names)
+        listed = any(video.source in names for names in patterns if isinstance(names, frozenset))
+        return listed or any(fnmatch.fnmatch(n, glob) for glob in patterns if isinstance(glob, str) for n in names)
 
     camera = not args.camera or any(video.camera == c or video.camera.endswith("." + c) for c in args.camera)
     return camera and (not args.include or named(args.include)) and not named(args.exclude)
@@ -1229,6 +1233,18 @@ def number(kind, least, above=False):
     return parse
 
 
+def pattern(text):
+    """An argparse type: a pattern, or of @FILE the lines, each the path of a video inside --video_dir as it is."""
+    if not text.startswith("@"):
+        return text
+    try:
+        lines = Path(text[1:]).expanduser().read_text(encoding="utf-8-sig").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        why = getattr(error, "strerror", None) or "not UTF-8 text"
+        raise argparse.ArgumentTypeError(f"{text[1:]}: {why}; give a text file of names, one a line") from None
+    return frozenset(lines) - {""}
+
+
 def build_parser():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
     add, count = parser.add_argument, number(int, 1)
@@ -1244,8 +1260,9 @@ def build_parser():
     add("--min_frames", type=count, help="drop shorter clips (default: --clip_frames, or 1)")
     add("--min_motion", type=number(float, 0), default=0.0, help="drop stiller clips; %% of the longer side a second")
     add("--split_scenes", action="store_true", help="cut where the shot changes, so that no window crosses a cut")
-    add("--include", nargs="+", default=[], metavar="PATTERN", help="take only these, as in '*/left/*' or 'demo_*.mp4'")
-    add("--exclude", nargs="+", default=[], metavar="PATTERN", help="leave these out")
+    patterns = {"nargs": "+", "default": [], "type": pattern, "metavar": "PATTERN"}
+    add("--include", **patterns, help="take only these, as '*/left/*' or 'demo_*.mp4'; @FILE: the names in this list")
+    add("--exclude", **patterns, help="leave these out; @FILE as above")
     add(
         "--camera",
         nargs="+",

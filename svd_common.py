@@ -559,6 +559,43 @@ def video_metrics(generated, real):
     return scores
 
 
+def sharpness(frame):
+    """Variance of the Laplacian of (H, W, 3) RGB: falls when a picture blurs."""
+    return float(cv2.Laplacian(cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY), cv2.CV_64F).var())
+
+
+def clip_measures(frames, image, fps):
+    """Measures of a generated clip (T, H, W, 3) RGB that need no real one; image: its input, at the clip's size.
+
+    motion            as `clip_motion`; measured_motion_bucket_id is its bucket
+    sharpness_ratio   `sharpness`, mean of the last quarter of the frames over frame 0: below 1 it blurs
+    psnr_first_frame  dB of frame 0 to the image; at most 100, which stands for equal
+    flicker           mean |change| of a frame's mean brightness to the next, in levels of 255; what only moves within
+                      the picture hardly changes that mean, so motion is not compensated
+    """
+    motion, start = clip_motion(frames, fps), sharpness(frames[0])
+    end = np.mean([sharpness(frame) for frame in frames[-max(1, len(frames) // 4) :]])
+    brightness = [cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY).mean() for frame in frames]
+    return {
+        "motion": round(motion, 4),
+        "measured_motion_bucket_id": motion_bucket(motion),
+        "sharpness_ratio": round(float(end / start), 4) if start else None,  # none where frame 0 is of one colour
+        "psnr_first_frame": round(min(psnr(((frames[0] - image.astype(np.float64)) ** 2).mean()), 100.0), 2),
+        "flicker": round(float(np.abs(np.diff(brightness)).mean()), 4),
+    }
+
+
+def write_page(path, data):
+    """Writes a page that shows `data`: page.html beside the scripts, with the data put in as JSON.
+
+    No page where that template is missing, or cannot be written: no run fails for it. A page of another maker stays.
+    """
+    with contextlib.suppress(OSError):
+        template = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
+        if not path.exists() or b'content="SVD trio"' in path.read_bytes():
+            write_file(path, template.replace("{{DATA}}", json.dumps(data).replace("<", "\\u003c")))
+
+
 # ---------------------------------------------------------------------------------------------------- SVD's parts
 
 PARTS = ("unet", "vae", "image_encoder", "scheduler", "feature_extractor")

@@ -11,7 +11,6 @@ import functools
 import importlib.machinery
 import importlib.util
 import io
-import json
 import multiprocessing
 import os
 import re
@@ -388,10 +387,11 @@ def test_training(gpu, model, clips, tmp_path, name):
         pytest.importorskip("peft")
     run = ["train_svd", "--pretrained_model_name", model, "--dataset_dir", clips, "--output_dir", tmp_path / "out"]
     run += ["--logging_steps", 100, *flags]
-    validation = ["--validation_dir", clips / "held_out"] if name == "ema-full" else []
-    first = gpu(*run, "--max_train_steps", 1, *validation, capability=capability)
-    assert any((tmp_path / "out").rglob("*.mp4")) == bool(validation), first.printed
-    done = gpu(*run, "--max_train_steps", 3, "--resume_from_checkpoint", "latest", capability=capability)
+    if name == "ema-full":  # one case is enough for validation and for going on
+        first = gpu(*run, "--max_train_steps", 1, "--validation_dir", clips / "held_out", capability=capability)
+        assert any((tmp_path / "out").rglob("*.mp4")), first.printed
+        run += ["--resume_from_checkpoint", "latest"]
+    done = gpu(*run, "--max_train_steps", 3 if name == "ema-full" else 2, capability=capability)
     assert done.passes == (4 if "accumulation" in name else 2)
     assert len(done.waits) <= waits, done.waits
     if "--deterministic" in flags:  # raises, for what has no deterministic form, and nothing here is of that kind
@@ -402,30 +402,3 @@ def test_training(gpu, model, clips, tmp_path, name):
 def test_generating(gpu, model, clips, tmp_path, flags):
     run = ["infer_svd", "--model_dir", model, "--input_image", clips / "clip0" / "00000.png"]
     gpu(*run, "--output_video", tmp_path / "clips", "--num_inference_steps", 2, *flags)
-
-
-@functools.cache
-def plan(*flags):
-    """The forecast of a run on SVD-XT at the README's settings, as --dry_run prints it."""
-    import train_svd
-
-    command = ["--pretrained_model_name", "stabilityai/stable-video-diffusion-img2vid-xt", "--dataset_dir", "none"]
-    command += ["--output_dir", "none", "--gradient_checkpointing", "full", "--dry_run", *flags]
-    with contextlib.redirect_stdout(io.StringIO()) as printed:
-        train_svd.main(command)
-    return json.loads(printed.getvalue().splitlines()[-1])
-
-
-def test_forecast_counts_the_gradients_that_accumulate():
-    assert plan()["peak_memory_gib"] < 14.0  # each micro-batch but the first finds the gradients of those before it
-    assert plan("--gradient_accumulation_steps", "2")["peak_memory_gib"] == pytest.approx(14.72, abs=0.1)
-
-
-def test_forecast_counts_the_attention():
-    assert plan()["flops_per_step"] > 61e12  # 57.3e12 without
-
-
-@pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit"])
-def test_validation_needs_no_more_memory_than_training(optimizer):
-    needed = plan() if optimizer == "adamw" else plan("--optimizer", optimizer)
-    assert 0 < needed["validation_gib"] <= needed["training_gib"] == needed["peak_memory_gib"]

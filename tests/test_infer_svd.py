@@ -326,8 +326,9 @@ def test_a_folder_of_images_becomes_a_documented_set(images, made):
     records = lines_of(made)
     names = {f"image{i}_seed{s}_motion{m}.mp4" for i in range(2) for s in range(2) for m in (60, 180)}
     assert {record["file_name"] for record in records} == names == {path.name for path in made.glob("*.mp4")}
-    assert {path.name for path in made.iterdir()} == names | {"metadata.jsonl", ".infer"}
+    assert {path.name for path in made.iterdir()} == names | {"metadata.jsonl", "index.html", ".infer"}
     hidden = {f"{name}.json" for name in names} | {"lock", ".making"}
+    hidden |= {f"{common.file_digest(images / f'image{number}.png')}.jpg" for number in range(2)}
     assert {path.name for path in (made / ".infer").iterdir()} == hidden
     for record in records:
         assert (

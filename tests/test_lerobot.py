@@ -79,11 +79,15 @@ def test_the_files_are_laid_out_as_version_3_says(made):
         assert span == [8, 8 * number, 8 * number + 8]
         frames.append(common.read_video(made / record["file_name"]) / 255)
         assert np.allclose(np.ravel(episode[f"stats/{CAMERA}/mean"]), frames[-1].mean((0, 1, 2)), atol=0.02)
+    frame = moving_square(1)
+    exact = infer_svd.image_stats(frame)  # H.264 moves extremes
+    for name in ("min", "max", "mean", "std"):
+        assert np.allclose(np.ravel(exact[name]), getattr(frame / 255, name)((0, 1, 2)), atol=1e-6), name
     stats = json.loads((made / "meta/stats.json").read_text())[CAMERA]
     pixels = np.concatenate(frames).reshape(-1, 3)
     for name, expected, tolerance in (
-        ("mean", pixels.mean(0), 0.01), ("std", pixels.std(0), 0.01), ("max", pixels.max(0), 0.05),
-        ("min", pixels.min(0), 0.05), ("q50", np.median(pixels, axis=0), 0.1),
+        ("mean", pixels.mean(0), 0.01), ("std", pixels.std(0), 0.01), ("max", pixels.max(0), 0.15),
+        ("min", pixels.min(0), 0.15), ("q50", np.median(pixels, axis=0), 0.1),
     ):  # fmt: skip
         assert np.shape(stats[name]) == (3, 1, 1) and np.allclose(np.ravel(stats[name]), expected, atol=tolerance), name
     assert stats["count"] == [32] and all(np.shape(stats[f"q{q}"]) == (3, 1, 1) for q in ("01", "10", "90", "99"))

@@ -94,7 +94,7 @@ def test_lora_that_does_not_fit_is_refused(adapted, dataset, tmp_path):
         assert not (tmp_path / "clips").exists()
         return done.stdout
 
-    assert "holds no LoRA" in refused(adapted / "unet")
+    assert "no adapter_config.json in it" in refused(adapted / "unet")
     other, odd = tmp_path / "other", tmp_path / "odd"
     for copy in (other, odd):
         shutil.copytree(adapted / "lora", copy)

@@ -1,0 +1,244 @@
+"""The pages of a generated set and of a training run: opened in a real browser, clicked, filtered and read."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import threading
+
+import numpy as np
+import pytest
+from conftest import SIZE, TINY, moving_square, run
+
+import prepare_dataset
+import svd_common as common
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+FLAGS = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
+FLAGS += " --disable-component-update --disable-sync --window-size=1300,2500 --remote-debugging-pipe"
+needs_browser = pytest.mark.skipif(not BROWSER, reason="no Chromium here")
+NAMES = [f"{name}_seed0_motion{bucket}" for name in ("b cup", "机器 手#1%") for bucket in (60, 180)]
+
+SEEN = """(async () => {
+const by_id = (id) => document.getElementById(id), seen = {};
+const enter = (id, value) => { by_id(id).value = value; by_id(id).dispatchEvent(new Event("input")); };
+const names = () => [...document.querySelectorAll(".card .name")].map((element) => element.textContent);
+const shown = (list) => list.filter((element) => element.videoWidth || element.naturalWidth);
+const wait = async (ready) => {
+  for (let i = 0; i < 300 && !ready(); i++) await new Promise((done) => setTimeout(done, 50));
+};
+%s
+return seen;
+})()"""
+
+
+def see(page, script, profile):
+    """What a script saw that did something in the page: its object `seen`. Chromium's protocol, over two pipes."""
+    to_browser, from_browser = os.pipe(), os.pipe()
+    pipes = to_browser[0], from_browser[1]
+    moved = "import os, sys; _, a, b, *c = sys.argv; os.dup2(int(a), 3); os.dup2(int(b), 4); os.execv(c[0], c)"
+    command = [sys.executable, "-c", moved, *map(str, pipes), BROWSER, *FLAGS.split(), f"--user-data-dir={profile}"]
+    process = subprocess.Popen([*command, page.as_uri()], pass_fds=pipes, stderr=subprocess.DEVNULL)
+    for pipe in pipes:
+        os.close(pipe)
+    killer = threading.Timer(60, process.kill)
+    killer.start()
+    with open(to_browser[1], "wb", buffering=0) as out, open(from_browser[0], "rb") as answers:
+
+        def ask(method, session=None, **params):
+            message = {"id": 1, "method": method, "params": params, **({"sessionId": session} if session else {})}
+            out.write(json.dumps(message).encode() + b"\0")
+            while True:
+                text = b"".join(iter(lambda: answers.read(1), b"\0"))
+                if "id" in (answer := json.loads(text)):
+                    return answer["result"]
+
+        targets = []
+        while not targets:
+            found = ask("Target.getTargets")["targetInfos"]
+            targets = [target["targetId"] for target in found if target["url"] == page.as_uri()]
+        session = ask("Target.attachToTarget", targetId=targets[0], flatten=True)["sessionId"]
+        loaded = "Boolean(document.title) && document.readyState === 'complete'"  # there is an empty page before it
+        while not ask("Runtime.evaluate", session, expression=loaded)["result"]["value"]:
+            pass
+        answer = ask("Runtime.evaluate", session, expression=SEEN % script, awaitPromise=True, returnByValue=True)
+        ask("Browser.close")
+    process.wait()
+    killer.cancel()
+    assert "exceptionDetails" not in answer, answer
+    return answer["result"]["value"]
+
+
+def data_of(page):
+    return json.loads(re.search(r'id="data">(.*?)</script>', page.read_text("utf-8"))[1])
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory):
+    """A set of four clips, of names that a link has to encode."""
+    root = tmp_path_factory.mktemp("pages")
+    (root / "images").mkdir()
+    for seed, name in enumerate(("b cup", "机器 手#1%")):
+        (root / "images" / f"{name}.png").write_bytes(common.encode_png(moving_square(1, seed=seed)[0]))
+    run("infer_svd.py", "--model_dir", TINY, "--input_image", root / "images", "--output_video", root / "set <1>",
+        *SIZE, "--num_inference_steps", 1, "--motion_bucket_id", 60, 180)  # fmt: skip
+    return root / "set <1>"
+
+
+def test_measures_tell_blur_another_picture_and_flicker():
+    still, none = moving_square(1).repeat(8, 0), {"motion": 0.0, "measured_motion_bucket_id": 0, "flicker": 0.0}
+    assert common.clip_measures(still, still[0], 7) == {**none, "sharpness_ratio": 1.0, "psnr_first_frame": 100.0}
+    small = [common.fit_frame(frame, 96 // (1 + t), 64 // (1 + t)) for t, frame in enumerate(still)]
+    fades = np.stack([common.fit_frame(frame, 96, 64) for frame in small])
+    blurred = common.clip_measures(fades, still[0], 7)
+    assert blurred["sharpness_ratio"] < 0.2 and blurred["psnr_first_frame"] == 100 and blurred["flicker"] < 1
+    lit = (still // 2 + 10 * (np.arange(8) % 2)[:, None, None, None]).astype(np.uint8)
+    assert common.clip_measures(lit, still[0], 7)["flicker"] == pytest.approx(10, abs=0.3)
+    assert common.clip_measures(lit, still[0], 7)["psnr_first_frame"] < 20
+    assert common.clip_measures(lit * 0, still[0], 7)["sharpness_ratio"] is None
+
+
+def test_every_record_has_the_measures_and_the_page_shows_them(clips):
+    records = [json.loads(line) for line in (clips / "metadata.jsonl").read_text().splitlines()]
+    shown = data_of(clips / "index.html")["clips"]
+    assert [clip["name"] for clip in shown] == [f"{name}.mp4" for name in NAMES]
+    for record, clip in zip(records, shown):
+        frames = common.read_video(clips / record["file_name"])
+        measured = common.clip_measures(frames, common.read_image(record["source_image"]), 7)
+        assert clip["asked_motion_bucket_id"] == record["motion_bucket_id"]
+        for name, value in measured.items():
+            assert record[name] == clip[name] and record[name] == pytest.approx(value, rel=0.2, abs=0.5), name
+
+
+@needs_browser
+def test_clips_are_played_sorted_filtered_ticked_and_saved(clips, tmp_path):
+    flickers = sorted((clip["flicker"], clip["name"]) for clip in data_of(clips / "index.html")["clips"])
+    script = """
+      const media = [...document.querySelectorAll(".pair img, .pair video")];
+      await wait(() => shown(media).length === media.length);
+      seen.loaded = [media.length, shown(media).length];
+      seen.title = [document.title, document.querySelector("h1").textContent];
+      seen.all = names();
+      by_id("sort").value = "flicker";
+      by_id("sort").dispatchEvent(new Event("change"));
+      seen.rising = names();
+      by_id("order").click();
+      seen.falling = names();
+      enter("flicker-least", "LEAST");
+      seen.flickering = names();
+      enter("flicker-least", "");
+      enter("asked_motion_bucket_id-most", "100");
+      seen.slow = names();
+      by_id("tick-all").click();
+      enter("asked_motion_bucket_id-most", "");
+      enter("text", "机器");
+      seen.found = names();
+      document.querySelector(".card").click();
+      enter("text", "");
+      by_id("only").click();
+      seen.kept = names();
+      seen.count = by_id("count").textContent;
+      let blob;
+      URL.createObjectURL = (given) => { blob = given; return "data:,"; };
+      by_id("save-kept").click();
+      seen.saved = await blob.text();
+    """.replace("LEAST", str(flickers[2][0]))
+    seen = see(clips / "index.html", script, tmp_path)
+    files, rising = [f"{name}.mp4" for name in NAMES], [name for _, name in flickers]
+    assert seen["loaded"] == [8, 8] and seen["title"] == ["set <1>", "set <1>"] and seen["all"] == files
+    assert seen["rising"] == rising and seen["falling"] == rising[::-1]
+    assert sorted(seen["flickering"]) == sorted(rising[2:]) and set(seen["slow"]) == {files[0], files[2]}
+    assert set(seen["found"]) == {files[2], files[3]}
+    kept = {files[0], files[2]} ^ {seen["found"][0]}  # both of motion 60 ticked, then one more or one less
+    assert set(seen["kept"]) == kept and seen["count"] == f"{len(kept)} of 4 clips shown, {len(kept)} kept"
+    assert seen["saved"] == "".join(f"{name}\n" for name in files if name in kept)
+
+
+def test_kept_clips_are_prepared_by_their_list(clips, tmp_path, capsys):
+    kept, other = tmp_path / "kept.txt", tmp_path / "other"
+    kept.write_bytes(f"\ufeff{NAMES[0]}.mp4\r\n{NAMES[3]}.mp4\r\n".encode())  # as an editor of Windows leaves it
+
+    def prepare(output, *flags, ok=True):
+        done = run("prepare_dataset.py", "--video_dir", clips, "--output_dir", output, "--width", 96, "--height", 64,
+            *flags, ok=ok)  # fmt: skip
+        return {record["source"] for record in common.read_metadata(output).values()}, done.stdout
+
+    assert prepare(tmp_path / "kept", "--include", f"@{kept}")[0] == {f"{NAMES[0]}.mp4", f"{NAMES[3]}.mp4"}
+    assert prepare(other, "--exclude", f"@{kept}")[0] == {f"{NAMES[1]}.mp4", f"{NAMES[2]}.mp4"}
+    both = prepare(tmp_path / "both", "--include", f"@{kept}", "b cup*180*", "--exclude", f"{NAMES[3]}.mp4")
+    assert both[0] == {f"{NAMES[0]}.mp4", f"{NAMES[1]}.mp4"}
+    kept.write_text("b cup*\ngone.mp4\n", "utf-8")  # no pattern in a list
+    _, printed = prepare(tmp_path / "none", "--include", f"@{kept}", ok=False)
+    assert "leave none of 4 videos" in printed and "2 of 2 listed names are no video" in printed
+    _, printed = prepare(tmp_path / "none", "--include", "@nothing.txt", ok=False)
+    assert "--include: nothing.txt: No such file" in printed and "one a line" in printed
+    kept.write_text("")
+    assert "leave none of 4 videos" in prepare(tmp_path / "none", "--include", f"@{kept}", ok=False)[1]
+    assert prepare_dataset.pattern("*.mp4") == "*.mp4"
+
+
+@needs_browser
+def test_a_set_of_frame_folders_and_one_of_gif_are_played(clips, tmp_path):
+    for output_format, suffix in (("frames", ""), ("gif", ".gif")):
+        folder = tmp_path / output_format
+        run("infer_svd.py", "--model_dir", TINY, "--input_image", clips.parent / "images" / "机器 手#1%.png",
+            "--output_video", folder, "--output_format", output_format, *SIZE, "--num_inference_steps", 1)  # fmt: skip
+        seen = see(folder / "index.html", """
+          const media = [...document.querySelectorAll(".pair img")], sources = new Set();
+          await wait(() => { sources.add(media[1].src); return shown(media).length === 2 && sources.size > WANTED; });
+          Object.assign(seen, { media: media.length, shown: shown(media).length, names: names() });
+          seen.sources = sources.size;
+        """.replace("WANTED", "0" if suffix else "3"), tmp_path / "profile")  # fmt: skip
+        assert seen.pop("sources") >= (1 if suffix else 4)
+        assert seen == {"media": 2, "shown": 2, "names": [f"机器 手#1%_seed0_motion127{suffix}"]}
+
+
+@needs_browser
+def test_the_page_of_a_run_shows_losses_scores_and_videos(tmp_path):
+    import train_svd
+
+    lines = [{"step": step, "loss_v": 1 / step, "grad_norm": None, "learning_rate": 1e-4} for step in range(1, 31)]
+    lines += [{"step": s, "validation_psnr": 20 + s, "validation_copied_psnr": 21.0} for s in (0, 15, 30)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for step in (15, 30):
+        for name in ("a b#%", "机器"):
+            video = tmp_path / "validation" / f"step-{step:06d}" / f"{name}.mp4"
+            video.parent.mkdir(parents=True, exist_ok=True)
+            common.write_video(video, moving_square(4), 7)
+    train_svd.write_page(tmp_path)
+    script = """
+      const videos = () => [...document.querySelectorAll("#videos video")];
+      await wait(() => shown(videos()).length === videos().length);
+      seen.videos = [videos().length, shown(videos()).length];
+      by_id("step").value = "30";
+      by_id("step").dispatchEvent(new Event("change"));
+      await wait(() => shown(videos()).length === 2);
+      seen.last = videos().map((video) => decodeURIComponent(video.src).split("/validation/")[1]);
+      seen.charts = [...document.querySelectorAll(".chart")].map((chart) =>
+        [chart.querySelector("b").textContent, chart.querySelectorAll("path").length]);
+      seen.psnr = by_id("validation").querySelector(".top span").textContent;
+      const svg = by_id("validation").querySelector("svg"), box = svg.getBoundingClientRect();
+      svg.dispatchEvent(new PointerEvent("pointermove", { clientX: box.left + box.width * 0.55 }));
+      seen.at = by_id("validation").querySelector(".top span").textContent;
+      seen.count = by_id("count").textContent;
+    """
+    seen = see(tmp_path / "index.html", script, tmp_path / "profile")
+    assert seen["videos"] == [4, 4] and seen["count"] == "step 30, 4 validation videos"
+    assert seen["last"] == [f"step-000030/{name}.mp4" for name in ("a b#%", "机器")]
+    assert seen["charts"] == [["loss", 2], ["learning rate", 1], ["PSNR", 2]]
+    assert "model 50" in seen["psnr"] and "copied 21" in seen["psnr"]
+    assert "model 35" in seen["at"] and "at step 15" in seen["at"]
+
+
+def test_no_page_of_another_maker_is_overwritten_and_none_is_needed(tmp_path, monkeypatch):
+    page = tmp_path / "index.html"
+    common.write_page(page, {"title": "</script><b>", "clips": []})
+    assert data_of(page)["title"] == "</script><b>" and "</script><b>" not in page.read_text()
+    page.write_text("mine")
+    common.write_page(page, {"title": "x", "clips": []})
+    assert page.read_text() == "mine"
+    monkeypatch.setattr(common, "__file__", str(tmp_path / "svd_common.py"))  # the scripts were copied without it
+    common.write_page(tmp_path / "other.html", {"title": "x", "clips": []})
+    assert not (tmp_path / "other.html").exists()
