@@ -61,8 +61,7 @@ def generate(model, frames, output):
     command = [sys.executable, clips.ROOT / "infer_svd.py", "--model_dir", model, "--input_image", frames,
         "--output_video", output, *GENERATING.split()]  # fmt: skip
     threads = str(max(1, (os.cpu_count() or 2) // 2))  # two of them run at a time
-    env = {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", **os.environ, "OMP_NUM_THREADS": threads}
-    return subprocess.Popen(command, env=env)
+    return subprocess.Popen(command, env={"TQDM_DISABLE": "1", **os.environ, "OMP_NUM_THREADS": threads})
 
 
 def read_generated(folder):
@@ -85,10 +84,6 @@ def bootstrap(values, draws=10000):
     seeds, layouts = next(iter(values.values())).shape
     s, n = rng.integers(0, seeds, (draws, seeds)), rng.integers(0, layouts, (draws, layouts))
     return {arm: v[s[:, :, None], n[:, None, :]].mean((1, 2)) for arm, v in values.items()}
-
-
-def interval(draws):
-    return [float(x) for x in np.percentile(draws, [2.5, 97.5])]
 
 
 def write_table(results, path):
@@ -212,14 +207,14 @@ def main(args):
     results = {"judged_on": args.judge_on, "arms": {}, "differences": {}}
     for arm, answer in answers.items():
         error = np.linalg.norm(answer - true, axis=3)[:, :, 1:].mean() * 100
-        row = {"success": success[arm].mean(), "success_interval": interval(draws[arm]), "fingertip_error_cm": error}
-        row["success_of_each_seed"] = success[arm].mean(1).tolist()
+        row = {"success": success[arm].mean(), "success_interval": np.percentile(draws[arm], [2.5, 97.5]).tolist()}
+        row |= {"fingertip_error_cm": error, "success_of_each_seed": success[arm].mean(1).tolist()}
         if arm in labels:
             row |= label_quality(labels[arm], moved["bundled"][rest] if arm == "g" else moved["new"])
         results["arms"][arm] = row
     for pair in ("ba", "bc", "bd", "bg", "ea", "fa"):
         if set(pair) <= set(args.arms):
-            low, high = interval(draws[pair[0]] - draws[pair[1]])
+            low, high = np.percentile(draws[pair[0]] - draws[pair[1]], [2.5, 97.5])
             mean = success[pair[0]].mean() - success[pair[1]].mean()
             results["differences"][f"{pair[0]} - {pair[1]}"] = {"mean": mean, "low": low, "high": high}
     done("judged")
