@@ -10,7 +10,7 @@ from conftest import ROOT, TINY
 
 pytest.importorskip("pybullet")
 
-FEW = "--new 2 --videos 12 --layouts 2 --seeds 2 --labellers 1 --label_steps 2 --policy_steps 2"
+FEW = "--new 2 --videos 11 --layouts 2 --seeds 1 --labellers 1 --label_steps 2 --policy_steps 2"
 
 
 @pytest.mark.slow

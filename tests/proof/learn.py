@@ -7,7 +7,6 @@ import math
 import os
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
-from multiprocessing import get_context
 
 os.environ["OMP_NUM_THREADS"] = "1"  # the tensors are small: as many processes as cores instead
 
@@ -81,7 +80,7 @@ def to_tensor(frames):
 
 def in_processes(function, jobs):
     """[function(job)], a process a core."""
-    with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor() as pool:
         return list(pool.map(function, jobs))
 
 
