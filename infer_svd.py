@@ -380,10 +380,7 @@ class ClipSet:
         """
         self.hidden.mkdir(parents=True, exist_ok=True)
         busy = f"{self.folder}: another infer_svd.py is writing here; wait for its end, or give another --output_video"
-        with contextlib.ExitStack() as locks:
-            for name in dict.fromkeys(["lock", f"lock{self.shard_name}"]):
-                shared = self.shard_name and name == "lock"
-                locks.enter_context(common.lock_file(self.hidden / name, busy, shared))
+        with common.lock_part(self.hidden, self.shard_name, busy):
             if self.lerobot:
                 self.number_clips(reserve=True)
             self.plan(settings)
