@@ -1196,7 +1196,8 @@ def push_to_hub(args):
         api.upload_folder(repo_id=name, folder_path=output, ignore_patterns=list(skip))
     except Exception as error:  # the network's, the hub's and the token's are of many kinds
         why = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        later = f"hf upload {name} {shlex.quote(output)} . --exclude " + " ".join(map(shlex.quote, skip))
+        between = " " if huggingface_hub.__version__.startswith("0.") else " --exclude "
+        later = f"hf upload {name} {shlex.quote(output)} . --private --exclude " + between.join(map(shlex.quote, skip))
         raise UserError(f"--push_to_hub {name}: {why}; the result is in {output}; to push it later: {later}") from error
     print(f"pushed to {name}")
 

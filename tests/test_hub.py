@@ -1,10 +1,14 @@
 """The model card, and pushing a result to a stand-in for the hub on this machine."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 import threading
 from argparse import Namespace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
 from conftest import TINY, run, train_arguments
@@ -87,7 +91,11 @@ def test_a_push_that_fails_leaves_the_result_and_says_how_to_push_later(hub, dat
     hub.refuses = True
     done = push(hub, dataset, tmp_path / "out", ok=False)
     assert (tmp_path / "out" / "model_index.json").exists(), done.stdout
-    assert f"hf upload me/robot {tmp_path / 'out'}" in done.stdout
+    hub.refuses, later = False, done.stdout.partition("to push it later: ")[2].splitlines()[0]
+    environment = {**os.environ, **hub_environment(hub), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    subprocess.run(later, shell=True, check=True, env=environment, timeout=100)  # it does what it says
+    assert "model_index.json" in hub.files and not [name for name in hub.files if "checkpoint" in name]
+    assert was_private(hub)
 
 
 def test_what_cannot_be_pushed_is_refused_before_the_run(dataset, tmp_path, capsys):
