@@ -343,13 +343,17 @@ class ClipSet:
             self.listed[record_name(where, record)] = record
             if "generated" not in record:
                 raise UserError(f"{path}: not written by infer_svd.py (real clips?); give another --output_video")
+        if self.lerobot:
+            self.number_clips()
+        # the clips before the records, which are written first: other processes are making clips meanwhile
+        there = {job["name"] for job in self.jobs if os.path.lexists(job["target"])}
         self.records = dict(self.listed)
-        for path in self.hidden.rglob("*.json"):
+        walk = os.walk(self.hidden)  # which bears that others move folders away; `rglob` does not
+        for path in (Path(folder, file) for folder, _, files in walk for file in files if file.endswith(".json")):
             name = path.relative_to(self.hidden).as_posix().removesuffix(".json")
             record_name(path, record := common.read_json(path, "repair or delete it"))
             self.records[name] = {**self.listed.get(name, {}), **record}
         if self.lerobot:
-            self.number_clips()
             check_lerobot(self.folder, self.jobs, self.records.values(), settings)
         for job in self.jobs:
             target, record = job["target"], self.records.get(job["name"])
@@ -357,7 +361,7 @@ class ClipSet:
                 raise UserError(f"{job['path']}: the name is too long for a clip's; give the image a shorter one")
             if self.single and target.with_suffix(".json").exists():
                 raise UserError(f"--output_video: {target.with_suffix('.json')} exists already; give another name")
-            if os.path.lexists(target):
+            if job["name"] in there:
                 if record is None:
                     why = "exists already" if self.single else "exists, and metadata.jsonl does not know it"
                     raise UserError(f"--output_video: {target} {why}; move it away or give another name")

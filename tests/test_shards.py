@@ -10,6 +10,7 @@ import time
 import pytest
 from conftest import ROOT, SIZE, TINY, moving_square, run, write_clip
 
+import infer_svd
 import svd_common as common
 
 pytest.importorskip("torch")
@@ -94,3 +95,25 @@ def test_names_are_spread_over_the_parts():
     parts = [common.in_shard(f"clip_{i}_seed0", (0, 4)) for i in range(2000)]
     assert 400 < sum(parts) < 600
     assert common.parse_shard("4/4") == common.parse_shard("0/4") == (0, 4)
+
+
+def test_a_clip_that_another_part_makes_while_the_set_is_read_is_no_stranger(real, tmp_path, monkeypatch):
+    parts = []
+    for shard in ("0/2", "1/2"):
+        args = infer_svd.parse_args(list(map(str, [*command(real, tmp_path / "clips"), "--shard", shard])))
+        model = infer_svd.add_adapters(infer_svd.find_model(args.model_dir, args), args)
+        settings = infer_svd.resolve(args, model.base, model.settings)
+        images, _ = infer_svd.list_images(args)
+        parts.append((infer_svd.ClipSet(settings, model, tmp_path / "clips", images), settings))
+    (busy, busy_settings), (planning, settings) = parts
+    walk = os.walk
+
+    def slow_walk(folder):
+        yield from list(walk(folder))  # what is listed is old by now
+        if busy.todo:
+            busy.save(busy.todo.pop(), busy_settings, moving_square(8))
+
+    with busy.locked(busy_settings):
+        monkeypatch.setattr(infer_svd.os, "walk", slow_walk)
+        planning.plan(settings)
+    assert list((tmp_path / "clips").glob("*.mp4")) and planning.todo
