@@ -683,12 +683,14 @@ def wrap_unet(unet, compiled=False):
 
 def move_to_device(pipe, low_vram, device):
     """Puts a pipeline on the device: whole, or with --low_vram each part only while it works (diffusers' offload)."""
+    import torch
+
     if pipe.vae.dtype != pipe.unet.dtype:
         pipe.vae.to(dtype=pipe.unet.dtype)  # the pipeline's encode in fp32 was left by an out-of-memory
     if low_vram:
         save_memory(pipe.unet)
     if low_vram and device == "cuda":
-        pipe.enable_model_cpu_offload()
+        pipe.enable_model_cpu_offload(gpu_id=torch.cuda.current_device())  # else: always the first
     else:
         pipe.to(device)
 

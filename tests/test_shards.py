@@ -13,7 +13,7 @@ from conftest import ROOT, SIZE, TINY, moving_square, run, write_clip
 import infer_svd
 import svd_common as common
 
-pytest.importorskip("torch")
+torch = pytest.importorskip("torch")
 
 
 @pytest.fixture(scope="module")
@@ -123,3 +123,10 @@ def test_parts_that_work_and_end_beside_each_other(real, tmp_path, monkeypatch):
     assert len((tmp_path / "clips" / "metadata.jsonl").read_text().splitlines()) == 1 and planning.todo
     with planning.locked(settings):
         assert planning.finish(settings)  # the last: its clips have failed, and it judges what there is
+
+
+def test_a_small_card_s_process_keeps_to_its_own_gpu(monkeypatch):
+    pipe, _ = common.load_pipeline(TINY, torch.float32)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)  # as make_all sets it from LOCAL_RANK
+    infer_svd.move_to_device(pipe, True, "cuda")
+    assert str(pipe._offload_device) == "cuda:3"
