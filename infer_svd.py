@@ -22,6 +22,7 @@ import shutil
 import sys
 import time
 from collections import Counter, namedtuple
+from datetime import timedelta
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -129,8 +130,8 @@ def parse_args(argv=None):
     elif suffix in (*IMAGE_SUFFIXES, ".avi", ".mov", ".mkv", ".webm", ".m4v") and not output.is_dir():
         parser.error(f"--output_video must end in .mp4, .gif or .webp, or be a folder's name, got {output}")
     args.output_format = args.output_format or "mp4"
-    if not args.shard and int(os.environ.get("WORLD_SIZE", 1)) > 1:  # accelerate launch, torchrun
-        args.shard = f"{os.environ['RANK']}/{os.environ['WORLD_SIZE']}"
+    if not args.shard and os.environ.get("WORLD_SIZE", "1") != "1":  # accelerate launch, torchrun
+        args.shard = f"{os.environ.get('RANK')}/{os.environ['WORLD_SIZE']}"
     try:
         args.shard = common.parse_shard(args.shard or "0/1")
     except UserError as error:
@@ -388,6 +389,7 @@ class ClipSet:
             self.plan(settings)
             shutil.rmtree(self.making, ignore_errors=True)  # what a killed process left
             if self.shard_name:
+                (self.hidden / f"ended{self.shard_name}").unlink(missing_ok=True)
                 yield
                 return
             for folder in self.hidden.glob(".making-*"):
@@ -402,13 +404,17 @@ class ClipSet:
             yield
 
     def finish(self, settings):
-        """Ends a part of the set; returns whether all of the set is there, or was tried by this process alone."""
+        """Ends a part of the set; returns whether it was the last: all parts have ended, even if clips failed."""
         if not self.shard_name:
             return True
         with common.lock_file(self.hidden / "finishing", busy=None):
-            self.plan(settings)
-            self.publish()
-        return all(job["target"].exists() or job["name"] in self.dropped for job in self.jobs)
+            (self.hidden / f"ended{self.shard_name}").touch()
+            ended = None
+            while ended != (ended := sorted(self.hidden.glob("ended-*"))):  # others too, where the disk has no locks
+                self.plan(settings)
+                self.publish()
+        parts = self.shard[1]
+        return all((self.hidden / f"ended-{part}-of-{parts}").exists() for part in range(parts))
 
     def publish(self):
         """Writes metadata.jsonl: the records of the clips that are there. A single clip's record becomes FILE.json."""
@@ -678,12 +684,14 @@ def wrap_unet(unet, compiled=False):
 
 def move_to_device(pipe, low_vram, device):
     """Puts a pipeline on the device: whole, or with --low_vram each part only while it works (diffusers' offload)."""
+    import torch
+
     if pipe.vae.dtype != pipe.unet.dtype:
         pipe.vae.to(dtype=pipe.unet.dtype)  # the pipeline's encode in fp32 was left by an out-of-memory
     if low_vram:
         save_memory(pipe.unet)
     if low_vram and device == "cuda":
-        pipe.enable_model_cpu_offload()
+        pipe.enable_model_cpu_offload(gpu_id=torch.cuda.current_device())  # else: always the first
     else:
         pipe.to(device)
 
@@ -1009,6 +1017,16 @@ def add_adapters(model, args):
     return model._replace(adapters=adapters, settings=settings)
 
 
+def wait_for_others():
+    """Until every process of the launcher has come here: it kills the others as soon as one ends with a failure."""
+    from torch import distributed
+
+    with contextlib.suppress(RuntimeError):  # who holds the store may be the first to leave
+        store, rank, count = next(distributed.rendezvous("env://"))
+        store.set(f"ended{rank}", "")
+        store.wait([f"ended{rank}" for rank in range(count)], timedelta(days=99))
+
+
 def main(argv=None):
     args = parse_args(argv)
     images, failed = list_images(args)
@@ -1037,6 +1055,8 @@ def main(argv=None):
             judge(settings, sets, real_clips)
     for text in failed:
         print(f"left out: {text}", file=sys.stderr)
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        wait_for_others()
     return 1 if failed else 0
 
 
