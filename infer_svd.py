@@ -691,7 +691,7 @@ def move_to_device(pipe, low_vram, device):
     if low_vram:
         save_memory(pipe.unet)
     if low_vram and device == "cuda":
-        pipe.enable_model_cpu_offload(gpu_id=torch.cuda.current_device())  # else: always the first
+        pipe.enable_model_cpu_offload(gpu_id=torch.cuda.current_device() if "LOCAL_RANK" in os.environ else None)
     else:
         pipe.to(device)
 
@@ -965,8 +965,8 @@ def make_all(sets, settings, failed):
     import torch
 
     todo, device = sum(len(clips.todo) for clips in sets), "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda":  # a launcher starts a process for each GPU
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+    if device == "cuda" and "LOCAL_RANK" in os.environ:  # a launcher starts a process for each GPU
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
     where = "the GPU in fp16" if device == "cuda" else "the CPU in fp32 (no CUDA GPU found)"
     if not torch.version.cuda:
         where = "the CPU in fp32 (this torch is built for CPUs; pytorch.org has it for CUDA)"
