@@ -394,7 +394,8 @@ class ClipSet:
                 return
             for folder in self.hidden.glob(".making-*"):
                 shutil.rmtree(folder)
-            ours = [".metadata.jsonl.*.part"] + ["meta/**/.*.part", "data/**/.*.part"] * self.lerobot
+            ours = [".metadata.jsonl.*.part", ".index.html.*.part"]
+            ours += ["meta/**/.*.part", "data/**/.*.part"] * self.lerobot
             for left in [*itertools.chain(*map(self.folder.glob, ours)), *self.hidden.rglob(".*.part")]:
                 left.unlink()
             self.publish()
