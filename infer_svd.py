@@ -380,10 +380,7 @@ class ClipSet:
         """
         self.hidden.mkdir(parents=True, exist_ok=True)
         busy = f"{self.folder}: another infer_svd.py is writing here; wait for its end, or give another --output_video"
-        with contextlib.ExitStack() as locks:
-            for name in dict.fromkeys(["lock", f"lock{self.shard_name}"]):
-                shared = self.shard_name and name == "lock"
-                locks.enter_context(common.lock_file(self.hidden / name, busy, shared))
+        with common.lock_part(self.hidden, self.shard_name, busy):
             if self.lerobot:
                 self.number_clips(reserve=True)
             self.plan(settings)
@@ -692,7 +689,7 @@ def move_to_device(pipe, low_vram, device):
     if low_vram:
         save_memory(pipe.unet)
     if low_vram and device == "cuda":
-        pipe.enable_model_cpu_offload(gpu_id=torch.cuda.current_device() if "LOCAL_RANK" in os.environ else None)
+        pipe.enable_model_cpu_offload(gpu_id=torch.cuda.current_device())  # else: always the first
     else:
         pipe.to(device)
 

@@ -18,7 +18,6 @@ import ctypes
 import dataclasses
 import fnmatch
 import functools
-import hashlib
 import io
 import itertools
 import json
@@ -88,11 +87,6 @@ class Video:
     lerobot: tuple = None  # what `read_lerobot` gives for the dataset that it is of
 
 
-def name_digest(source):
-    """Eight hexadecimal digits that depend on the name alone."""
-    return hashlib.sha256(os.fsencode(source)).hexdigest()[:8]
-
-
 def directory_name(source):
     """A folder name that depends on the source's path alone: stable, readable, unique, and safe on every system.
 
@@ -108,7 +102,7 @@ def directory_name(source):
         plain = False
     if re.match(r"(con|prn|aux|nul|com\d|lpt\d)(\.|$)", name, re.IGNORECASE):  # devices of Windows
         name, plain = "_" + name, False
-    return name if plain else f"{name.encode()[:100].decode(errors='ignore')}+{name_digest(source)}"
+    return name if plain else f"{name.encode()[:100].decode(errors='ignore')}+{common.name_digest(source)}"
 
 
 def list_files(root):
@@ -1146,15 +1140,6 @@ def write_preview(output, clips):
     common.write_file(output / "preview.jpg", data.getvalue())
 
 
-@contextlib.contextmanager
-def lock_dataset(state, shard_name):
-    """Refuses a second run on the same folder, or of the same shard."""
-    busy = f"--output_dir {state.parent}: another run is at work on it"
-    with common.lock_file(state / "lock", busy, shared=bool(shard_name)):
-        with common.lock_file(state / f"lock{shard_name}", busy) if shard_name else contextlib.nullcontext():
-            yield
-
-
 # --------------------------------------------------------------------------------------------------------- summary
 
 
@@ -1342,14 +1327,14 @@ def main(argv=None):
     videos, unfinished = find_videos(args)
     twins = find_twins(videos)
     if args.shard:
-        part, parts = args.shard
-        videos = [video for video in videos if int(name_digest(video.source), 16) % parts == part]
+        videos = [video for video in videos if common.in_shard(video.source, args.shard)]
         if not videos:
-            print(f"--shard {part}/{parts}: none of the videos falls to it")
+            print("--shard {}/{}: none of the videos falls to it".format(*args.shard))
     output = Path(args.output_dir)
     state = output / ".prepare"
     state.mkdir(parents=True, exist_ok=True)
-    with lock_dataset(state, args.shard_name):
+    busy = f"--output_dir {output}: another run is at work on it"
+    with common.lock_part(state, args.shard_name, busy):
         if not args.shard:  # alone here: what a killed run left half written goes
             for left in [*output.glob(".metadata.jsonl.*.part"), *output.glob(".preview.jpg.*.part")]:
                 left.unlink()

@@ -127,6 +127,7 @@ def test_parts_that_work_and_end_beside_each_other(real, tmp_path, monkeypatch):
 
 def test_a_small_card_s_process_keeps_to_its_own_gpu(monkeypatch):
     pipe, _ = common.load_pipeline(TINY, torch.float32)
+    monkeypatch.setattr("diffusers.pipelines.pipeline_utils.get_device", lambda: "cuda")
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)  # as make_all sets it from LOCAL_RANK
     infer_svd.move_to_device(pipe, True, "cuda")
     assert str(pipe._offload_device) == "cuda:3"
