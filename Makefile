@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 PIP_FLAGS ?=
 
-.PHONY: demo test tiny clean
+.PHONY: demo proof test tiny clean
 .DEFAULT_GOAL = demo
 
 $(VENV)/.installed: requirements.txt
@@ -22,6 +22,11 @@ $(VENV)/.installed-test: $(VENV)/.installed
 demo: $(VENV)/.installed
 	$(BIN)/python tests/demo.py
 
+# Does generated video help a robot's policy? Measured in PyBullet, on top of the demo's model: proof/, see tests/proof/README.md
+proof: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) pybullet==3.2.7
+	$(BIN)/python tests/proof/proof.py
+
 test: $(VENV)/.installed-test
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
@@ -33,4 +38,4 @@ tiny: $(VENV)/.installed
 	PYTHON=$(BIN)/python sh tests/tiny/make_tiny.sh
 
 clean:
-	rm -rf demo .pytest_cache .ruff_cache
+	rm -rf demo proof .pytest_cache .ruff_cache

@@ -391,7 +391,8 @@ class ClipSet:
                 return
             for folder in self.hidden.glob(".making-*"):
                 shutil.rmtree(folder)
-            ours = [".metadata.jsonl.*.part"] + ["meta/**/.*.part", "data/**/.*.part"] * self.lerobot
+            ours = [".metadata.jsonl.*.part", ".index.html.*.part"]
+            ours += ["meta/**/.*.part", "data/**/.*.part"] * self.lerobot
             for left in [*itertools.chain(*map(self.folder.glob, ours)), *self.hidden.rglob(".*.part")]:
                 left.unlink()
             self.publish()
@@ -522,7 +523,8 @@ def record_name(where, record):
 def page_entry(name, record):
     """What index.html shows of a clip."""
     bucket = record.get("motion_bucket_id")  # in a set of frames, the measured one
-    entry = {key: record.get(key) for key in "motion sharpness_ratio psnr_first_frame flicker seed fps task".split()}
+    fields = "motion sharpness_ratio psnr_first_frame flicker seed fps task width height".split()
+    entry = {field: record.get(field) for field in fields}
     entry["measured_motion_bucket_id"] = record.get("measured_motion_bucket_id", bucket)
     entry["asked_motion_bucket_id"] = record.get("requested", {}).get("motion_bucket_id", bucket)
     entry["frames"] = record.get("num_frames") if "directory" in record else None
@@ -961,8 +963,8 @@ def make_all(sets, settings, failed):
     import torch
 
     todo, device = sum(len(clips.todo) for clips in sets), "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda":  # a launcher starts a process for each GPU
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+    if device == "cuda" and "LOCAL_RANK" in os.environ:  # a launcher starts a process for each GPU
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
     where = "the GPU in fp16" if device == "cuda" else "the CPU in fp32 (no CUDA GPU found)"
     if not torch.version.cuda:
         where = "the CPU in fp32 (this torch is built for CPUs; pytorch.org has it for CUDA)"

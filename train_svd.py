@@ -730,6 +730,7 @@ class TrainingState:
             done = [path for path in checkpoints_of(output) if checkpoint_step(path) <= self.steps]
             for old in done[: -self.args.checkpoints_total_limit]:
                 shutil.rmtree(old)
+            write_page(output)
 
 
 # ------------------------------------------------------------------------------------------------------- Forecast
@@ -1687,8 +1688,6 @@ def run_steps(state, dataset, pipe, vae, validation):
         if validating:
             log.scores(validation(state))
     log.progress.close()
-    if accelerator.is_main_process:
-        write_page(Path(args.output_dir))
     accelerator.wait_for_everyone()
     return 0
 

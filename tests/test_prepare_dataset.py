@@ -77,9 +77,11 @@ def extract(path, folder):
 
 
 def tree(folder):
-    """Every file of a dataset with its bytes, but not the records and locks."""
-    files = (p for p in Path(folder).rglob("*") if p.is_file() and ".prepare" not in p.parts)
-    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in files}
+    """Every file of a dataset with its bytes, of a PNG its pixels (ISA-L may pack them otherwise the next time), but
+    not the records and locks."""
+    files = [p for p in Path(folder).rglob("*") if p.is_file() and ".prepare" not in p.parts]
+    read = {p: svd_common.read_image(p).tobytes() if p.suffix == ".png" else p.read_bytes() for p in files}
+    return {p.relative_to(folder).as_posix(): data for p, data in read.items()}
 
 
 # ------------------------------------------------------------------------------------------------------ the basics

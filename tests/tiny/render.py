@@ -150,6 +150,11 @@ def position_at(path, t):
     return path[-1][1]
 
 
+def fingertip(robot):
+    """Where it is, in metres."""
+    return np.array(p.getLinkState(robot, FINGERTIP, computeForwardKinematics=1)[4])
+
+
 def move_fingertip(robot, position, orientation):
     """One simulation step towards the position."""
     joints = p.calculateInverseKinematics(
@@ -202,7 +207,7 @@ def render_episode(index, args):
     light = [rng.uniform(-0.4, 1.2), rng.uniform(-0.8, 0.8), 1.6]
 
     duration = (args.frames - 1) / args.fps
-    start = np.array(p.getLinkState(robot, FINGERTIP, computeForwardKinematics=1)[4])
+    start = fingertip(robot)
     if args.task == "push":
         path = push_path(start, cube, goal, angle, duration)
     elif args.task == "shove":
@@ -215,13 +220,14 @@ def render_episode(index, args):
         path = reach_path(rng, start, [cube, distractor], duration)
     fingers_down = p.getQuaternionFromEuler([math.pi, 0, 0 if args.task == "shove" else angle])
 
-    frames, joints, step = {camera: [] for camera in args.cameras}, [], 0
+    frames, joints, tips, step = {camera: [] for camera in args.cameras}, [], [], 0
     for frame in range(args.frames):
         while step < round(frame * STEPS_PER_SECOND / args.fps):
             step += 1
             move_fingertip(robot, position_at(path, step / STEPS_PER_SECOND), fingers_down)
         joints.append([round(p.getJointState(robot, joint)[0], 4) for joint in range(7)])
-        for camera in args.cameras:
+        tips.append([round(x, 5) for x in fingertip(robot)])
+        for camera in args.cameras if frame < (args.pictures or args.frames) else []:
             frames[camera].append(render(camera, light, args.width, args.height))
     error = float(np.linalg.norm(np.array(p.getBasePositionAndOrientation(cube_id)[0][:2]) - goal))
     p.disconnect(client)
@@ -231,7 +237,8 @@ def render_episode(index, args):
         path = args.output_dir / "videos" / "chunk-000" / f"observation.images.{camera}" / f"{name}.mp4"
         write_mp4(path, frames[camera], args.fps, args.crf)
     state = {"task": args.task, "cube": cube.tolist(), "goal": goal.tolist(), "distractor": distractor.tolist()}
-    state |= {"cube_color": colors[0], "distractor_color": colors[1], "joints": joints, "final_goal_error": error}
+    state |= {"cube_color": colors[0], "distractor_color": colors[1], "joints": joints, "fingertip": tips}
+    state |= {"final_goal_error": error}
     (args.output_dir / "states").mkdir(exist_ok=True)
     (args.output_dir / "states" / f"{name}.json").write_text(json.dumps(state) + "\n")
     return error
@@ -247,6 +254,7 @@ def build_parser():
     parser.add_argument("--episodes", type=int, default=160)
     parser.add_argument("--first_episode", type=int, default=0, help="number of the first episode, to render in parts")
     parser.add_argument("--frames", type=int, help="frames per clip (default: 16 for reach, else 8)")
+    parser.add_argument("--pictures", type=int, help="how many of the frames are rendered (default: all)")
     parser.add_argument("--fps", type=int, default=4, help="frames per second")
     parser.add_argument("--width", type=int, default=96, help="pixels")
     parser.add_argument("--height", type=int, default=64, help="pixels")
