@@ -22,6 +22,7 @@ import shutil
 import sys
 import time
 from collections import Counter, namedtuple
+from datetime import timedelta
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -129,8 +130,8 @@ def parse_args(argv=None):
     elif suffix in (*IMAGE_SUFFIXES, ".avi", ".mov", ".mkv", ".webm", ".m4v") and not output.is_dir():
         parser.error(f"--output_video must end in .mp4, .gif or .webp, or be a folder's name, got {output}")
     args.output_format = args.output_format or "mp4"
-    if not args.shard and int(os.environ.get("WORLD_SIZE", 1)) > 1:  # accelerate launch, torchrun
-        args.shard = f"{os.environ['RANK']}/{os.environ['WORLD_SIZE']}"
+    if not args.shard and os.environ.get("WORLD_SIZE", "1") != "1":  # accelerate launch, torchrun
+        args.shard = f"{os.environ.get('RANK')}/{os.environ['WORLD_SIZE']}"
     try:
         args.shard = common.parse_shard(args.shard or "0/1")
     except UserError as error:
@@ -343,13 +344,17 @@ class ClipSet:
             self.listed[record_name(where, record)] = record
             if "generated" not in record:
                 raise UserError(f"{path}: not written by infer_svd.py (real clips?); give another --output_video")
+        if self.lerobot:
+            self.number_clips()
+        # the clips before the records, which are written first: other processes are making clips meanwhile
+        there = {job["name"] for job in self.jobs if os.path.lexists(job["target"])}
         self.records = dict(self.listed)
-        for path in self.hidden.rglob("*.json"):
+        walk = os.walk(self.hidden)  # which bears that others move folders away; `rglob` does not
+        for path in (Path(folder, file) for folder, _, files in walk for file in files if file.endswith(".json")):
             name = path.relative_to(self.hidden).as_posix().removesuffix(".json")
             record_name(path, record := common.read_json(path, "repair or delete it"))
             self.records[name] = {**self.listed.get(name, {}), **record}
         if self.lerobot:
-            self.number_clips()
             check_lerobot(self.folder, self.jobs, self.records.values(), settings)
         for job in self.jobs:
             target, record = job["target"], self.records.get(job["name"])
@@ -357,7 +362,7 @@ class ClipSet:
                 raise UserError(f"{job['path']}: the name is too long for a clip's; give the image a shorter one")
             if self.single and target.with_suffix(".json").exists():
                 raise UserError(f"--output_video: {target.with_suffix('.json')} exists already; give another name")
-            if os.path.lexists(target):
+            if job["name"] in there:
                 if record is None:
                     why = "exists already" if self.single else "exists, and metadata.jsonl does not know it"
                     raise UserError(f"--output_video: {target} {why}; move it away or give another name")
@@ -375,20 +380,19 @@ class ClipSet:
         """
         self.hidden.mkdir(parents=True, exist_ok=True)
         busy = f"{self.folder}: another infer_svd.py is writing here; wait for its end, or give another --output_video"
-        with contextlib.ExitStack() as locks:
-            for name in dict.fromkeys(["lock", f"lock{self.shard_name}"]):
-                shared = self.shard_name and name == "lock"
-                locks.enter_context(common.lock_file(self.hidden / name, busy, shared))
+        with common.lock_part(self.hidden, self.shard_name, busy):
             if self.lerobot:
                 self.number_clips(reserve=True)
             self.plan(settings)
             shutil.rmtree(self.making, ignore_errors=True)  # what a killed process left
             if self.shard_name:
+                (self.hidden / f"ended{self.shard_name}").unlink(missing_ok=True)
                 yield
                 return
             for folder in self.hidden.glob(".making-*"):
                 shutil.rmtree(folder)
-            ours = [".metadata.jsonl.*.part"] + ["meta/**/.*.part", "data/**/.*.part"] * self.lerobot
+            ours = [".metadata.jsonl.*.part", ".index.html.*.part"]
+            ours += ["meta/**/.*.part", "data/**/.*.part"] * self.lerobot
             for left in [*itertools.chain(*map(self.folder.glob, ours)), *self.hidden.rglob(".*.part")]:
                 left.unlink()
             self.publish()
@@ -398,13 +402,17 @@ class ClipSet:
             yield
 
     def finish(self, settings):
-        """Ends a part of the set; returns whether all of the set is there, or was tried by this process alone."""
+        """Ends a part of the set; returns whether it was the last: all parts have ended, even if clips failed."""
         if not self.shard_name:
             return True
         with common.lock_file(self.hidden / "finishing", busy=None):
-            self.plan(settings)
-            self.publish()
-        return all(job["target"].exists() or job["name"] in self.dropped for job in self.jobs)
+            (self.hidden / f"ended{self.shard_name}").touch()
+            ended = None
+            while ended != (ended := sorted(self.hidden.glob("ended-*"))):  # others too, where the disk has no locks
+                self.plan(settings)
+                self.publish()
+        parts = self.shard[1]
+        return all((self.hidden / f"ended-{part}-of-{parts}").exists() for part in range(parts))
 
     def publish(self):
         """Writes metadata.jsonl: the records of the clips that are there. A single clip's record becomes FILE.json."""
@@ -674,12 +682,14 @@ def wrap_unet(unet, compiled=False):
 
 def move_to_device(pipe, low_vram, device):
     """Puts a pipeline on the device: whole, or with --low_vram each part only while it works (diffusers' offload)."""
+    import torch
+
     if pipe.vae.dtype != pipe.unet.dtype:
         pipe.vae.to(dtype=pipe.unet.dtype)  # the pipeline's encode in fp32 was left by an out-of-memory
     if low_vram:
         save_memory(pipe.unet)
     if low_vram and device == "cuda":
-        pipe.enable_model_cpu_offload()
+        pipe.enable_model_cpu_offload(gpu_id=torch.cuda.current_device())  # else: always the first
     else:
         pipe.to(device)
 
@@ -953,8 +963,8 @@ def make_all(sets, settings, failed):
     import torch
 
     todo, device = sum(len(clips.todo) for clips in sets), "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda":  # a launcher starts a process for each GPU
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+    if device == "cuda" and "LOCAL_RANK" in os.environ:  # a launcher starts a process for each GPU
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
     where = "the GPU in fp16" if device == "cuda" else "the CPU in fp32 (no CUDA GPU found)"
     if not torch.version.cuda:
         where = "the CPU in fp32 (this torch is built for CPUs; pytorch.org has it for CUDA)"
@@ -1005,6 +1015,16 @@ def add_adapters(model, args):
     return model._replace(adapters=adapters, settings=settings)
 
 
+def wait_for_others():
+    """Until every process of the launcher has come here: it kills the others as soon as one ends with a failure."""
+    from torch import distributed
+
+    with contextlib.suppress(RuntimeError):  # who holds the store may be the first to leave
+        store, rank, count = next(distributed.rendezvous("env://"))
+        store.set(f"ended{rank}", "")
+        store.wait([f"ended{rank}" for rank in range(count)], timedelta(days=99))
+
+
 def main(argv=None):
     args = parse_args(argv)
     images, failed = list_images(args)
@@ -1033,6 +1053,8 @@ def main(argv=None):
             judge(settings, sets, real_clips)
     for text in failed:
         print(f"left out: {text}", file=sys.stderr)
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        wait_for_others()
     return 1 if failed else 0
 
 

@@ -18,7 +18,6 @@ import ctypes
 import dataclasses
 import fnmatch
 import functools
-import hashlib
 import io
 import itertools
 import json
@@ -71,10 +70,6 @@ class DecodeAgain(Exception):
     """The frames of this attempt are not the right ones: the next decoder, or one thread, has to do it."""
 
 
-class Stopped(Exception):
-    """Another thread ended the run."""
-
-
 # ------------------------------------------------------------------------------------------------- find the videos
 
 LEROBOT_V2 = re.compile(r"(?P<root>.*/)videos/chunk-\d+/(?P<camera>[^/]+)/(?P<episode>episode_\d+)\.\w+")
@@ -92,11 +87,6 @@ class Video:
     lerobot: tuple = None  # what `read_lerobot` gives for the dataset that it is of
 
 
-def name_digest(source):
-    """Eight hexadecimal digits that depend on the name alone."""
-    return hashlib.sha256(os.fsencode(source)).hexdigest()[:8]
-
-
 def directory_name(source):
     """A folder name that depends on the source's path alone: stable, readable, unique, and safe on every system.
 
@@ -112,7 +102,7 @@ def directory_name(source):
         plain = False
     if re.match(r"(con|prn|aux|nul|com\d|lpt\d)(\.|$)", name, re.IGNORECASE):  # devices of Windows
         name, plain = "_" + name, False
-    return name if plain else f"{name.encode()[:100].decode(errors='ignore')}+{name_digest(source)}"
+    return name if plain else f"{name.encode()[:100].decode(errors='ignore')}+{common.name_digest(source)}"
 
 
 def list_files(root):
@@ -846,7 +836,7 @@ class Run:
         log = {"bar_format": line, "delay": 10, "mininterval": 10, "miniters": 1}  # a line now and then for a log file
         self.bar = tqdm(unit="frame", dynamic_ncols=True, **({} if sys.stderr.isatty() else log))
         self.waiting, self.expected, self.begun = len(videos), 0, 0
-        self.stop, self.error, self.lock = threading.Event(), None, threading.Lock()
+        self.stop, self.lock = threading.Event(), threading.Lock()
 
     def expect(self, frames=None):
         """One of the waiting videos has begun with so many frames, or, without a number, is done already."""
@@ -883,6 +873,14 @@ def encode_image(frame, image_format):
     return encode_png_fast(frame) if isal_zlib else cv2.imencode(".png", frame, common.PNG_OPTIONS)[1]
 
 
+def write_image(frame, paths, image_format):
+    """Encodes a frame once and writes it to each of `paths`, none where it belongs to no clip."""
+    data = encode_image(frame, image_format) if paths else b""
+    for path in paths:
+        with open(path, "wb") as file:
+            file.write(data)
+
+
 def encode_png_fast(frame):
     """(H, W, 3) BGR -> PNG bytes, deflated by ISA-L: three to four times as fast as OpenCV's zlib, files as small."""
     (height, width), rgb = frame.shape[:2], cv2.cvtColor(frame, cv2.COLOR_BGR2RGB).reshape(len(frame), -1)
@@ -902,7 +900,7 @@ class FrameWriter:
 
     def __init__(self, video, stride, run):
         self.folder, self.stride, self.run = run.work / video.directory, stride, run
-        self.clips, self.jobs, self.room = {}, [], None
+        self.clips, self.jobs = {}, collections.deque()
 
     def add(self, time, frame, names):
         """Takes a frame, (H, W, 3) uint8 BGR at `time` seconds, of the clips called `names`."""
@@ -920,24 +918,12 @@ class FrameWriter:
                 clip.thumbnail = thumbnail
             clip.times.append(time)
         if self.run.waiting:  # other videos keep the cores busy: handing over would only cost
-            self.encode(frame, paths)
+            write_image(frame, paths, self.run.args.image_format)
         else:
-            self.room = self.room or threading.BoundedSemaphore(max(1, min(64, BYTES_IN_FLIGHT // frame.nbytes)))
-            self.room.acquire()
-            self.jobs.append(self.run.encoders.submit(self.encode, frame, paths))
-            self.jobs[-1].add_done_callback(lambda _: self.room.release())
+            self.jobs.append(self.run.encoders.submit(write_image, frame, paths, self.run.args.image_format))
+            if len(self.jobs) > max(1, min(64, BYTES_IN_FLIGHT // frame.nbytes)):
+                self.jobs.popleft().result()  # raises what went wrong, such as a full disk
         self.run.bar.update()
-
-    def encode(self, frame, paths):
-        try:
-            data = encode_image(frame, self.run.args.image_format)
-            for path in paths:
-                with open(path, "wb") as file:
-                    file.write(data)
-        except OSError as error:  # a full disk: no other video has room either
-            self.run.error = error
-            self.run.stop.set()
-            raise
 
     def finish(self):
         """Returns `{directory: Clip}` when all is written."""
@@ -953,7 +939,7 @@ def decode_video(video, probe, episodes, reader, threads, stride, run):
     try:
         for time, frame, names in cut_clips(frames, video, episodes, run.args):
             if run.stop.is_set():
-                raise Stopped
+                raise Failure("stopped, as the run is: nobody waits for this video any more")
             writer.add(time, frame, names)
         clips = writer.finish()
     finally:
@@ -1017,8 +1003,6 @@ def prepare_video(video, run, old):
             record["dropped"][directory] = f"motion {line['motion']}, less than {args.min_motion}"
         else:
             record["clips"].append(line)
-    if run.stop.is_set():
-        raise Stopped
     publish(video, record, old, run)
     return record
 
@@ -1154,15 +1138,6 @@ def write_preview(output, clips):
     data = io.BytesIO()
     sheet.save(data, "JPEG", quality=90)
     common.write_file(output / "preview.jpg", data.getvalue())
-
-
-@contextlib.contextmanager
-def lock_dataset(state, shard_name):
-    """Refuses a second run on the same folder, or of the same shard."""
-    busy = f"--output_dir {state.parent}: another run is at work on it"
-    with common.lock_file(state / "lock", busy, shared=bool(shard_name)):
-        with common.lock_file(state / f"lock{shard_name}", busy) if shard_name else contextlib.nullcontext():
-            yield
 
 
 # --------------------------------------------------------------------------------------------------------- summary
@@ -1319,8 +1294,6 @@ def run_all(videos, records, args, heard):
     run.work.mkdir()
 
     def one(video):
-        if run.stop.is_set():
-            raise Stopped
         try:
             return prepare_video(video, run, records.get(video.source))
         finally:
@@ -1334,14 +1307,10 @@ def run_all(videos, records, args, heard):
                 records[jobs[job].source] = job.result()
             except Failure as failure:
                 failures[jobs[job].source] = str(failure)
-            except Stopped:
-                pass
             except (common.UserError, OSError):
                 raise
             except Exception as error:  # a bad video never stops the others
                 failures[jobs[job].source] = f"{type(error).__name__}: {error}"
-        if run.error:
-            raise run.error
     finally:
         run.stop.set()
         readers.shutdown(cancel_futures=True)
@@ -1358,14 +1327,14 @@ def main(argv=None):
     videos, unfinished = find_videos(args)
     twins = find_twins(videos)
     if args.shard:
-        part, parts = args.shard
-        videos = [video for video in videos if int(name_digest(video.source), 16) % parts == part]
+        videos = [video for video in videos if common.in_shard(video.source, args.shard)]
         if not videos:
-            print(f"--shard {part}/{parts}: none of the videos falls to it")
+            print("--shard {}/{}: none of the videos falls to it".format(*args.shard))
     output = Path(args.output_dir)
     state = output / ".prepare"
     state.mkdir(parents=True, exist_ok=True)
-    with lock_dataset(state, args.shard_name):
+    busy = f"--output_dir {output}: another run is at work on it"
+    with common.lock_part(state, args.shard_name, busy):
         if not args.shard:  # alone here: what a killed run left half written goes
             for left in [*output.glob(".metadata.jsonl.*.part"), *output.glob(".preview.jpg.*.part")]:
                 left.unlink()

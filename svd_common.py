@@ -205,7 +205,7 @@ def replacing(path, folder=False):
     what a killed run left of a folder goes first.
     """
     path = Path(path)
-    aside = path.with_name(f".{path.name}.part" if folder else f".{path.name}.{os.getpid()}.part")
+    aside = path.with_name(f".{path.name}.part" if folder else f".{path.name}.{os.urandom(4).hex()}.part")
     if folder:
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
@@ -253,9 +253,25 @@ def parse_shard(text):
     return int(part) % int(parts), int(parts)
 
 
+def name_digest(name):
+    """Eight hexadecimal digits that depend on the name alone."""
+    return hashlib.sha256(os.fsencode(name)).hexdigest()[:8]
+
+
 def in_shard(name, shard):
     """Whether what has this name falls to (part, parts): by a hash, so to the same part in every run."""
-    return int(hashlib.sha256(name.encode(errors="surrogateescape")).hexdigest()[:16], 16) % shard[1] == shard[0]
+    return int(name_digest(name), 16) % shard[1] == shard[0]
+
+
+@contextlib.contextmanager
+def lock_part(folder, shard_name, busy):
+    """Holds the locks of a set in `folder`: all of it, or where there is a `shard_name` that part, beside others.
+
+    Raises `UserError(busy)` where another process holds them.
+    """
+    with lock_file(folder / "lock", busy, shared=bool(shard_name)):
+        with lock_file(folder / f"lock{shard_name}", busy) if shard_name else contextlib.nullcontext():
+            yield
 
 
 def file_digest(path, before=b""):

@@ -50,6 +50,7 @@ import huggingface_hub
 import numpy as np
 import torch
 import torch.nn.functional as F
+import yaml
 from diffusers import AutoencoderKLTemporalDecoder, StableVideoDiffusionPipeline, UNetSpatioTemporalConditionModel
 from diffusers.models.activations import GEGLU
 from diffusers.models.attention import BasicTransformerBlock, TemporalBasicTransformerBlock
@@ -729,6 +730,7 @@ class TrainingState:
             done = [path for path in checkpoints_of(output) if checkpoint_step(path) <= self.steps]
             for old in done[: -self.args.checkpoints_total_limit]:
                 shutil.rmtree(old)
+            write_page(output)
 
 
 # ------------------------------------------------------------------------------------------------------- Forecast
@@ -1144,24 +1146,38 @@ def hub_name(path, kind):
     return "/".join(found.groups()) if found else None
 
 
+def is_hub_name(name):
+    """Whether this is OWNER/NAME as the hub takes it."""
+    with contextlib.suppress(ValueError):
+        huggingface_hub.utils.validate_repo_id(name)
+        return "/" in str(name)
+    return False
+
+
+def base_card(base):
+    """The head of the base's own model card; {} where there is none that can be read."""
+    with contextlib.suppress(OSError, ValueError, yaml.YAMLError):
+        text = (base / "README.md").read_text(encoding="utf-8")
+        return huggingface_hub.ModelCard(text, ignore_metadata_errors=True).data.to_dict()
+    return {}
+
+
 def find_base_name(args, base):
     """The base's name on the hub, never a local path; None where nothing tells it."""
-    given = args.base_model_name or hub_name(base.resolve(), "models")
-    if given or not Path(args.pretrained_model_name).is_dir():
-        return given or args.pretrained_model_name
-    index = common.read_json(base / "model_index.json")
-    names = [index.get("_name_or_path"), common.read_config(base, "unet").get("_name_or_path")]
-    return next((n for n in names if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(n)) and not Path(n).exists()), None)
+    names = [hub_name(base.resolve(), "models"), args.pretrained_model_name]
+    names += [name for name in common.SVD_NAMES if Path(name).name == base.resolve().name]  # copied, under its own name
+    names += [base_card(base).get("base_model"), common.read_json(base / "model_index.json").get("_name_or_path")]
+    names += [common.read_config(base, "unet").get("_name_or_path")]
+    return args.base_model_name or next((n for n in names if is_hub_name(n) and not Path(n).exists()), None)
 
 
 def card_data(settings, base, relation):
     """The head of a model card; the licence is the base's, by its own card or, for Stability's, as they name it."""
-    name, there = settings["base_model_name"], {}
-    with contextlib.suppress(OSError, ValueError):
-        there = huggingface_hub.ModelCard.load(base / "README.md").data.to_dict()
+    name, there = settings["base_model_name"], base_card(base)
     data = {key: there[key] for key in ("license", "license_name", "license_link") if there.get(key)}
     if not data and str(name).startswith("stabilityai/stable-video-diffusion"):
-        data = {"license": "other", "license_name": "stable-video-diffusion-community", "license_link": "LICENSE.md"}
+        kind = "stable-video-diffusion-1-1-community" if name.endswith("1-1") else "stable-video-diffusion-community"
+        data = {"license": "other", "license_name": kind, "license_link": "LICENSE.md"}
     if name and "license_link" in data and "://" not in data["license_link"]:
         data["license_link"] = f"https://huggingface.co/{name}/blob/main/{data['license_link']}"
     data |= {"base_model": name, "base_model_relation": relation} if name else {}
@@ -1181,7 +1197,8 @@ def push_to_hub(args):
         api.upload_folder(repo_id=name, folder_path=output, ignore_patterns=list(skip))
     except Exception as error:  # the network's, the hub's and the token's are of many kinds
         why = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        later = f"hf upload {name} {shlex.quote(output)} . --exclude " + " ".join(map(shlex.quote, skip))
+        between = " " if huggingface_hub.__version__.startswith("0.") else " --exclude "
+        later = f"hf upload {name} {shlex.quote(output)} . --private --exclude " + between.join(map(shlex.quote, skip))
         raise UserError(f"--push_to_hub {name}: {why}; the result is in {output}; to push it later: {later}") from error
     print(f"pushed to {name}")
 
@@ -1481,7 +1498,7 @@ def parse_args(argv=None):
     if args.mixed_precision == "fp16" and not cuda:
         parser.error("--mixed_precision fp16 needs a CUDA GPU; on the CPU use no or bf16")
     for flag in ("base_model_name", "push_to_hub"):
-        if getattr(args, flag) and not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", getattr(args, flag)):
+        if getattr(args, flag) and not is_hub_name(getattr(args, flag)):
             parser.error(f"--{flag} must have the form OWNER/NAME, got {getattr(args, flag)}")
     if args.push_to_hub and not huggingface_hub.get_token():
         parser.error("--push_to_hub needs a token that may write: run `hf auth login`, or set HF_TOKEN")
@@ -1671,8 +1688,6 @@ def run_steps(state, dataset, pipe, vae, validation):
         if validating:
             log.scores(validation(state))
     log.progress.close()
-    if accelerator.is_main_process:
-        write_page(Path(args.output_dir))
     accelerator.wait_for_everyone()
     return 0
 

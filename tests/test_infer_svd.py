@@ -373,6 +373,7 @@ def test_kill_and_resume_give_the_same_set(images, made, tmp_path, capsys):
     parts = folder / ".infer" / ".making"
     parts.mkdir(exist_ok=True)
     (parts / ".image1_seed1_motion180.4711.part.mp4").write_bytes(b"half")
+    (folder / ".index.html.4711.part").write_bytes(b"half")
     lines = (folder / "metadata.jsonl").read_text().splitlines(keepends=True)
     gone = max(before)
     (folder / "metadata.jsonl").write_text("".join(line for line in lines[:2] if gone.name not in line))

@@ -524,6 +524,7 @@ def test_a_signal_saves_and_says_how_to_go_on(name, dataset, tmp_path):
     process.send_signal(getattr(signal, name))
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 128 + getattr(signal, name) and "Traceback" not in output
+    assert '"step": 1,' in (tmp_path / "out" / "index.html").read_text()  # a page, though nothing was validated
     assert "--resume_from_checkpoint latest" in output and len(train_svd.checkpoints_of(tmp_path / "out")) == 1
 
 
