@@ -447,10 +447,9 @@ class ClipSet:
         if changed:
             raise UserError(f"{job['target']}: made before with other settings ({changed}); give another folder")
 
-    def save(self, job, settings, frames, **more):
+    def save(self, job, settings, image, frames, **more):
         """Writes the record, then the clip, whole or not at all, then the metadata."""
         name, target, options = job["name"], job["target"], clip_options(settings, job)
-        image = common.fit_frame(common.read_image(job["path"]), *frames.shape[2:0:-1])
         record = {
             "file_name": name,
             **{key: value for key, value in settings._asdict().items() if key not in ("shard", "fallback")},
@@ -852,7 +851,7 @@ def make_clips(clips, settings, device, progress, failed):
         more = {"seconds": round(time.perf_counter() - started, 2)}
         if settings.num_segments > 1:
             more["segments"] = segments
-        clips.save(job, settings, frames, **more)
+        clips.save(job, settings, image, frames, **more)
         shown = f"{len(frames)} frames {settings.width}x{settings.height}, {more['seconds']:.0f} s"
         progress.write(f"{job['target']}: seed {job['seed']}, {shown}")
     return settings

@@ -1027,10 +1027,10 @@ def load_trained_weights(unet, trained_file, settings):
     """Puts the trained weights of a checkpoint into a UNet, in place, whatever their dtype; a LoRA is merged."""
     from safetensors.torch import load_file
 
+    parameters, trained = dict(unet.named_parameters()), load_file(trained_file)
     if settings.get("lora_rank"):
-        return add_adapter(dict(unet.named_parameters()), load_file(trained_file), lora_scale(settings))
-    parameters = dict(unet.named_parameters())
-    for name, tensor in load_file(trained_file).items():
+        return add_adapter(parameters, trained, lora_scale(settings))
+    for name, tensor in trained.items():
         parameters[name].data.copy_(tensor)
 
 

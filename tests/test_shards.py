@@ -114,7 +114,7 @@ def test_parts_that_work_and_end_beside_each_other(real, tmp_path, monkeypatch):
     def slow_walk(folder):
         yield from list(walk(folder))  # what is listed is old by now
         if len(busy.todo) == wanted:  # so the clip is made while the set is read
-            busy.save(busy.todo.pop(), busy_settings, moving_square(8))
+            busy.save(busy.todo.pop(), busy_settings, moving_square(1)[0], moving_square(8))
 
     with busy.locked(busy_settings):
         monkeypatch.setattr(infer_svd.os, "walk", slow_walk)
