@@ -132,11 +132,8 @@ def parse_args(argv=None):
     args.output_format = args.output_format or "mp4"
     if not args.shard and os.environ.get("WORLD_SIZE", "1") != "1":  # accelerate launch, torchrun
         args.shard = f"{os.environ.get('RANK')}/{os.environ['WORLD_SIZE']}"
-    try:
-        args.shard = common.parse_shard(args.shard or "0/1")
-    except UserError as error:
-        parser.error(str(error))
-    if args.shard[1] > 1 and is_file(output):
+    args.shard = common.parse_shard(args.shard or "0/1")
+    if args.shard.parts > 1 and is_file(output):
         parser.error(f"--output_video {output}: one clip cannot be shared among processes; give a folder")
     if (args.compare_with or args.reference) and args.output_format in ("gif", "webp"):
         parser.error(f"--output_format {args.output_format} cannot be compared: its colours are not exact; use mp4")
@@ -308,9 +305,8 @@ class ClipSet:
         self.single, self.model, self.fingerprint = is_file(output), model, fingerprint(model)
         self.folder = output.parent if self.single else Path(folder)
         self.hidden = self.folder / (f".{output.stem}.infer" if self.single else ".infer")
-        part, parts = self.shard = settings.shard
-        self.shard_name = f"-{part}-of-{parts}" if parts > 1 else ""
-        self.making = self.hidden / f".making{self.shard_name}"
+        self.shard = settings.shard
+        self.making = self.hidden / f".making{self.shard.name}"
         self.lerobot = settings.output_format == "lerobot"
         self.jobs, suffix, copies = [], FORMATS[settings.output_format], range(settings.num_videos_per_image)
         for image, index, bucket in itertools.product(images, copies, settings.motion_bucket_id):
@@ -369,7 +365,7 @@ class ClipSet:
                 self.check_same(job, record, settings)
             elif record is not None and (job["name"] in self.listed or record.get("deleted")):
                 self.dropped.append(job["name"])
-            elif common.in_shard(job["title"], self.shard):
+            elif self.shard.holds(job["title"]):
                 self.todo.append(job)
 
     @contextlib.contextmanager
@@ -380,13 +376,13 @@ class ClipSet:
         """
         self.hidden.mkdir(parents=True, exist_ok=True)
         busy = f"{self.folder}: another infer_svd.py is writing here; wait for its end, or give another --output_video"
-        with common.lock_part(self.hidden, self.shard_name, busy):
+        with common.lock_shard(self.hidden, self.shard, busy):
             if self.lerobot:
                 self.number_clips(reserve=True)
             self.plan(settings)
             shutil.rmtree(self.making, ignore_errors=True)  # what a killed process left
-            if self.shard_name:
-                (self.hidden / f"ended{self.shard_name}").unlink(missing_ok=True)
+            if self.shard.name:
+                (self.hidden / f"ended{self.shard.name}").unlink(missing_ok=True)
                 yield
                 return
             for folder in self.hidden.glob(".making-*"):
@@ -403,16 +399,16 @@ class ClipSet:
 
     def finish(self, settings):
         """Ends a part of the set; returns whether it was the last: all parts have ended, even if clips failed."""
-        if not self.shard_name:
+        if not self.shard.name:
             return True
         with common.lock_file(self.hidden / "finishing", busy=None):
-            (self.hidden / f"ended{self.shard_name}").touch()
+            (self.hidden / f"ended{self.shard.name}").touch()
             ended = None
             while ended != (ended := sorted(self.hidden.glob("ended-*"))):  # others too, where the disk has no locks
                 self.plan(settings)
                 self.publish()
-        parts = self.shard[1]
-        return all((self.hidden / f"ended-{part}-of-{parts}").exists() for part in range(parts))
+        parts = (self.shard._replace(part=part).name for part in range(self.shard.parts))
+        return all((self.hidden / f"ended{name}").exists() for name in parts)
 
     def publish(self):
         """Writes metadata.jsonl: the records of the clips that are there. A single clip's record becomes FILE.json."""
@@ -485,7 +481,7 @@ class ClipSet:
             folder.mkdir(parents=True, exist_ok=True)
         write_clip(aside, frames, settings.fps, settings.output_format)
         os.replace(aside, target)
-        if not self.shard_name:
+        if not self.shard.name:
             self.publish()
 
     def write_record(self, name, record):

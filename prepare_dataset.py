@@ -105,38 +105,13 @@ def directory_name(source):
     return name if plain else f"{name.encode()[:100].decode(errors='ignore')}+{common.name_digest(source)}"
 
 
-def list_files(root):
-    """The paths of all files below `root`; and of what cannot be followed: closed folders, links that lead nowhere.
-
-    Links are followed, each folder is listed once, real folders first, so that files keep their real names. Hidden
-    files and the folders of operating systems are left out.
-    """
-    folders, links, seen, files, broken = [root], [], set(), [], []
-    while folders or links:
-        folder = folders.pop() if folders else links.pop()
-        try:
-            status = os.stat(folder)
-            entries = [] if (status.st_dev, status.st_ino) in seen else list(os.scandir(folder))
-        except OSError:
-            broken.append(folder)
-            continue
-        seen.add((status.st_dev, status.st_ino))
-        for entry in entries:
-            if entry.name.startswith(".") or entry.name.casefold() in common.SYSTEM_FOLDERS:
-                continue
-            if not entry.is_symlink():
-                (folders if entry.is_dir() else files).append(entry.path)
-            elif os.path.isdir(entry.path):
-                links.append(entry.path)
-            else:
-                (files if os.path.exists(entry.path) else broken).append(entry.path)
-    return files, broken
-
-
 def find_videos(args):
     """The videos of --video_dir that the options choose, in name order; and `{source: why}` of unfinished downloads."""
     root = os.path.abspath(args.video_dir)
-    files, broken = list_files(root)
+    folders, left_out = common.find_folders(root)
+    files = [str(Path(root, folder, name)) for folder, names in folders.items() for name in names]
+    broken = [path for path in left_out if not (os.path.isdir(path) and os.access(path, os.R_OK))]  # no second ways
+    files = [path for path in files if path not in left_out]
     present, videos, unfinished = set(files), [describe_video(path, root) for path in broken], {}
     for path in files:
         if os.path.splitext(path)[1].lower() in VIDEO_SUFFIXES and not is_still_webp(path):
@@ -828,7 +803,7 @@ class Run:
         self.args = args
         self.output = Path(args.output_dir)
         self.state = self.output / ".prepare"  # a record for each finished video, and the folders being written
-        self.work = self.state / ("work" + args.shard_name)
+        self.work = self.state / ("work" + args.shard.name)
         self.readers = max(1, min(args.num_workers, len(videos)))
         self.encoders = ThreadPoolExecutor(args.num_workers)
         self.huge, self.heard = threading.Lock(), heard
@@ -1035,6 +1010,7 @@ def describe_clip(directory, clip, video, probe, stride, args):
 
 # -------------------------------------------------------------------------------------------------- dataset folder
 
+RECORD = "source size mtime_ns options clips dropped".split()  # what .prepare/*.json says of a video
 CLIP_OPTIONS = "max_frames width height fps clip_frames clip_stride min_frames min_motion split_scenes image_format"
 
 
@@ -1047,9 +1023,9 @@ def read_records(state):
     """What was finished so far: `{source: record}` of .prepare/*.json."""
     records = {}
     for path in state.glob("*.json"):
-        with contextlib.suppress(json.JSONDecodeError, FileNotFoundError):
+        with contextlib.suppress(ValueError, TypeError, KeyError, FileNotFoundError):  # a damaged one is made again
             record = json.loads(path.read_text(encoding="utf-8"))
-            records[record["source"]] = record
+            records[record["source"]] = {key: record[key] for key in RECORD}
     return records
 
 
@@ -1078,11 +1054,12 @@ def publish(video, record, old, run):
         if os.path.lexists(run.output / clip["directory"]):
             raise Failure(f"{run.output / clip['directory']} exists and is not of this program: move it away")
     path = run.state / f"{video.directory}.json"
-    path.with_suffix(f".part{run.args.shard_name}").write_text(dump_line(record), encoding="utf-8")
-    os.replace(path.with_suffix(f".part{run.args.shard_name}"), path)
+    aside = path.with_suffix(f".part{run.args.shard.name}")
+    aside.write_text(dump_line(record), encoding="utf-8")
+    os.replace(aside, path)
     for clip in record["clips"]:
         os.replace(run.work / video.directory / clip["directory"], run.output / clip["directory"])
-    if not run.args.shard:  # shards write the file at the end: appending is not safe between machines
+    if not run.args.shard.name:  # shards write the file at the end: appending is not safe between machines
         with run.lock, open(run.output / "metadata.jsonl", "a", encoding="utf-8") as file:
             file.write("".join(map(dump_line, record["clips"])))
 
@@ -1090,7 +1067,7 @@ def publish(video, record, old, run):
 def write_metadata(output):
     """metadata.jsonl from all records, in name order; lines and fields that somebody else wrote stay. Returns them."""
     path, lines, records = output / "metadata.jsonl", {}, read_records(output / ".prepare")
-    for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+    for text in common.read_text(path).split("\n"):
         with contextlib.suppress(json.JSONDecodeError, TypeError, KeyError):
             line = json.loads(text)
             lines[line["directory"]] = {**lines.get(line["directory"], {}), **line}
@@ -1191,18 +1168,16 @@ def summarize(records, failures, unfinished, twins, gone):
 # ---------------------------------------------------------------------------------------------------- command line
 
 
-def number(kind, least, above=False):
-    """An argparse type: a number of at least `least`, or above it."""
+def number(kind, least):
+    """An argparse type: a number of at least `least`."""
 
     def parse(text):
         try:
             value = kind(text)
         except ValueError:
             value = math.nan
-        if not (least < value if above else least <= value) or value == math.inf:
-            raise argparse.ArgumentTypeError(
-                f"must be a number {'above' if above else 'of at least'} {least}, got {text}"
-            )
+        if not least <= value < math.inf:
+            raise argparse.ArgumentTypeError(f"must be a number of at least {least}, got {text}")
         return value
 
     return parse
@@ -1229,7 +1204,7 @@ def build_parser():
     add("--max_frames", type=count, help="frames to take from each video at most (default: all)")
     add("--width", type=number(int, 16), help="pixels; with --height: cover this size, then crop the centre")
     add("--height", type=number(int, 16), help="pixels")
-    add("--fps", type=number(float, 0, above=True), help="frames a second to keep; slower video keeps what it has")
+    add("--fps", type=number(float, 1e-5), help="frames a second to keep; slower video keeps what it has")
     add("--clip_frames", type=count, help="cut each video into clips of this many frames")
     add("--clip_stride", type=count, help="frames from one clip's start to the next (default: --clip_frames)")
     add("--min_frames", type=count, help="drop shorter clips (default: --clip_frames, or 1)")
@@ -1238,20 +1213,12 @@ def build_parser():
     patterns = {"nargs": "+", "default": [], "type": pattern, "metavar": "PATTERN"}
     add("--include", **patterns, help="take only these, as '*/left/*' or 'demo_*.mp4'; @FILE: the names in this list")
     add("--exclude", **patterns, help="leave these out; @FILE as above")
-    add(
-        "--camera",
-        nargs="+",
-        default=[],
-        help="take only these cameras of LeRobot datasets: whole or last part of name",
-    )
+    add("--camera", nargs="+", default=[], help="take only these of a LeRobot dataset: a name or its last part")
     add("--image_format", choices=("png", "jpg"), default="png", help="png is lossless; jpg (95) a quarter the time")
-    add(
-        "--fast_png",
-        action="store_true",
-        help="stop where isal is missing, which writes the same PNG in a third the time",
-    )
+    add("--fast_png", action="store_true", help="stop where isal is missing: it writes PNG in a third of the time")
     add("--num_workers", type=count, default=cores, help="encoding threads (default: one a core, here %(default)s)")
-    add("--shard", metavar="I/N", help="do part I of N, on as many machines; I from 0 to N-1, or from 1 to N")
+    shard = "do part I of N, on as many machines; I from 0 to N-1, or from 1 to N"
+    add("--shard", metavar="I/N", type=common.parse_shard, default="0/1", help=shard)
     add("--overwrite", action="store_true", help="make again what changed since: the source, or the options")
     return parser
 
@@ -1277,13 +1244,7 @@ def parse_args(argv=None):
         parser.error("--fast_png is for --image_format png")
     if args.fast_png and not isal_zlib:
         parser.error("--fast_png needs: pip install isal")
-    args.min_frames, args.shard_name = args.min_frames or args.clip_frames or 1, ""
-    if args.shard:
-        try:
-            args.shard = common.parse_shard(args.shard)
-        except common.UserError as error:
-            parser.error(str(error))
-        args.shard_name = f"-{args.shard[0]}-of-{args.shard[1]}"
+    args.min_frames = args.min_frames or args.clip_frames or 1
     return args
 
 
@@ -1326,18 +1287,18 @@ def main(argv=None):
     cv2.setNumThreads(1)  # the threads of this program take the cores
     videos, unfinished = find_videos(args)
     twins = find_twins(videos)
-    if args.shard:
-        videos = [video for video in videos if common.in_shard(video.source, args.shard)]
-        if not videos:
-            print("--shard {}/{}: none of the videos falls to it".format(*args.shard))
+    videos = [video for video in videos if args.shard.holds(video.source)]
+    if not videos:
+        print("--shard {}/{}: none of the videos falls to it".format(*args.shard))
     output = Path(args.output_dir)
     state = output / ".prepare"
     state.mkdir(parents=True, exist_ok=True)
     busy = f"--output_dir {output}: another run is at work on it"
-    with common.lock_part(state, args.shard_name, busy):
-        if not args.shard:  # alone here: what a killed run left half written goes
+    with common.lock_shard(state, args.shard, busy):
+        if not args.shard.name:  # alone here: what a killed run left half written goes
             for left in [*output.glob(".metadata.jsonl.*.part"), *output.glob(".preview.jpg.*.part")]:
                 left.unlink()
+        common.read_text(output / "metadata.jsonl")  # refused now, not after hours of work
         old = read_records(state)
         other = next((r["options"] for r in old.values() if r["options"] != clip_options(args)), None)
         if other and not args.overwrite:

@@ -16,6 +16,7 @@ import shutil
 import struct
 import sys
 from pathlib import Path, PurePosixPath
+from typing import NamedTuple
 
 # Read once, when cv2, torch and transformers are imported; what the user has set stays.
 os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # no decoder chatter
@@ -245,12 +246,27 @@ def lock_file(path, busy, shared=False):
         yield
 
 
+class Shard(NamedTuple):
+    """A part of so many parts that processes or machines share; 0 of 1 is all, and has no name."""
+
+    part: int
+    parts: int
+
+    @property
+    def name(self):
+        return f"-{self.part}-of-{self.parts}" if self.parts > 1 else ""
+
+    def holds(self, name):
+        """Whether what has this name falls to this part: by a hash, so to the same part in every run."""
+        return int(name_digest(name), 16) % self.parts == self.part
+
+
 def parse_shard(text):
-    """--shard I/N -> (part, parts); I from 0 to N - 1, or from 1 to N, which is part 0. Raises `UserError`."""
+    """--shard I/N -> Shard; I from 0 to N - 1, or from 1 to N, which is part 0. Raises `UserError`."""
     part, _, parts = text.partition("/")
     if not (part.isdecimal() and parts.isdecimal() and int(part) <= int(parts) > 0):
         raise UserError(f"--shard must be I/N with I at most N, as in 0/4, got {text}")
-    return int(part) % int(parts), int(parts)
+    return Shard(int(part) % int(parts), int(parts))
 
 
 def name_digest(name):
@@ -258,19 +274,11 @@ def name_digest(name):
     return hashlib.sha256(os.fsencode(name)).hexdigest()[:8]
 
 
-def in_shard(name, shard):
-    """Whether what has this name falls to (part, parts): by a hash, so to the same part in every run."""
-    return int(name_digest(name), 16) % shard[1] == shard[0]
-
-
 @contextlib.contextmanager
-def lock_part(folder, shard_name, busy):
-    """Holds the locks of a set in `folder`: all of it, or where there is a `shard_name` that part, beside others.
-
-    Raises `UserError(busy)` where another process holds them.
-    """
-    with lock_file(folder / "lock", busy, shared=bool(shard_name)):
-        with lock_file(folder / f"lock{shard_name}", busy) if shard_name else contextlib.nullcontext():
+def lock_shard(folder, shard, busy):
+    """Holds the locks of a set in `folder`, all of it or a part beside others; `UserError(busy)` where it is held."""
+    with lock_file(folder / "lock", busy, shared=shard.parts > 1):
+        with lock_file(folder / f"lock{shard.name}", busy) if shard.name else contextlib.nullcontext():
             yield
 
 
@@ -352,18 +360,23 @@ def parse_object(text, damaged):
     raise UserError(damaged)
 
 
-def read_lines(path, damaged):
-    """The objects of a JSON Lines file, none where there is no file: yields (`FILE line N`, dict).
-
-    Raises `UserError` for text that is not UTF-8, and for a line that is no JSON object: what it is says `damaged`.
-    """
+def read_text(path):
+    """The text of a UTF-8 file, with its mark or without; empty where there is none. Raises `UserError` for others."""
     try:
         text = path.read_text(encoding="utf-8-sig") if path.exists() else ""
     except UnicodeDecodeError:
         text = "\0"
     if "\0" in text:  # UTF-16 without its mark reads as UTF-8 with these
         raise UserError(f"{path}: not UTF-8 text; open it in an editor and save it as UTF-8")
-    for number, line in enumerate(text.split("\n"), 1):
+    return text
+
+
+def read_lines(path, damaged):
+    """The objects of a JSON Lines file, none where there is no file: yields (`FILE line N`, dict).
+
+    Raises `UserError` for a line that is no JSON object, what it is says `damaged`, and as `read_text` does.
+    """
+    for number, line in enumerate(read_text(path).split("\n"), 1):
         if line.strip():
             yield f"{path} line {number}", parse_object(line, f"{path} line {number}: {damaged}")
 
@@ -402,37 +415,38 @@ SYSTEM_FOLDERS = frozenset(  # deleted files, thumbnails and snapshots of Window
 
 
 def find_folders(root):
-    """Every folder below `root`, links followed: `{directory: names of the images in it}`, and what was left out.
+    """Every folder below `root`, links followed: `{directory: names of its files}`, and `{path: why it is left out}`.
 
-    A folder that can be reached by two ways is taken once, by the one without a link if there is one. Hidden folders
-    and those of NAS, Windows and macOS are passed over.
+    A folder that can be reached by two ways is taken once, by the one without a link if there is one. What is hidden
+    and the folders of NAS, Windows and macOS are passed over. A link to an image that is not there stays: a gap.
     """
-    found, left_out, seen, tops = {}, [], set(), [str(root)]
+    found, left_out, seen, tops = {}, {}, set(), [str(root)]
 
     def cannot_look(error):
-        left_out.append(f"{error.filename}: cannot be looked at, {error.strerror}")
+        left_out[error.filename] = f"cannot be looked at, {error.strerror}"
 
     for top in tops:  # the links, which are added while walking: real folders come first
         real_top = os.path.realpath(top)
         homes = [Path(os.path.realpath(folder)) for folder in (root, os.path.dirname(top))]
         if top is not tops[0] and any(home.is_relative_to(real_top) for home in homes):
-            left_out.append(f"{top}: a link to a folder above it")
+            left_out[top] = "a link to a folder above it"
             continue
         for folder, subfolders, files in os.walk(top, onerror=cannot_look):
             real = real_top + folder[len(top) :]
             if real in seen:
-                left_out.append(f"{folder}: a link to what is in the dataset already")
+                left_out[folder] = "a link to what is in the dataset already"
                 subfolders.clear()
                 continue
             seen.add(real)
             subfolders[:] = [s for s in subfolders if not s.startswith(".") and s.casefold() not in SYSTEM_FOLDERS]
             paths = sorted((os.path.join(folder, name) for name in subfolders), key=natural_key)
             tops += filter(os.path.islink, paths)
-            images = [name for name in files if name.lower().endswith(IMAGE_SUFFIXES)]
-            found[Path(folder).relative_to(root).as_posix()] = [name for name in images if not name.startswith(".")]
-            for name in set(files).difference(images):
-                if os.path.islink(path := os.path.join(folder, name)) and not os.path.exists(path):
-                    left_out.append(f"{path}: a link to nowhere")
+            files = [name for name in files if not name.startswith(".")]
+            found[Path(folder).relative_to(root).as_posix()] = files
+            for name in files:
+                path = os.path.join(folder, name)
+                if not name.lower().endswith(IMAGE_SUFFIXES) and os.path.islink(path) and not os.path.exists(path):
+                    left_out[path] = "a link to nowhere"
     return found, left_out
 
 
@@ -448,10 +462,11 @@ def list_clips(dataset_dir):
         raise UserError(f"--dataset_dir {root}: no such folder; make it with prepare_dataset.py")
     metadata, clips, wrong = read_metadata(root), [], []
     found, left_out = find_folders(root)
-    warnings = [f"{text}; left out" for text in left_out]
+    warnings = [f"{path}: {why}; left out" for path, why in left_out.items()]
     for directory in sorted(found, key=lambda name: ([natural_key(part) for part in name.split("/")], name)):
         try:
-            names, gap = sort_frames(found[directory] if directory != "." else [], root / directory)
+            images = [name for name in found[directory] if name.lower().endswith(IMAGE_SUFFIXES)]
+            names, gap = sort_frames(images if directory != "." else [], root / directory)
         except UserError as error:
             wrong.append(str(error))
             continue
@@ -956,11 +971,12 @@ def load_pipeline(name, dtype, base=None):
     over `base`. Returns (pipeline, settings); settings is {} for a model that was not trained here.
     """
     from diffusers import StableVideoDiffusionPipeline
+    from safetensors.torch import load_file
 
     folder, settings, trained = resolve_checkpoint(name, base)
     parts = {part: load_part(folder, part, dtype) for part in PARTS}
     if trained is not None:
-        load_trained_weights(parts["unet"], trained, settings)
+        load_trained_weights(dict(parts["unet"].named_parameters()), load_file(trained), settings)
     return StableVideoDiffusionPipeline(**parts), settings
 
 
@@ -1023,15 +1039,18 @@ def find_base(folder, recorded, fingerprint):
     raise UserError(f"{folder}: its base model is {where}; give its folder or hub name as --base_model")
 
 
-def load_trained_weights(unet, trained_file, settings):
-    """Puts the trained weights of a checkpoint into a UNet, in place, whatever their dtype; a LoRA is merged."""
-    from safetensors.torch import load_file
+def load_trained_weights(weights, trained, settings):
+    """Puts trained tensors in the place of the base's, whatever dtype these have; a LoRA is added to them.
 
-    parameters, trained = dict(unet.named_parameters()), load_file(trained_file)
+    weights: {name: tensor} of a UNet or of one of its files, changed in place; settings: what it was trained with.
+    """
+    import torch
+
     if settings.get("lora_rank"):
-        return add_adapter(parameters, trained, lora_scale(settings))
-    for name, tensor in trained.items():
-        parameters[name].data.copy_(tensor)
+        return add_adapter(weights, trained, lora_scale(settings))
+    with torch.no_grad():
+        for name in trained.keys() & weights.keys():
+            weights[name].copy_(trained[name])
 
 
 def add_adapter(weights, adapter, scale):

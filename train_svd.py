@@ -1109,11 +1109,7 @@ def save_result(state, base):
                 if all(file.name in text for file in stored):
                     common.write_file(target, text.replace(".fp16", ""))
             elif part == "unet" and source in stored:
-                tensors = load_file(source)
-                if args.lora_rank:
-                    common.add_adapter(tensors, weights, common.lora_scale(state.settings))
-                for name in tensors.keys() & weights.keys():
-                    tensors[name] = weights[name].detach().to("cpu", tensors[name].dtype)
+                common.load_trained_weights(tensors := load_file(source), weights, state.settings)
                 write_tensors(target, tensors, {"format": "pt"})
             else:
                 shutil.copyfile(source, target)
@@ -1134,9 +1130,9 @@ def save_result(state, base):
 def read_metrics(output_dir):
     """The lines of a run's metrics.jsonl, without those that a crash cut off."""
     path, lines = Path(output_dir) / "metrics.jsonl", []
-    for line in path.read_text().splitlines() if path.exists() else ():
-        with contextlib.suppress(ValueError):
-            lines.append(json.loads(line))
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
+        with contextlib.suppress(UserError):
+            lines.append(common.parse_object(line, damaged=""))
     return lines
 
 
@@ -1502,10 +1498,7 @@ def parse_args(argv=None):
             parser.error(f"--{flag} must have the form OWNER/NAME, got {getattr(args, flag)}")
     if args.push_to_hub and not huggingface_hub.get_token():
         parser.error("--push_to_hub needs a token that may write: run `hf auth login`, or set HF_TOKEN")
-    try:
-        check_output_dir(args)
-    except UserError as error:
-        parser.error(str(error))
+    check_output_dir(args)
     return args
 
 

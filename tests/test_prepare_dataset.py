@@ -41,13 +41,17 @@ def make(path, *options, picture=PICTURE):
 
 def prepare(video_dir, output_dir, *options, status=0, **popen):
     """Runs the script; returns its output and the lines of metadata.jsonl by source."""
-    command = [sys.executable, ROOT / "prepare_dataset.py", "--video_dir", video_dir, "--output_dir", output_dir]
-    command += ["--num_workers", "2", *options]
-    done = subprocess.run(list(map(os.fspath, command)), capture_output=True, timeout=120, **popen)
+    done = prepare_only(video_dir, output_dir, *options, **popen)
     text = (done.stdout + done.stderr).decode("utf-8", "replace")
     assert done.returncode == status, text
     assert "Traceback" not in text
     return text, read_lines(output_dir)
+
+
+def prepare_only(video_dir, output_dir, *options, **popen):
+    command = [sys.executable, ROOT / "prepare_dataset.py", "--video_dir", video_dir, "--output_dir", output_dir]
+    command += ["--num_workers", "2", *options]
+    return subprocess.run(list(map(os.fspath, command)), capture_output=True, timeout=120, **popen)
 
 
 def read_lines(output_dir):
@@ -104,6 +108,21 @@ def test_fields_and_frames(tmp_path):
 def test_all_frames_by_default(tmp_path):
     make(tmp_path / "videos/x.mp4")
     assert prepare(tmp_path / "videos", tmp_path / "out")[1]["x.mp4"]["num_frames"] == 25
+
+
+def test_a_record_or_a_list_that_cannot_be_read_costs_nothing(tmp_path):
+    make(tmp_path / "videos/x.mp4")
+    prepare(tmp_path / "videos", tmp_path / "out", "--max_frames", "2")
+    record, list_ = tmp_path / "out/.prepare/x.json", tmp_path / "out/metadata.jsonl"
+    line = list_.read_text()
+    record.write_text('{"source": "x.mp4"}')
+    text, _ = prepare(tmp_path / "videos", tmp_path / "out", "--max_frames", "2", status=1)
+    assert "exists and is not of this program: move it away" in text and list_.read_text() == line
+    list_.write_text(line, encoding="utf-16")
+    before = tree(tmp_path / "out")
+    done = prepare_only(tmp_path / "videos", tmp_path / "out", "--max_frames", "2")
+    assert done.returncode == 2 and b"metadata.jsonl: not UTF-8 text" in done.stderr
+    assert tree(tmp_path / "out") == before
 
 
 def test_never_imports_torch(tmp_path):

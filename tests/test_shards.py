@@ -95,7 +95,7 @@ def test_wrong_shards_are_refused(real, tmp_path):
 
 
 def test_names_are_spread_over_the_parts():
-    parts = [common.in_shard(f"clip_{i}_seed0", (0, 4)) for i in range(2000)]
+    parts = [common.Shard(0, 4).holds(f"clip_{i}_seed0") for i in range(2000)]
     assert 400 < sum(parts) < 600
     assert common.parse_shard("4/4") == common.parse_shard("0/4") == (0, 4)
 
