@@ -18,6 +18,7 @@ import itertools
 import json
 import os
 import platform
+import re
 import shutil
 import sys
 import time
@@ -63,7 +64,7 @@ def build_parser():
     add("--model_dir", required=True, help="fine-tuned folder, checkpoint-N of a run, base folder or hub name")
     add("--base_model", metavar="FOLDER_OR_NAME", help="what a checkpoint was trained from, where that has moved")
     add("--lora", nargs="+", default=[], metavar="DIR", help="lay these LoRAs over it: folders as OUTPUT_DIR/lora")
-    add("--lora_scale", type=float, default=1.0, help="strength of the LoRAs (default 1.0)")
+    add("--lora_scale", type=float, help="strength of the LoRAs (default 1.0)")
     add("--input_image", required=True, help="an image, a folder of them, a prepared dataset or a quoted pattern")
     add("--output_video", required=True, help="one clip: the .mp4, .gif or .webp to write; any number: a folder")
     add("--output_format", choices=list(FORMATS), help="of a folder; frames: for train_svd.py (default mp4)")
@@ -111,7 +112,7 @@ def parse_args(argv=None):
         ("width", 8, None), ("height", 8, None), ("num_frames", 2, None), ("fps", 1, 240), ("motion_bucket_id", 0, 255),
         ("noise_aug_strength", 0, 10), ("num_inference_steps", 1, 1000), ("decode_chunk_size", 1, None),
         ("min_guidance_scale", 0, 100), ("max_guidance_scale", 0, 100), ("seed", 0, 2**63 - 1),
-        ("num_videos_per_image", 1, 1_000_000), ("num_segments", 1, 1000),
+        ("num_videos_per_image", 1, 1_000_000), ("num_segments", 1, 1000), ("lora_scale", -100, 100),
     ):  # fmt: skip
         given = getattr(args, flag)
         for value in given if isinstance(given, list) else [given]:
@@ -130,9 +131,14 @@ def parse_args(argv=None):
     elif suffix in (*IMAGE_SUFFIXES, ".avi", ".mov", ".mkv", ".webm", ".m4v") and not output.is_dir():
         parser.error(f"--output_video must end in .mp4, .gif or .webp, or be a folder's name, got {output}")
     args.output_format = args.output_format or "mp4"
-    if not args.shard and os.environ.get("WORLD_SIZE", "1") != "1":  # accelerate launch, torchrun
-        args.shard = f"{os.environ.get('RANK')}/{os.environ['WORLD_SIZE']}"
-    args.shard = common.parse_shard(args.shard or "0/1")
+    if not args.lora and args.lora_scale is not None:
+        parser.error("--lora_scale is of a LoRA: give --lora too")
+    args.lora_scale = 1.0 if args.lora_scale is None else args.lora_scale
+    if args.shard or os.environ.get("WORLD_SIZE", "1") == "1":
+        args.shard = common.parse_shard(args.shard or "0/1")
+    else:  # accelerate launch, torchrun
+        rank = f"{os.environ.get('RANK')}/{os.environ['WORLD_SIZE']}"
+        args.shard = common.parse_shard(rank, "RANK/WORLD_SIZE of the environment")
     if args.shard.parts > 1 and is_file(output):
         parser.error(f"--output_video {output}: one clip cannot be shared among processes; give a folder")
     if (args.compare_with or args.reference) and args.output_format in ("gif", "webp"):
@@ -191,7 +197,7 @@ def resolve(args, base, trained):
 
 def find_images(given):
     """--input_image -> {name: path}; a name is the path inside the folder, or inside what precedes the wildcard."""
-    path = Path(given).expanduser()
+    path = Path(given)
     if path.is_dir():
         files = [p for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith(".")]
         files, root = [file for file in files if not file.is_dir()], path
@@ -275,10 +281,17 @@ def what_is_lost(image, settings, multiple):
             "what is transparent becomes white": alpha and opened.convert("RGBA").getextrema()[3][0] < 255,
             "CMYK becomes RGB, its colours are near": opened.mode == "CMYK",
             "more than 8 bits a channel become 8": opened.mode[0] in "IF",
-            "an animation or a stack of pages: its first picture is used": getattr(opened, "n_frames", 1) > 1
-            and opened.format != "MPO",  # a phone's photograph and its small copy
+            "an animation or a stack of pages: its first picture is used": has_more_pictures(opened),
         }
     return [what for what, is_so in losses.items() if is_so]
+
+
+def has_more_pictures(opened):
+    """Whether a PIL image is an animation or a stack of pages, and not a phone's photograph with its small copy."""
+    try:
+        return getattr(opened, "n_frames", 1) > 1 and opened.format != "MPO"
+    except Exception:  # PIL's errors for a file that is damaged behind its first picture are of many kinds
+        return True
 
 
 # ---------------------------------------------------------------------------------------------------------- Clips
@@ -352,6 +365,11 @@ class ClipSet:
             self.records[name] = {**self.listed.get(name, {}), **record}
         if self.lerobot:
             check_lerobot(self.folder, self.jobs, self.records.values(), settings)
+        ours = ["meta", "data"] * self.lerobot
+        ours += ["metrics.json", "side_by_side"] * bool(settings.compare_with or settings.reference)
+        for name in () if self.records or self.single else ours:
+            if (self.folder / name).exists():
+                raise UserError(f"{self.folder / name} is not of a set that was made here; give another --output_video")
         for job in self.jobs:
             target, record = job["target"], self.records.get(job["name"])
             if len(os.fsencode(target.name)) > 220:  # 255 with what is added while it is written
@@ -577,11 +595,21 @@ def lerobot_info(clip):
     }  # fmt: skip
 
 
+def is_line(text):
+    """Whether this is one line of text, which a file in UTF-8 can hold."""
+    return isinstance(text, str) and text.splitlines() == [text] == [text.encode("utf-8", "ignore").decode()]
+
+
 def check_lerobot(folder, jobs, records, settings):
     """Raises `UserError` where the clips to make and those that are there cannot be one set, or it is not ours."""
-    untold = [job["path"] for job in jobs if not str(job["task"] or "\n").isprintable()]
-    if untold:
-        raise UserError(f"--output_format lerobot: no line of text tells the task of {untold[0]}; give --task TEXT")
+    if settings.task and not is_line(settings.task):
+        raise UserError("--task must be one line of text")
+    for job in jobs:
+        if not is_line(job["task"]):
+            raise UserError(f"--output_format lerobot: no line of text tells {job['path']}'s task; give --task TEXT")
+        for field in ("camera", "robot_type"):
+            if job[field] and not re.fullmatch(r"\w[\w. -]*", str(job[field])):
+                raise UserError(f"{job['path']}: its {field} in metadata.jsonl is no name: {json.dumps(job[field])}")
     infos = [lerobot_info({**settings._asdict(), **job}) for job in jobs]
     infos += [lerobot_info(record) for record in records if record.get("output_format") == "lerobot"]
     if (path := folder / "meta" / "info.json").exists():
@@ -975,7 +1003,7 @@ def make_all(sets, settings, failed):
 
 def find_model(name, args):
     """Where a model's parts are and what it was trained with. For a dry run of a hub's model, its configuration."""
-    if args.dry_run and not Path(name).expanduser().is_dir():
+    if args.dry_run and not Path(name).is_dir():
         return Model(name, common.resolve_config(name), {}, None)
     return Model(name, *common.resolve_checkpoint(name, args.base_model))
 
@@ -989,24 +1017,32 @@ def add_adapters(model, args):
     for file in common.weight_files(model.base, "unet") if args.lora and not args.dry_run else ():
         shapes |= {name: tensor["shape"] for name, tensor in common.safetensors_header(file).items()}
     adapters = []
-    for folder in [Path(given).expanduser() for given in args.lora]:
+    for folder in map(Path, args.lora):
         config, file = folder / "adapter_config.json", folder / "adapter_model.safetensors"
         if not config.is_file():
             raise UserError(f"--lora {folder}: no {config.name} in it; give OUTPUT_DIR/lora of a training run")
         config, tensors = common.read_json(config), common.safetensors_header(file)
-        other = [name for name in ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save") if config.get(name)]
-        plain = config.get("peft_type") == "LORA" and config.get("bias", "none") == "none" and not other
-        plain &= all(isinstance(config.get(name), (int, float)) and config[name] > 0 for name in ("r", "lora_alpha"))
-        if not plain:
-            raise UserError(f"--lora {folder}: not a plain LoRA ({', '.join(other)}); peft itself can merge it")
-        for name, tensor in tensors.items() if shapes else ():
-            layer = name.removeprefix("base_model.model.").rsplit(".lora_", 1)[0] + ".weight"
-            side = 1 if ".lora_A." in name else 0
-            if shapes.get(layer, [None, None])[side] != tensor["shape"][side]:
-                raise UserError(f"--lora {folder}: for another model: {model.base} has no {layer} of its size")
+        special = [n for n in ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save") if config.get(n)]
+        special += [f"peft_type {config.get('peft_type')}"] * (config.get("peft_type") != "LORA")
+        special += [f"bias {config.get('bias')}"] * (config.get("bias", "none") != "none")
+        numbers = (config.get(name) for name in ("r", "lora_alpha"))
+        special += ["no r and lora_alpha"] * (not all(isinstance(n, (int, float)) and n > 0 for n in numbers))
+        if special:
+            raise UserError(f"--lora {folder}: not a plain LoRA ({', '.join(special)}); peft itself can merge it")
+        layers = sorted({name.rsplit(".lora_", 1)[0] for name in tensors})
+        for layer in layers or [""]:
+            down, up = (tensors.get(f"{layer}.lora_{side}.weight", {}).get("shape", []) for side in "AB")
+            if len(down) != 2 or len(up) != 2 or down[0] != config["r"] or up[1] != config["r"]:
+                raise UserError(f"--lora {folder}: damaged, {layer} has no two matrices of rank {config['r']}")
+            name = layer.removeprefix("base_model.model.") + ".weight"
+            if shapes and shapes.get(name) != [up[0], down[1]]:
+                raise UserError(f"--lora {folder}: for another model: {model.base} has no {name} of its size")
         adapters.append((file, args.lora_scale * common.lora_scale(config)))
-        if not settings and (folder / common.SETTINGS).is_file():
-            settings = common.read_settings(folder / common.SETTINGS, "delete it, or copy the folder again")
+        if (folder / common.SETTINGS).is_file():
+            found = common.read_settings(folder / common.SETTINGS, "delete it, or copy the folder again")
+            if found == model.settings:
+                raise UserError(f"--lora {folder} is merged into --model_dir {model.name} already; leave it out")
+            settings = settings or found
     return model._replace(adapters=adapters, settings=settings)
 
 

@@ -16,7 +16,6 @@ import collections
 import contextlib
 import ctypes
 import dataclasses
-import fnmatch
 import functools
 import io
 import itertools
@@ -165,13 +164,10 @@ def describe_video(path, root):
 
 
 def is_wanted(video, args):
-    def named(patterns):
-        names = video.source, os.path.basename(video.source)
-        listed = any(video.source in names for names in patterns if isinstance(names, frozenset))
-        return listed or any(fnmatch.fnmatch(n, glob) for glob in patterns if isinstance(glob, str) for n in names)
-
+    names = video.source, os.path.basename(video.source)
     camera = not args.camera or any(video.camera == c or video.camera.endswith("." + c) for c in args.camera)
-    return camera and (not args.include or named(args.include)) and not named(args.exclude)
+    included = not args.include or common.is_named(args.include, *names)
+    return camera and included and not common.is_named(args.exclude, *names)
 
 
 def find_twins(videos):
@@ -1183,18 +1179,6 @@ def number(kind, least):
     return parse
 
 
-def pattern(text):
-    """An argparse type: a pattern, or of @FILE the lines, each the path of a video inside --video_dir as it is."""
-    if not text.startswith("@"):
-        return text
-    try:
-        lines = Path(text[1:]).expanduser().read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        why = getattr(error, "strerror", None) or "not UTF-8 text"
-        raise argparse.ArgumentTypeError(f"{text[1:]}: {why}; give a text file of names, one a line") from None
-    return frozenset(lines) - {""}
-
-
 def build_parser():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
     add, count = parser.add_argument, number(int, 1)
@@ -1210,7 +1194,7 @@ def build_parser():
     add("--min_frames", type=count, help="drop shorter clips (default: --clip_frames, or 1)")
     add("--min_motion", type=number(float, 0), default=0.0, help="drop stiller clips; %% of the longer side a second")
     add("--split_scenes", action="store_true", help="cut where the shot changes, so that no window crosses a cut")
-    patterns = {"nargs": "+", "default": [], "type": pattern, "metavar": "PATTERN"}
+    patterns = {"nargs": "+", "default": [], "type": common.read_pattern, "metavar": "PATTERN"}
     add("--include", **patterns, help="take only these, as '*/left/*' or 'demo_*.mp4'; @FILE: the names in this list")
     add("--exclude", **patterns, help="leave these out; @FILE as above")
     add("--camera", nargs="+", default=[], help="take only these of a LeRobot dataset: a name or its last part")

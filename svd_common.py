@@ -7,13 +7,13 @@ the functions that use them, so that preparing a dataset needs neither.
 import contextlib
 import difflib
 import errno
+import fnmatch
 import hashlib
 import io
 import json
 import os
 import re
 import shutil
-import struct
 import sys
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
@@ -47,8 +47,11 @@ class UserError(Exception):
 def run_script(main):
     """Runs `main()`; a `UserError` or any `OSError` becomes one line and exit status 2 or 1, Ctrl-C 130.
 
-    A name that the terminal's encoding lacks is printed with backslashes.
+    A name that the terminal's encoding lacks is printed with backslashes. `~` is the home folder in `--flag=~/x` and
+    `@~/x` too, where the shell leaves it.
     """
+    home = re.compile(r"^(--\w+=|@|)(~[^/]*)")
+    sys.argv[1:] = [home.sub(lambda found: found[1] + os.path.expanduser(found[2]), text) for text in sys.argv[1:]]
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
@@ -164,7 +167,7 @@ def read_image(path):
             return np.array(image.convert("RGB"))
     except FileNotFoundError:
         raise UserError(f"{path}: no such image file") from None
-    except (OSError, ValueError, SyntaxError, EOFError, struct.error, Image.DecompressionBombError) as error:
+    except Exception as error:  # of a damaged file PIL raises errors of many kinds
         reason = getattr(error, "strerror", None) or re.sub(" <.*>", "", str(error))
         raise UserError(f"{path}: not a readable image ({reason})") from None
 
@@ -261,17 +264,34 @@ class Shard(NamedTuple):
         return int(name_digest(name), 16) % self.parts == self.part
 
 
-def parse_shard(text):
-    """--shard I/N -> Shard; I from 0 to N - 1, or from 1 to N, which is part 0. Raises `UserError`."""
+def parse_shard(text, what="--shard"):
+    """I/N -> Shard; I from 0 to N - 1, or from 1 to N, which is part 0. Raises `UserError` that says `what` it was."""
     part, _, parts = text.partition("/")
     if not (part.isdecimal() and parts.isdecimal() and int(part) <= int(parts) > 0):
-        raise UserError(f"--shard must be I/N with I at most N, as in 0/4, got {text}")
+        raise UserError(f"{what} must be I/N with I at most N, as in 0/4, got {text}")
     return Shard(int(part) % int(parts), int(parts))
 
 
 def name_digest(name):
     """Eight hexadecimal digits that depend on the name alone."""
     return hashlib.sha256(os.fsencode(name)).hexdigest()[:8]
+
+
+def read_pattern(text):
+    """A value of --include or --exclude: a pattern as it is; for @FILE the lines of that file, a frozenset of names."""
+    if not text.startswith("@"):
+        return text
+    path = Path(text[1:])
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; give a text file of names, one a line")
+    return frozenset(read_text(path).split("\n")) - {""}
+
+
+def is_named(patterns, *names):
+    """Whether a pattern stands for one of `names`, or a list of `read_pattern` holds the first of them."""
+    listed = any(names[0] in pattern for pattern in patterns if not isinstance(pattern, str))
+    globs = [pattern for pattern in patterns if isinstance(pattern, str)]
+    return listed or any(name == glob or fnmatch.fnmatch(name, glob) for glob in globs for name in names)
 
 
 @contextlib.contextmanager
@@ -690,7 +710,7 @@ def resolve_config(name):
 
 def local_folder(name):
     """The pipeline folder that `name` is, or None for a name of the hub. Raises `UserError` for any other thing."""
-    path = Path(name).expanduser()
+    path = Path(name)
     looks_local = path.is_absolute() or str(name).startswith((".", "~")) or len(path.parts) != 2
     if not (looks_local or path.exists() or path.parent.is_dir()):
         return None
@@ -985,7 +1005,7 @@ def resolve_checkpoint(name, base=None):
 
     base: hub name or folder in place of the base that a checkpoint names; a whole pipeline needs none.
     """
-    folder = Path(name).expanduser()
+    folder = Path(name)
     state_file = folder / CHECKPOINT_STATE
     if not state_file.is_file():
         folder = resolve_model(name)

@@ -14,7 +14,6 @@ import argparse
 import contextlib
 import datetime
 import errno
-import fnmatch
 import functools
 import gc
 import hashlib
@@ -122,6 +121,17 @@ def shuffled(count, *key):
     return torch.randperm(count, generator=random_generator(*key)).tolist()
 
 
+@contextlib.contextmanager
+def cure_named(clip):
+    """What is wrong with a file of this clip becomes a `UserError` that names the clip and the cure."""
+    try:
+        yield
+    except (UserError, OSError, SafetensorError) as error:
+        what = error if isinstance(error, UserError) else f"{clip['root'] / clip['directory']}: {error}"
+        cure = f"mend it, or go on without this clip: --exclude {shlex.quote(clip['directory'])}"
+        raise UserError(f"{what}; {cure}") from error
+
+
 class ClipDataset:
     """Random windows of consecutive frames, with every random number of a training step already drawn.
 
@@ -146,12 +156,8 @@ class ClipDataset:
         """Raises `UserError` that names the clip where a file of it cannot be read any more."""
         clip, generator = self.clip_of(index), random_generator(self.args.seed, "sample", index)
         last_start = len(clip["frames"]) - self.args.num_frames
-        try:
+        with cure_named(clip):
             return self.sample(clip, int(torch.randint(last_start + 1, (), generator=generator)), generator)
-        except (UserError, OSError, SafetensorError) as error:
-            what = error if isinstance(error, UserError) else f"{clip['root'] / clip['directory']}: {error}"
-            cure = f"mend it, or go on without this clip: --exclude {shlex.quote(clip['directory'])}"
-            raise UserError(f"{what}; {cure}") from error
 
     def sample(self, clip, start, generator):
         """The window of `clip` from frame `start`, with everything random drawn from `generator`."""
@@ -234,15 +240,19 @@ def clip_group(clip):
 
 
 def split_clips(clips, args):
-    """(training clips, held-out clips): whole episodes are held out, so that no camera of one is on the other side.
+    """(training clips, held-out clips), without those that --exclude names.
 
-    What --exclude names is left out last, so that the others stay on the side where they are without it.
+    These go last, so that the others stay on the side where they are without it.
     """
+    return leave_out(hold_out(clips, args), args.exclude)
+
+
+def hold_out(clips, args):
+    """(training clips, held-out clips): whole episodes are held out, so that no camera of one is on the other side."""
     if args.validation_dir:
         if not Path(args.validation_dir).is_dir():
             raise UserError(f"--validation_dir {args.validation_dir}: no such folder; make it with prepare_dataset.py")
-        held_out = load_clips(args, args.validation_dir)[: args.num_validation_videos or None]
-        return leave_out(clips, args.exclude), held_out
+        return clips, load_clips(args, args.validation_dir)[: args.num_validation_videos or None]
     groups = {}
     for clip in clips:
         groups.setdefault(clip_group(clip), []).append(clip)
@@ -253,23 +263,26 @@ def split_clips(clips, args):
     if len(held_out) == len(groups):
         raise UserError(f"--num_validation_videos {args.num_validation_videos}: no episode would be left to train on")
     validation = [clip for name in names if name in held_out for clip in groups[name]][: args.num_validation_videos]
-    training = leave_out([clip for clip in clips if clip_group(clip) not in held_out], args.exclude)
-    return training, [clip for clip in validation if not is_named(clip, args.exclude)]
+    return [clip for clip in clips if clip_group(clip) not in held_out], validation
 
 
-def is_named(clip, patterns):
-    """Whether one of `patterns` is the clip's name or stands for it."""
-    return any(pattern == clip["directory"] or fnmatch.fnmatch(clip["directory"], pattern) for pattern in patterns)
-
-
-def leave_out(clips, patterns):
-    """The clips without those that --exclude names."""
-    left = [clip for clip in clips if not is_named(clip, patterns)]
-    if not left:
-        raise UserError(f"--exclude {' '.join(patterns)}: no clip is left to train on")
+def leave_out(sides, patterns):
+    """Both sides without the clips that --exclude names; says how many, and which names are no clip's."""
+    left = [[clip for clip in clips if not common.is_named(patterns, clip["directory"])] for clips in sides]
+    names = {clip["directory"] for clips in sides for clip in clips}
+    for name in exclude_names(patterns):
+        if not any(common.is_named([name], other) for other in names):
+            print(f"warning: --exclude {name}: no clip that would be used is called so")
+    if not left[0]:
+        raise UserError(f"--exclude {' '.join(exclude_names(patterns)[:5])}: no clip is left to train on")
     if patterns:
-        print(f"--exclude: {len(clips) - len(left)} of {len(clips)} clips left out")
+        print(f"--exclude: {sum(map(len, sides)) - sum(map(len, left))} of {sum(map(len, sides))} clips left out")
     return left
+
+
+def exclude_names(patterns):
+    """What --exclude holds as one list of text: its patterns, and the lines of its lists."""
+    return [name for pattern in patterns for name in ([pattern] if isinstance(pattern, str) else sorted(pattern))]
 
 
 # Cache: the frozen VAE's posterior and CLIP's embedding of every frame, one file a clip, computed once.
@@ -371,7 +384,8 @@ def encode_clips(clips, args, pipe, accelerator):
         for clip in clips:
             parts = []
             for i in range(0, len(clip["frames"]), chunk):
-                frames = common.read_frames(clip["frames"][i : i + chunk], args.width, args.height)  # (n, H, W, 3)
+                with cure_named(clip):
+                    frames = common.read_frames(clip["frames"][i : i + chunk], args.width, args.height)  # (n, H, W, 3)
                 posterior = pipe.vae.encode(common.to_pixels(frames).to(device)).latent_dist
                 embeddings = pipe._encode_image([Image.fromarray(frame) for frame in frames], device, 1, False)
                 parts.append([part.cpu() for part in (posterior.mean, posterior.std, embeddings)])
@@ -977,7 +991,7 @@ def checkpoint_step(folder):
 
 def checkpoints_of(output_dir):
     """The checkpoint folders of a run, oldest first."""
-    found = [path for path in Path(output_dir).glob("checkpoint-*") if path.name.rsplit("-", 1)[1].isdigit()]
+    found = [path for path in Path(output_dir).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
     return sorted(found, key=checkpoint_step)
 
 
@@ -985,15 +999,15 @@ def read_checkpoint(folder):
     """The state of a complete checkpoint. Raises `UserError` that names the damaged or missing file."""
     path = folder / common.CHECKPOINT_STATE
     try:
-        saved = json.loads(path.read_text())
-        files = saved.get("files", {}).items()
+        saved = common.read_json(path, "use another checkpoint")
     except FileNotFoundError:
         raise UserError(f"{path}: missing; not a checkpoint of train_svd.py") from None
-    except (ValueError, AttributeError):
-        raise UserError(f"{path}: damaged") from None
-    if not files:
+    if "files" not in saved and "step" in saved:
         raise UserError(f"{folder}: holds weights to generate with, no training to go on with")
-    for name, digest in files:
+    for name, kind in (("step", int), ("settings", dict), ("optimizer", dict), ("files", dict)):
+        if not isinstance(saved.get(name), kind):
+            raise UserError(f"{path}: damaged, it has no {name}; use another checkpoint")
+    for name, digest in saved["files"].items():
         file = folder / name
         if not file.is_file() or common.file_digest(file) != digest:
             raise UserError(f"{file}: {'damaged' if file.is_file() else 'missing'}")
@@ -1042,7 +1056,7 @@ def check_resume(settings, clips, saved, folder):
 
     Clips that are gone are named, and the run goes on without them: that is how one that cannot be read is left out.
     """
-    before = saved["settings"]
+    before = {"lora_rank": 0, **saved["settings"]}  # older versions had none
     free = {*MAY_DIFFER_ON_RESUME, *(["num_validation_videos"] if settings["validation_dir"] else [])}
     changed = [key for key in settings if key not in free and settings[key] != before.get(key, settings[key])]
     if settings["max_train_steps"] != before["max_train_steps"] and "constant" not in settings["lr_scheduler"]:
@@ -1133,7 +1147,7 @@ def read_metrics(output_dir):
     for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
         with contextlib.suppress(UserError):
             lines.append(common.parse_object(line, damaged=""))
-    return lines
+    return [line for line in lines if isinstance(line.get("step"), int)]
 
 
 def hub_name(path, kind):
@@ -1148,6 +1162,17 @@ def is_hub_name(name):
         huggingface_hub.utils.validate_repo_id(name)
         return "/" in str(name)
     return False
+
+
+def is_token_valid():
+    """Whether there is a token and the hub does not refuse it; where the hub cannot be asked, that is seen later."""
+    if not huggingface_hub.get_token():
+        return False
+    try:
+        huggingface_hub.HfApi().whoami()
+    except Exception as error:  # the network's and the hub's are of many kinds
+        return getattr(getattr(error, "response", None), "status_code", None) != 401
+    return True
 
 
 def base_card(base):
@@ -1304,7 +1329,9 @@ class Validation:
                 scores.append(common.video_metrics(generated, real))
                 copied.append(common.video_metrics(np.repeat(real[:1], len(real), axis=0), real))
                 sheet = common.side_by_side({"real": real, f"generated, step {state.steps}": generated})
-                common.write_video(target / f"{clip['directory'].replace('/', '_')}.mp4", sheet, clip["fps"])
+                name = clip["directory"].replace("/", "_")
+                name += f"+{common.name_digest(clip['directory'])}" if "/" in clip["directory"] else ""
+                common.write_video(target / f"{name}.mp4", sheet, clip["fps"])
             copied = {f"copied_{name}": value for name, value in mean_scores(copied).items()}
             return {**metrics, **mean_scores(scores), **copied}
         except (RuntimeError, OSError, UserError) as error:  # out of memory has many names
@@ -1386,7 +1413,8 @@ def build_parser():
     add("--dataset_dir", required=True, help="folder of clip folders, from prepare_dataset.py")
     add("--output_dir", required=True, help="where the checkpoints and the fine-tuned pipeline go")
     add("--push_to_hub", metavar="OWNER/NAME", help="upload the result there, to a private repository where it is new")
-    add("--exclude", nargs="+", default=[], metavar="CLIP", help="leave these clips out: names or 'patterns*'")
+    add("--exclude", nargs="+", default=[], type=common.read_pattern, metavar="CLIP",
+        help="leave these clips out: names, 'patterns*', or @FILE: the names in this list")  # fmt: skip
     add("--num_frames", type=positive, default=25, help="frames in a training window (default 25)")
     add("--width", type=positive, default=512, help="pixels, a multiple of 64 for SVD (default 512)")
     add("--height", type=positive, default=320, help="pixels, a multiple of 64 for SVD (default 320)")
@@ -1462,6 +1490,7 @@ def parse_args(argv=None):
         ("ema_decay", args.ema_decay < 1, "under 1"),
         ("num_validation_videos", args.num_validation_videos >= 0, "at least 0"),
         ("num_frames", args.num_frames >= 2, "at least 2, for one frame has no motion to learn"),
+        ("lora_alpha", args.lora_alpha != 0, "over 0: it is the LoRA's strength"),
     ):
         if not is_right:
             parser.error(f"--{name} must be {wanted}, got {getattr(args, name)}")
@@ -1496,8 +1525,10 @@ def parse_args(argv=None):
     for flag in ("base_model_name", "push_to_hub"):
         if getattr(args, flag) and not is_hub_name(getattr(args, flag)):
             parser.error(f"--{flag} must have the form OWNER/NAME, got {getattr(args, flag)}")
-    if args.push_to_hub and not huggingface_hub.get_token():
+    if args.push_to_hub and not is_token_valid():
         parser.error("--push_to_hub needs a token that may write: run `hf auth login`, or set HF_TOKEN")
+    if args.push_to_hub and huggingface_hub.constants.HF_HUB_OFFLINE:
+        parser.error("--push_to_hub: HF_HUB_OFFLINE is set, so nothing would be sent; unset it")
     check_output_dir(args)
     return args
 
@@ -1561,6 +1592,7 @@ def describe_run(args, base, clips, num_processes):
     versions = {"python": platform.python_version(), "torch": torch.__version__, "diffusers": diffusers.__version__}
     return {
         **vars(args),
+        "exclude": exclude_names(args.exclude),
         "global_batch_size": args.train_batch_size * args.gradient_accumulation_steps * num_processes,
         "pretrained_model_name": str(base.resolve()) if local else name,
         "base_model_name": find_base_name(args, base),

@@ -47,7 +47,7 @@ class Hub(BaseHTTPRequestHandler):
         self.wfile.write(json.dumps(answer).encode())
 
     def do_GET(self):
-        self.send_response(200)
+        self.send_response(200 if self.server.knows_token else 401)
         self.end_headers()
         self.wfile.write(json.dumps({"id": "me/robot", "siblings": [], "sha": "0" * 40}).encode())
 
@@ -58,7 +58,7 @@ class Hub(BaseHTTPRequestHandler):
 @pytest.fixture()
 def hub():
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    server.files, server.asked, server.refuses = set(), [], False
+    server.files, server.asked, server.refuses, server.knows_token = set(), [], False, True
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield server
     server.shutdown()
@@ -98,7 +98,7 @@ def test_a_push_that_fails_leaves_the_result_and_says_how_to_push_later(hub, dat
     assert was_private(hub)
 
 
-def test_what_cannot_be_pushed_is_refused_before_the_run(dataset, tmp_path, capsys):
+def test_what_cannot_be_pushed_is_refused_before_the_run(hub, dataset, tmp_path, capsys):
     arguments = [*map(str, train_arguments(dataset, tmp_path / "out"))]
     for name in ("robot", "me/robot.git"):
         with pytest.raises(SystemExit):
@@ -106,6 +106,11 @@ def test_what_cannot_be_pushed_is_refused_before_the_run(dataset, tmp_path, caps
         assert f"--push_to_hub must have the form OWNER/NAME, got {name}" in capsys.readouterr().err
     done = run("train_svd.py", *arguments, "--push_to_hub", "me/robot", ok=False,
         env={"HF_HOME": str(tmp_path / "hf"), "HF_TOKEN": ""})  # fmt: skip
+    assert "hf auth login" in done.stdout and not (tmp_path / "out").exists()
+    done = run("train_svd.py", *arguments, "--push_to_hub", "me/robot", ok=False, env={"HF_TOKEN": "hf_x"})
+    assert "HF_HUB_OFFLINE is set" in done.stdout and not (tmp_path / "out").exists()
+    hub.knows_token = False
+    done = run("train_svd.py", *arguments, "--push_to_hub", "me/robot", ok=False, env=hub_environment(hub))
     assert "hf auth login" in done.stdout and not (tmp_path / "out").exists()
 
 

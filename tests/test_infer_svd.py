@@ -150,12 +150,18 @@ def test_what_an_image_loses_is_said_once_for_all_images_of_its_kind(tmp_path, c
     Image.new("CMYK", (96, 64)).save(folder / "print.jpg")
     Image.fromarray(np.zeros((64, 96), np.uint16)).save(folder / "deep.png")
     Image.new("RGB", (96, 64)).save(folder / "pages.tif", save_all=True, append_images=[Image.new("RGB", (96, 64))])
+    noise = np.random.default_rng(0).integers(0, 255, (3, 64, 96, 3), np.uint8)
+    first, *rest = map(Image.fromarray, noise)
+    first.save(folder / "cut.tif", save_all=True, append_images=rest)  # cut behind its first picture
+    data = (folder / "cut.tif").read_bytes()
+    (folder / "cut.tif").write_bytes(data[: len(data) * 2 // 3])
     flags = ["--model_dir", TINY, "--input_image", folder, "--output_video", tmp_path / "set", *SIZE, "--dry_run"]
     printed = infer(capsys, *flags)
     crop = "some 60% of the picture is lost to the crop to 96x64; --width 64 --height 112 would fit"
     assert f"tall.png and 2 more: {crop}" in printed
     assert "glass.png: what is transparent becomes white" in printed and "print.jpg: CMYK becomes RGB" in printed
-    assert "deep.png: more than 8 bits" in printed and "pages.tif: an animation or a stack of pages" in printed
+    assert "deep.png: more than 8 bits" in printed and "pages.tif: an animation" not in printed
+    assert "cut.tif and 1 more: an animation or a stack of pages" in printed
     assert "fits.png" not in printed and "opaque.png" not in printed and printed.count("warning: ") == 5
     fitting = [*flags, "--width", 64, "--height", 112]
     assert "tall.png" not in infer(capsys, *fitting)
@@ -263,6 +269,9 @@ def test_users_mistakes_get_one_line_and_nothing_is_written(picture, tmp_path, c
     assert "--decode_chunk_size must be at least 1" in refused("--decode_chunk_size", 0)
     assert "--min_guidance_scale 4 must not be over" in refused("--min_guidance_scale", 4)
     assert "--max_guidance_scale must be" in refused("--max_guidance_scale", "inf")
+    assert "--lora_scale is of a LoRA" in refused("--lora_scale", 0.5)
+    assert "--lora_scale must be" in refused("--lora", tmp_path, "--lora_scale", "nan")
+    assert "no such image" in refused(image="~nobody/x.png")
     assert "--seed must be" in refused("--seed", 2**64) and "--seed must be" in refused("--seed", -1)
     assert "no such model folder" in refused(model=tmp_path / "nothing")
     assert "not a folder" in refused(target=picture / "video.mp4")
@@ -484,6 +493,10 @@ def test_other_settings_and_other_peoples_folders_are_refused(images, made, data
     (folder / "metadata.jsonl").write_text('{"directory": "clip0", "fps": 7}\n')
     assert "not written by infer_svd.py" in infer(capsys, *arguments, folder, *FAST, ok=False)
     assert (folder / "image0_seed0_motion127.mp4").read_text() == "mine" and len(list(folder.iterdir())) == 2
+    (tmp_path / "scores").mkdir()
+    (tmp_path / "scores" / "metrics.json").write_text("mine")
+    printed = infer(capsys, *arguments, tmp_path / "scores", *FAST, "--compare_with", TINY, ok=False)
+    assert "metrics.json is not of a set that was made here" in printed
 
 
 def test_names_come_from_the_path_so_that_nothing_collides(tmp_path, dataset):

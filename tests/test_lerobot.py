@@ -139,10 +139,21 @@ def test_what_cannot_be_one_set_is_refused_before_anything_is_made(made, real, t
     info = json.loads((labelled / "meta/info.json").read_text())
     info["features"]["action"] = {"dtype": "float32", "shape": [7], "names": None}
     (labelled / "meta/info.json").write_text(json.dumps(info))
+    for field, value in (("camera", "../../else"), ("task", ["a", "b"])):
+        shutil.copytree(real / "front", real / f"odd-{field}")
+        lines = map(json.loads, (real / "front/metadata.jsonl").read_text().splitlines())
+        text = "".join(json.dumps({**line, field: value}) + "\n" for line in lines)
+        (real / f"odd-{field}/metadata.jsonl").write_text(text)
+    theirs = tmp_path / "theirs"
+    (theirs / "meta").mkdir(parents=True)
+    (theirs / "meta/stats.json").write_text("mine")
     before = bytes_in(tmp_path) | bytes_in(made)
     for arguments, words in (
         (["--input_image", image, "--output_video", tmp_path / "a"], "give --task"),
-        (["--input_image", image, "--output_video", tmp_path / "a", "--task", "two\nlines"], "give --task"),
+        (["--input_image", image, "--output_video", tmp_path / "a", "--task", "two\nlines"], "must be one line"),
+        (["--input_image", real / "odd-camera", "--output_video", tmp_path / "a"], "its camera in metadata.jsonl"),
+        (["--input_image", real / "odd-task", "--output_video", tmp_path / "a"], "give --task"),
+        (["--input_image", real / "front", "--output_video", theirs], "meta is not of a set that was made here"),
         (["--input_image", image, "--output_video", tmp_path / "a.mp4"], "a file for one clip alone"),
         (["--input_image", real / "both", "--output_video", tmp_path / "a"], "here features would differ"),
         (["--input_image", real / "front", "--output_video", foreign], "generated"),

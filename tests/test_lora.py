@@ -95,16 +95,26 @@ def test_lora_that_does_not_fit_is_refused(adapted, dataset, tmp_path):
         return done.stdout
 
     assert "no adapter_config.json in it" in refused(adapted / "unet")
-    other, odd = tmp_path / "other", tmp_path / "odd"
-    for copy in (other, odd):
-        shutil.copytree(adapted / "lora", copy)
-    tensors = load_file(other / "adapter_model.safetensors")
-    name = next(iter(tensors))
-    save_file({**tensors, name: torch.zeros(4, 48)}, other / "adapter_model.safetensors")
-    assert "for another model" in refused(other)
+    odd = tmp_path / "odd"
+    shutil.copytree(adapted / "lora", odd)
     config = json.loads((odd / "adapter_config.json").read_text())
-    (odd / "adapter_config.json").write_text(json.dumps({**config, "use_dora": True}))
-    assert "not a plain LoRA (use_dora)" in refused(odd)
+    tensors = load_file(odd / "adapter_model.safetensors")
+    down = next(name for name in tensors if ".lora_A." in name)
+    for changed, said in (
+        ({**tensors, down: torch.zeros(4, 48)}, "for another model"),
+        ({**tensors, down: torch.zeros(3, 32)}, "no two matrices of rank 4"),
+        ({**tensors, down: torch.zeros(4)}, "no two matrices of rank 4"),
+        ({name: tensor for name, tensor in tensors.items() if name != down}, "no two matrices of rank 4"),
+        ({}, "no two matrices of rank 4"),
+    ):
+        save_file(changed, odd / "adapter_model.safetensors")
+        assert said in refused(odd)
+    for field, value, said in (("use_dora", True, "use_dora"), ("peft_type", "LOHA", "peft_type LOHA")):
+        (odd / "adapter_config.json").write_text(json.dumps({**config, field: value}))
+        assert f"not a plain LoRA ({said})" in refused(odd)
+    twice = run("infer_svd.py", "--model_dir", adapted, "--lora", adapted / "lora", "--input_image", image,
+        "--output_video", tmp_path / "clips", ok=False)  # fmt: skip
+    assert "is merged into --model_dir" in twice.stdout
     parent = run("infer_svd.py", "--model_dir", adapted / "lora", "--input_image", image, "--output_video",
         tmp_path / "clips", ok=False)  # fmt: skip
     assert str(adapted) in parent.stdout
@@ -117,6 +127,7 @@ def test_wrong_lora_options_are_refused(dataset, tmp_path):
     )
     for option in (["--lora_alpha", 4], ["--no-save_merged"]):
         assert "give --lora_rank too" in run("train_svd.py", *arguments, *option, ok=False).stdout
+    assert "--lora_alpha must be over 0" in run("train_svd.py", *arguments, *LORA, "--lora_alpha", 0, ok=False).stdout
     assert not (tmp_path / "out").exists()
 
 

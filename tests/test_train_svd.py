@@ -293,6 +293,20 @@ def test_damaged_checkpoint_is_named_and_the_one_before_is_taken(trained, datase
     done = run("train_svd.py", *arguments, "latest")
     assert str(broken) in done.stdout
     assert same(weights(trained), weights(output))
+    shutil.copytree(output / "checkpoint-6", output / "checkpoint-good-7")  # somebody's own name: it stays
+    state = output / "checkpoint-6" / "training_state.json"
+    saved = json.loads(state.read_text())
+    del saved["settings"]["lora_rank"]  # as an older version wrote it
+    state.write_text(json.dumps(saved))
+    with open(output / "metrics.jsonl", "ab") as file:
+        file.write(b"5\n{}\n\xff\xfe\n")
+    lora = run("train_svd.py", *arguments, "latest", "--lora_rank", 4, ok=False)
+    assert "lora_rank was 0, is 4" in lora.stdout
+    run("train_svd.py", *arguments, "latest", "--max_train_steps", 7, "--checkpointing_steps", 1)
+    assert (output / "checkpoint-good-7").exists() and (output / "checkpoint-7").exists()
+    del saved["settings"]
+    state.write_text(json.dumps(saved))
+    assert "damaged, it has no settings" in run("train_svd.py", *arguments, output / "checkpoint-6", ok=False).stdout
     broken.write_bytes(data[:-100])
     assert "damaged" in run("train_svd.py", *arguments, output / "checkpoint-6", ok=False).stdout
 
@@ -380,6 +394,22 @@ def test_validation_scores_held_out_episodes_and_changes_nothing(dataset, tmp_pa
     shown = json.loads(re.search(r'id="data">(.*?)</script>', page)[1])
     assert shown["lines"] == lines and [video["step"] for video in shown["videos"]] == ["000000", "000002", "000004"]
     assert json.loads((tmp_path / "with" / "best" / "training_state.json").read_text())["step"] in (0, 2, 4)
+
+
+def test_exclude_takes_names_patterns_and_lists_on_both_sides_and_names_what_matches_nothing(tmp_path, capsys):
+    names = [f"{folder}/clip[{number}]" for folder in "ab" for number in range(3)]
+    clips = [{"directory": name, "source": name} for name in names]
+    (tmp_path / "list.txt").write_bytes(b"a/clip[0]\r\n\r\na/clip[9]\r\n")
+    patterns = [common.read_pattern(text) for text in ("b/*[[]1]", "b/clip[2]", "typo*", f"@{tmp_path}/list.txt")]
+    args = argparse.Namespace(validation_dir=None, num_validation_videos=2, seed=0, exclude=patterns)
+    sides = train_svd.split_clips(clips, args)
+    everything = train_svd.split_clips(clips, argparse.Namespace(**{**vars(args), "exclude": []}))
+    for side, whole in zip(sides, everything):
+        excluded = ("a/clip[0]", "b/clip[1]", "b/clip[2]")
+        assert side == [clip for clip in whole if clip["directory"] not in excluded]
+    printed = capsys.readouterr().out
+    assert "3 of 6 clips left out" in printed and printed.count("warning: ") == 2
+    assert "--exclude typo*: no clip" in printed and "--exclude a/clip[9]: no clip" in printed
 
 
 def test_all_cameras_of_an_episode_fall_on_one_side():
