@@ -365,11 +365,15 @@ class ClipSet:
             self.records[name] = {**self.listed.get(name, {}), **record}
         if self.lerobot:
             check_lerobot(self.folder, self.jobs, self.records.values(), settings)
-        ours = ["meta", "data"] * self.lerobot
+        ours = ["metrics.jsonl", "model_index.json"] + ["meta", "data"] * self.lerobot  # the first: of a training run
         ours += ["metrics.json", "side_by_side"] * bool(settings.compare_with or settings.reference)
         for name in () if self.records or self.single else ours:
             if (self.folder / name).exists():
                 raise UserError(f"{self.folder / name} is not of a set that was made here; give another --output_video")
+        for record in self.records.values():
+            if record.get("output_format", settings.output_format) != settings.output_format:
+                what = f"a set of {record['output_format']}, not of {settings.output_format}"
+                raise UserError(f"{self.folder}: {what}; give another --output_video")
         for job in self.jobs:
             target, record = job["target"], self.records.get(job["name"])
             if len(os.fsencode(target.name)) > 220:  # 255 with what is added while it is written
@@ -400,15 +404,11 @@ class ClipSet:
             self.plan(settings)
             shutil.rmtree(self.making, ignore_errors=True)  # what a killed process left
             if self.shard.name:
-                (self.hidden / f"ended{self.shard.name}").unlink(missing_ok=True)
+                with common.lock_file(self.hidden / "finishing", busy=None):
+                    (self.hidden / f"ended{self.shard.name}").unlink(missing_ok=True)
                 yield
                 return
-            for folder in self.hidden.glob(".making-*"):
-                shutil.rmtree(folder)
-            ours = [".metadata.jsonl.*.part", ".index.html.*.part"]
-            ours += ["meta/**/.*.part", "data/**/.*.part"] * self.lerobot
-            for left in [*itertools.chain(*map(self.folder.glob, ours)), *self.hidden.rglob(".*.part")]:
-                left.unlink()
+            self.tidy()
             self.publish()
             if self.dropped:
                 again = f"to make it again, delete {self.hidden / self.dropped[0]}.json"
@@ -425,8 +425,20 @@ class ClipSet:
             while ended != (ended := sorted(self.hidden.glob("ended-*"))):  # others too, where the disk has no locks
                 self.plan(settings)
                 self.publish()
-        parts = (self.shard._replace(part=part).name for part in range(self.shard.parts))
-        return all((self.hidden / f"ended{name}").exists() for name in parts)
+            parts = (self.shard._replace(part=part).name for part in range(self.shard.parts))
+            complete = all((self.hidden / f"ended{name}").exists() for name in parts)
+            if complete:
+                self.tidy()
+        return complete
+
+    def tidy(self):
+        """Removes what killed processes left half written; called where no other process is at work on the set."""
+        for folder in self.hidden.glob(".making-*"):
+            shutil.rmtree(folder)
+        ours = [".metadata.jsonl.*.part", ".index.html.*.part"]
+        ours += ["meta/**/.*.part", "data/**/.*.part"] * self.lerobot
+        for left in [*itertools.chain(*map(self.folder.glob, ours)), *self.hidden.rglob(".*.part")]:
+            left.unlink()
 
     def publish(self):
         """Writes metadata.jsonl: the records of the clips that are there. A single clip's record becomes FILE.json."""

@@ -125,9 +125,11 @@ def find_videos(args):
         if any(path.lower().endswith(common.IMAGE_SUFFIXES) for path in files):
             hint += ", but images: train_svd.py --dataset_dir takes a folder with a folder of frames for each clip"
         raise common.UserError(f"--video_dir {args.video_dir}: no video in it{hint}")
-    listed = frozenset().union(*(names for names in args.include + args.exclude if isinstance(names, frozenset)))
-    if unknown := sorted(listed - {video.source for video in videos} - unfinished.keys()):
-        print(f"warning: {len(unknown)} of {len(listed)} listed names are no video of {args.video_dir}: {unknown[0]}")
+    names = [(video.source, os.path.basename(video.source)) for video in videos] + [(name,) for name in unfinished]
+    if unknown := common.names_of_nothing([*args.include, *args.exclude], names):
+        print(
+            f"warning: {len(unknown)} names of --include and --exclude are no video of {args.video_dir}: {unknown[0]}"
+        )
     chosen = [video for video in videos if is_wanted(video, args)]
     if not chosen:
         cameras = sorted({video.camera for video in videos if video.camera})
@@ -182,6 +184,9 @@ def find_twins(videos):
     return twins
 
 
+EPISODE_FIELDS = "chunk_index", "file_index", "from_timestamp", "to_timestamp"
+
+
 @functools.cache
 def read_episodes(root):
     """LeRobot v3: where each file's episodes lie, `{(camera, chunk, file): [(first second, end, episode, frames)]}`,
@@ -191,22 +196,27 @@ def read_episodes(root):
         from pyarrow import parquet
     except ImportError:
         raise common.UserError(why + "pip install pyarrow, which reads where they begin") from None
-    tables = sorted(Path(root, "meta", "episodes").rglob("*.parquet"))
+
+    def read_table(path):
+        fields = rf"videos/[^/]+/({'|'.join(EPISODE_FIELDS)})|episode_index|length|tasks"  # statistics would be large
+        columns = [name for name in parquet.read_schema(path).names if re.fullmatch(fields, name)]
+        return parquet.read_table(path, columns=columns).to_pylist()
+
+    tables = sorted(Path(root, "meta", "episodes").rglob("[!.]*.parquet"))
     if not tables:
         raise common.UserError(why + "Where they begin stands in meta/episodes/*/*.parquet, which is missing")
-    fields, episodes, tasks = ("chunk_index", "file_index", "from_timestamp", "to_timestamp"), {}, {}
+    episodes, tasks = {}, {}
     for table in tables:
-        names = parquet.read_schema(table).names
-        cameras = [name.split("/")[1] for name in names if re.fullmatch(r"videos/[^/]+/from_timestamp", name)]
-        needed = [f"videos/{camera}/{field}" for camera in cameras for field in fields]
-        needed += [name for name in ("episode_index", "length", "tasks") if name in names]  # statistics would be large
-        for row in parquet.read_table(table, columns=needed).to_pylist():
-            tasks[row["episode_index"]] = row.get("tasks")
-            for camera in cameras:
-                chunk, file, start, end = (row[f"videos/{camera}/{field}"] for field in fields)
-                if chunk is not None:  # an episode may lack a camera
-                    episode = start, end, int(row["episode_index"]), row.get("length")
-                    episodes.setdefault((camera, int(chunk), int(file)), []).append(episode)
+        try:
+            for row in read_table(table):
+                tasks[int(row["episode_index"])] = row.get("tasks")
+                for camera in {name.split("/")[1] for name in row if name.startswith("videos/")}:
+                    chunk, file, start, end = (row[f"videos/{camera}/{field}"] for field in EPISODE_FIELDS)
+                    if chunk is not None:  # an episode may lack a camera
+                        episode = start, end, int(row["episode_index"]), row.get("length")
+                        episodes.setdefault((camera, int(chunk), int(file)), []).append(episode)
+        except (OSError, ValueError, KeyError, TypeError) as error:  # pyarrow's own are among these
+            raise common.UserError(f"{table}: not the episodes of a LeRobot dataset ({error}); copy it again") from None
     return episodes, tasks
 
 
@@ -217,7 +227,7 @@ def read_lerobot(root):
     text = (meta / "info.json").read_text("utf-8-sig", "replace") if (meta / "info.json").exists() else "{}"
     info = common.parse_object(text, f"{meta / 'info.json'}: {damaged}")
     lines = common.read_lines(meta / "episodes.jsonl", damaged)  # version 2
-    tasks = {line.get("episode_index"): line.get("tasks") for _, line in lines}
+    tasks = {line["episode_index"]: line.get("tasks") for _, line in lines if type(line.get("episode_index")) is int}
     known = {key: info[key] for key in ("robot_type", "generated") if info.get(key)}
     return known, tasks or (read_episodes(root)[1] if (meta / "episodes").is_dir() else {})
 
@@ -228,7 +238,8 @@ def lerobot_fields(video, group):
         return {}
     known, tasks = video.lerobot
     episode = int(group.rpartition("_")[2])
-    task = "; ".join(tasks.get(episode) or [])
+    task = tasks.get(episode) or ""
+    task = task if isinstance(task, str) else "; ".join(map(str, task))
     return {"camera": video.camera, "episode_index": episode, **({"task": task} if task else {}), **known}
 
 
@@ -938,6 +949,8 @@ def prepare_video(video, run, old):
         if not changed and old["options"] == clip_options(args) and is_complete(old, run.output):
             run.expect()
             return old
+        for clip in old["clips"]:
+            refuse_others(run.output / clip["directory"])
     first_only = args.max_frames and not args.fps and video.episodes is None
     probe = probe_video(video, args.max_frames + 64 if first_only else None)
     wanted = min(args.max_frames or probe.packets, probe.packets)
@@ -1007,21 +1020,26 @@ def describe_clip(directory, clip, video, probe, stride, args):
 # -------------------------------------------------------------------------------------------------- dataset folder
 
 RECORD = "source size mtime_ns options clips dropped".split()  # what .prepare/*.json says of a video
+CLIP_FIELDS = frozenset("directory num_frames width height duration fps motion motion_bucket_id problems notes".split())
 CLIP_OPTIONS = "max_frames width height fps clip_frames clip_stride min_frames min_motion split_scenes image_format"
+CLIP_OPTIONS = CLIP_OPTIONS.split()
 
 
 def clip_options(args):
     """The options that decide what a clip's files are: a dataset is of one kind."""
-    return {name: getattr(args, name) for name in CLIP_OPTIONS.split()}
+    return {name: getattr(args, name) for name in CLIP_OPTIONS}
 
 
 def read_records(state):
-    """What was finished so far: `{source: record}` of .prepare/*.json."""
-    records = {}
+    """What was finished so far: `{source: record}` of .prepare/*.json; a damaged one is passed over."""
+    records, defaults = {}, {name: build_parser().get_default(name) for name in CLIP_OPTIONS}
     for path in state.glob("*.json"):
-        with contextlib.suppress(ValueError, TypeError, KeyError, FileNotFoundError):  # a damaged one is made again
-            record = json.loads(path.read_text(encoding="utf-8"))
-            records[record["source"]] = {key: record[key] for key in RECORD}
+        with contextlib.suppress(ValueError, TypeError, KeyError, FileNotFoundError):
+            found = json.loads(path.read_text(encoding="utf-8"))
+            record = {key: found[key] for key in RECORD}
+            record["options"] = {**defaults, **record["options"]}  # an older version had fewer
+            if all(clip.keys() >= CLIP_FIELDS for clip in record["clips"]):
+                records[record["source"]] = record
     return records
 
 
@@ -1029,6 +1047,15 @@ def is_complete(record, output):
     """Whether every folder that the record promises is there with all its frames."""
     folders = [(output / clip["directory"], clip["num_frames"]) for clip in record["clips"]]
     return all(folder.is_dir() and len(common.list_frames(folder)) == count for folder, count in folders)
+
+
+def refuse_others(folder):
+    """Raises `Failure` where the folder of a clip that is to be made again is none, or holds what others put there."""
+    ours = re.compile(r"\d{5,}\.(png|jpg)|\..*|thumbs\.db|desktop\.ini|@eadir", re.IGNORECASE)  # and what systems leave
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else [""] * os.path.lexists(folder)
+    for name in names:
+        if not ours.fullmatch(name):
+            raise Failure(f"{folder / name} is not of this program, and the clip is to be made again: move it away")
 
 
 def dump_line(record):
@@ -1049,10 +1076,7 @@ def publish(video, record, old, run):
     for clip in record["clips"]:
         if os.path.lexists(run.output / clip["directory"]):
             raise Failure(f"{run.output / clip['directory']} exists and is not of this program: move it away")
-    path = run.state / f"{video.directory}.json"
-    aside = path.with_suffix(f".part{run.args.shard.name}")
-    aside.write_text(dump_line(record), encoding="utf-8")
-    os.replace(aside, path)
+    common.write_file(run.state / f"{video.directory}.json", dump_line(record))
     for clip in record["clips"]:
         os.replace(run.work / video.directory / clip["directory"], run.output / clip["directory"])
     if not run.args.shard.name:  # shards write the file at the end: appending is not safe between machines
@@ -1060,18 +1084,28 @@ def publish(video, record, old, run):
             file.write("".join(map(dump_line, record["clips"])))
 
 
+def read_lines(output):
+    """metadata.jsonl as it is: `{directory: line}`, and the lines of other kinds.
+
+    Raises `UserError` for a line that is no JSON object, but for a last one that a killed run has not written whole.
+    """
+    lines, others = {}, []
+    for _, line in common.read_lines(output / "metadata.jsonl", "not a JSON object; repair or delete it", cut_off=True):
+        if isinstance(directory := line.get("directory"), str):
+            lines[directory] = {**lines.get(directory, {}), **line}
+        else:
+            others.append(line)
+    return lines, others
+
+
 def write_metadata(output):
     """metadata.jsonl from all records, in name order; lines and fields that somebody else wrote stay. Returns them."""
-    path, lines, records = output / "metadata.jsonl", {}, read_records(output / ".prepare")
-    for text in common.read_text(path).split("\n"):
-        with contextlib.suppress(json.JSONDecodeError, TypeError, KeyError):
-            line = json.loads(text)
-            lines[line["directory"]] = {**lines.get(line["directory"], {}), **line}
+    path, records, (lines, others) = output / "metadata.jsonl", read_records(output / ".prepare"), read_lines(output)
     clips = {clip["directory"]: clip for record in records.values() for clip in record["clips"]}
     lines = {d: line for d, line in lines.items() if d in clips or line.get("source") not in records}
     merged = [{**lines.get(d, {}), **clips.get(d, {})} for d in sorted({*lines, *clips}, key=common.natural_key)]
-    text = "".join(map(dump_line, merged))
-    if merged and not (path.exists() and path.read_text(encoding="utf-8") == text):
+    text = "".join(map(dump_line, [*merged, *others]))
+    if merged and not (path.exists() and path.read_bytes() == text.encode()):
         common.write_file(path, text)
     return records
 
@@ -1194,7 +1228,7 @@ def build_parser():
     add("--min_frames", type=count, help="drop shorter clips (default: --clip_frames, or 1)")
     add("--min_motion", type=number(float, 0), default=0.0, help="drop stiller clips; %% of the longer side a second")
     add("--split_scenes", action="store_true", help="cut where the shot changes, so that no window crosses a cut")
-    patterns = {"nargs": "+", "default": [], "type": common.read_pattern, "metavar": "PATTERN"}
+    patterns = {"nargs": "+", "default": [], "metavar": "PATTERN"}
     add("--include", **patterns, help="take only these, as '*/left/*' or 'demo_*.mp4'; @FILE: the names in this list")
     add("--exclude", **patterns, help="leave these out; @FILE as above")
     add("--camera", nargs="+", default=[], help="take only these of a LeRobot dataset: a name or its last part")
@@ -1229,6 +1263,8 @@ def parse_args(argv=None):
     if args.fast_png and not isal_zlib:
         parser.error("--fast_png needs: pip install isal")
     args.min_frames = args.min_frames or args.clip_frames or 1
+    args.include = common.read_patterns(args.include, "--include")
+    args.exclude = common.read_patterns(args.exclude, "--exclude")
     return args
 
 
@@ -1282,12 +1318,16 @@ def main(argv=None):
         if not args.shard.name:  # alone here: what a killed run left half written goes
             for left in [*output.glob(".metadata.jsonl.*.part"), *output.glob(".preview.jpg.*.part")]:
                 left.unlink()
-        common.read_text(output / "metadata.jsonl")  # refused now, not after hours of work
+        read_lines(output)  # refused now, not after hours of work
         old = read_records(state)
         other = next((r["options"] for r in old.values() if r["options"] != clip_options(args)), None)
         if other and not args.overwrite:
-            named = ", ".join(f"--{key} {value}" for key, value in other.items() if clip_options(args)[key] != value)
+            named = ", ".join(
+                f"--{key} {value}" for key, value in other.items() if clip_options(args).get(key) != value
+            )
             raise common.UserError(f"--output_dir {output} was made with {named}: do the same, or add --overwrite")
+        if not args.shard.name:
+            write_metadata(output)  # what will be added must not follow half a line of a killed run
         with hear_opencv() as heard:
             failures = run_all(videos, dict(old), args, heard)
         records = write_metadata(output)

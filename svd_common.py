@@ -25,6 +25,17 @@ os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # 
 os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")  # else: "should be kept in float32: []", several times a clip
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # else: torchvision is missing, which SVD does not use
 
+
+def end_quietly(kind, error, trace):
+    """Ctrl-C while the scripts still import is no error of theirs: one line, as `run_script` prints it later."""
+    if issubclass(kind, KeyboardInterrupt):
+        print("\nstopped; run the same command again to go on", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
+
+
+sys.excepthook = end_quietly
+
 try:
     import cv2
 except ImportError as error:  # most often libGL, which a server without a screen lacks
@@ -277,29 +288,56 @@ def name_digest(name):
     return hashlib.sha256(os.fsencode(name)).hexdigest()[:8]
 
 
-def read_pattern(text):
-    """A value of --include or --exclude: a pattern as it is; for @FILE the lines of that file, a frozenset of names."""
-    if not text.startswith("@"):
-        return text
-    path = Path(text[1:])
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; give a text file of names, one a line")
-    return frozenset(read_text(path).split("\n")) - {""}
+def read_patterns(texts, flag):
+    """The values of --include or --exclude: patterns as they are; for @FILE its lines, a frozenset of names.
+
+    Raises `UserError` that names the flag where such a file cannot be read.
+    """
+
+    def read(text):
+        try:
+            with open(text[1:], "rb"):
+                return frozenset(read_text(Path(text[1:])).split("\n")) - {""}
+        except (OSError, UserError) as error:
+            why = getattr(error, "strerror", None) or error
+            raise UserError(f"{flag} {text}: {why}; give a text file of names, one a line") from None
+
+    return [read(text) if text.startswith("@") else text for text in texts]
 
 
 def is_named(patterns, *names):
-    """Whether a pattern stands for one of `names`, or a list of `read_pattern` holds the first of them."""
+    """Whether a pattern stands for one of `names`, or a list of `read_patterns` holds the first of them."""
     listed = any(names[0] in pattern for pattern in patterns if not isinstance(pattern, str))
     globs = [pattern for pattern in patterns if isinstance(pattern, str)]
     return listed or any(name == glob or fnmatch.fnmatch(name, glob) for glob in globs for name in names)
 
 
+def names_of_nothing(patterns, known):
+    """The patterns, and the lines of lists, that stand for nothing in `known`: [the names of one thing], as above."""
+    found, whole = [], {names[0] for names in known}
+    for pattern in patterns:
+        if not isinstance(pattern, str):
+            found += sorted(pattern - whole)
+        elif not any(is_named([pattern], *names) for names in known):
+            found.append(pattern)
+    return found
+
+
 @contextlib.contextmanager
 def lock_shard(folder, shard, busy):
-    """Holds the locks of a set in `folder`, all of it or a part beside others; `UserError(busy)` where it is held."""
-    with lock_file(folder / "lock", busy, shared=shard.parts > 1):
-        with lock_file(folder / f"lock{shard.name}", busy) if shard.name else contextlib.nullcontext():
-            yield
+    """Holds the locks of a set in `folder`: all of it, or a part beside the others of as many.
+
+    Raises `UserError(busy)` where that is held, or a part of another number.
+    """
+    with contextlib.ExitStack() as locks:
+        locks.enter_context(lock_file(folder / "lock", busy, shared=shard.parts > 1))
+        if shard.parts > 1:
+            locks.enter_context(lock_file(folder / f"lock-of-{shard.parts}", busy, shared=True))
+            for other in set(folder.glob("lock-of-*")) - {folder / f"lock-of-{shard.parts}"}:
+                with lock_file(other, busy):
+                    pass
+            locks.enter_context(lock_file(folder / f"lock{shard.name}", busy))
+        yield
 
 
 def file_digest(path, before=b""):
@@ -391,14 +429,23 @@ def read_text(path):
     return text
 
 
-def read_lines(path, damaged):
+def read_lines(path, damaged, cut_off=False):
     """The objects of a JSON Lines file, none where there is no file: yields (`FILE line N`, dict).
 
-    Raises `UserError` for a line that is no JSON object, what it is says `damaged`, and as `read_text` does.
+    Raises `UserError` for a line that is no JSON object, what it is says `damaged`, and as `read_text` does. With
+    `cut_off` the last line may be broken off, where it does not end in a newline.
     """
-    for number, line in enumerate(read_text(path).split("\n"), 1):
-        if line.strip():
-            yield f"{path} line {number}", parse_object(line, f"{path} line {number}: {damaged}")
+    lines = read_text(path).split("\n")
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            found = parse_object(line, f"{path} line {number}: {damaged}")
+        except UserError:
+            if cut_off and number == len(lines):
+                return
+            raise
+        yield f"{path} line {number}", found
 
 
 def read_metadata(dataset_dir):

@@ -269,10 +269,8 @@ def hold_out(clips, args):
 def leave_out(sides, patterns):
     """Both sides without the clips that --exclude names; says how many, and which names are no clip's."""
     left = [[clip for clip in clips if not common.is_named(patterns, clip["directory"])] for clips in sides]
-    names = {clip["directory"] for clips in sides for clip in clips}
-    for name in exclude_names(patterns):
-        if not any(common.is_named([name], other) for other in names):
-            print(f"warning: --exclude {name}: no clip that would be used is called so")
+    for name in common.names_of_nothing(patterns, [(clip["directory"],) for clips in sides for clip in clips]):
+        print(f"warning: --exclude {name}: no clip that would be used is called so")
     if not left[0]:
         raise UserError(f"--exclude {' '.join(exclude_names(patterns)[:5])}: no clip is left to train on")
     if patterns:
@@ -741,10 +739,15 @@ class TrainingState:
             output = Path(self.args.output_dir)
             if not (output / f"checkpoint-{self.steps}").exists():
                 save_checkpoint(output / f"checkpoint-{self.steps}", self)
-            done = [path for path in checkpoints_of(output) if checkpoint_step(path) <= self.steps]
-            for old in done[: -self.args.checkpoints_total_limit]:
-                shutil.rmtree(old)
+            self.prune()
             write_page(output)
+
+    def prune(self):
+        """Removes the oldest checkpoints beyond --checkpoints_total_limit, renamed first: none is ever half there."""
+        done = [path for path in checkpoints_of(self.args.output_dir) if checkpoint_step(path) <= self.steps]
+        for old in done[: -self.args.checkpoints_total_limit]:
+            os.replace(old, gone := old.with_name(f".{old.name}.gone"))
+            shutil.rmtree(gone)
 
 
 # ------------------------------------------------------------------------------------------------------- Forecast
@@ -927,6 +930,19 @@ def disk_space(args, folder, frames, plan):
         output = output * args.save_merged + 4 * plan["trainable_parameters"]
     sizes = {"cache_gib": frames * frame * 4 / 2**30, "checkpoint_gib": plan["optimizer_gib"] + weights}
     return {name: round(size, 3) for name, size in {**sizes, "output_gib": output / 2**30}.items()}
+
+
+def warn_of_disk(state, base):
+    """Says before the first step where the checkpoints that are still to come and the result will not fit."""
+    args, count = state.args, sum(p.numel() for p in state.trained.values())
+    sizes = {"trainable_parameters": count, "optimizer_gib": count * (8 if args.optimizer == "adamw" else 2) / 2**30}
+    sizes = disk_space(args, base, 0, sizes)
+    ahead = math.ceil((args.max_train_steps - state.steps) / args.checkpointing_steps)
+    more = min(ahead, args.checkpoints_total_limit + 1 - len(checkpoints_of(args.output_dir)))
+    needed, free = more * sizes["checkpoint_gib"] + sizes["output_gib"], shutil.disk_usage(args.output_dir).free / 2**30
+    if needed > free:
+        where = f"--output_dir {args.output_dir}: the checkpoints and the result"
+        print(f"warning: {where} need {needed:.1f} GiB more, {free:.1f} are free on its disk")
 
 
 # -------------------------------------------------------------------------------------------- Checkpoints, result
@@ -1323,6 +1339,8 @@ class Validation:
             metrics, scores, copied = self.losses(state.bare_unet, device), [], []
             target = Path(self.args.output_dir) / "validation" / f"step-{state.steps:06d}"
             target.mkdir(parents=True, exist_ok=True)
+            for left in target.glob(".*.part"):  # of a killed run
+                left.unlink()
             for clip in self.clips:
                 real = common.read_frames(clip["frames"][: self.args.num_frames], self.args.width, self.args.height)
                 generated = self.generate(clip, device)
@@ -1413,8 +1431,8 @@ def build_parser():
     add("--dataset_dir", required=True, help="folder of clip folders, from prepare_dataset.py")
     add("--output_dir", required=True, help="where the checkpoints and the fine-tuned pipeline go")
     add("--push_to_hub", metavar="OWNER/NAME", help="upload the result there, to a private repository where it is new")
-    add("--exclude", nargs="+", default=[], type=common.read_pattern, metavar="CLIP",
-        help="leave these clips out: names, 'patterns*', or @FILE: the names in this list")  # fmt: skip
+    named = "leave these clips out: names, 'patterns*', or @FILE: the names in this list"
+    add("--exclude", nargs="+", default=[], metavar="CLIP", help=named)
     add("--num_frames", type=positive, default=25, help="frames in a training window (default 25)")
     add("--width", type=positive, default=512, help="pixels, a multiple of 64 for SVD (default 512)")
     add("--height", type=positive, default=320, help="pixels, a multiple of 64 for SVD (default 320)")
@@ -1512,6 +1530,7 @@ def parse_args(argv=None):
     if args.mixed_precision is None:
         older = cuda and torch.cuda.get_device_capability() < (8, 0)
         args.mixed_precision = "fp16" if older else "bf16" if cuda or args.dry_run else "no"
+    args.exclude = common.read_patterns(args.exclude, "--exclude")
     if args.dry_run:  # needs no more than the numbers
         return args
     needed = {"--optimizer": "bitsandbytes" if args.optimizer == "adamw8bit" else None, "--report_to": args.report_to}
@@ -1538,6 +1557,8 @@ def check_output_dir(args):
     output = Path(args.output_dir)
     if output.exists() and not output.is_dir():
         raise UserError(f"--output_dir {output}: a file of that name is in the way")
+    if output.resolve() in [Path(folder).resolve() for folder in (args.dataset_dir, args.validation_dir) if folder]:
+        raise UserError(f"--output_dir {output} is the dataset's folder; give another")
     run = checkpoints_of(output) or (output / "metrics.jsonl").is_file()
     ours = ("model_index.json", common.SETTINGS, "README.md", "metrics.jsonl", "validation", "best", "lora")
     there = [name for name in (*ours, *common.PARTS) if (output / name).exists()]
@@ -1655,6 +1676,9 @@ def train(args, device):
         state = TrainingState(unet, args, accelerator, settings, frames)
         if saved:
             state.load(folder, saved)
+        if accelerator.is_main_process:
+            state.prune()
+            warn_of_disk(state, base)
         validation = None
         if held_out and accelerator.is_main_process:
             validation = Validation(args, base, held_out, vae, decoder)
@@ -1684,7 +1708,7 @@ def run_steps(state, dataset, pipe, vae, validation):
     args, accelerator, weight_dtype = state.args, state.accelerator, DTYPES[state.args.mixed_precision]
     loader = batches(dataset, index_batches(state), accelerator.device.type == "cuda", args.dataloader_num_workers)
     stop, log, first = StopSignal(accelerator), Log(state), state.steps
-    if first == 0 and validation:
+    if validation and is_validated(args, first) and not log.has_scores(first):  # the base's, or a kill cut it off
         log.scores(validation(state))
     for step in range(first, args.max_train_steps):
         micro_batches, failure = take(loader, args.gradient_accumulation_steps, log)
@@ -1703,7 +1727,7 @@ def run_steps(state, dataset, pipe, vae, validation):
         done = step + 1
         ended = done == args.max_train_steps
         saving = ended or done % args.checkpointing_steps == 0
-        validating = validation and (ended or done % args.validation_steps == 0)
+        validating = validation and is_validated(args, done)
         logging = ended or saving or validating or done % args.logging_steps == 0
         if not state.update(look=logging):
             raise UserError(describe_bad_step(state, dataset))
@@ -1715,6 +1739,10 @@ def run_steps(state, dataset, pipe, vae, validation):
     log.progress.close()
     accelerator.wait_for_everyone()
     return 0
+
+
+def is_validated(args, step):
+    return step == args.max_train_steps or step % args.validation_steps == 0
 
 
 def index_batches(state):
@@ -1768,10 +1796,11 @@ def saved_on_error(state):
     try:
         yield
     except Exception:
+        print(file=sys.stderr)  # the progress bar's line ends
         if state.whole and state.accelerator.is_main_process:
             with contextlib.suppress(OSError, RuntimeError):  # the error that is on its way out is the one to show
                 state.save()
-                print(f"\nthe {state.steps} steps that are done are saved", file=sys.stderr)
+                print(f"the {state.steps} steps that are done are saved", file=sys.stderr)
         raise
 
 
@@ -1785,6 +1814,11 @@ def lock_output(args, accelerator):
     output.mkdir(parents=True, exist_ok=True)
     with common.lock_file(output / ".lock", f"--output_dir {output}: another run is at work on it"):
         check_output_dir(args)
+        for left in [*output.glob(".checkpoint-*.*"), *output.glob(".best.*")]:  # what a killed run left
+            if left.suffix == ".old" and not (whole := output / left.stem[1:]).exists():
+                os.replace(left, whole)  # it was to be replaced, and what was to replace it is not whole
+            else:
+                shutil.rmtree(left)
         yield
 
 
@@ -1856,6 +1890,7 @@ class Log:
         if self.accelerator.is_main_process:  # a resumed run writes the lines after its checkpoint again
             kept = [line for line in read_metrics(args.output_dir) if line["step"] <= state.steps and state.steps]
             common.write_file(self.path, "".join(json.dumps(line) + "\n" for line in kept))
+            write_page(self.path.parent)
         self.progress = tqdm(total=args.max_train_steps, initial=state.steps, desc="training", unit="step",
             disable=not self.accelerator.is_main_process)  # fmt: skip
         self.start(state.steps)
@@ -1905,12 +1940,15 @@ class Log:
     def scores(self, metrics):
         """Writes and shows what a validation gave, and keeps the weights where they are the best so far."""
         if metrics:
+            keep_best(metrics, self.state)  # before the line, without which a resumed run does all of this again
             self.append({"step": self.state.steps, **{f"validation_{name}": v for name, v in metrics.items()}})
             report_scores(metrics, self.state)
-            keep_best(metrics, self.state)
             self.send_videos()
             write_page(self.path.parent)
         self.start(self.state.steps)
+
+    def has_scores(self, step):
+        return any(line["step"] == step and "validation_loss_v" in line for line in read_metrics(self.path.parent))
 
     def send_videos(self):
         """The side-by-side videos of a validation, to --report_to."""

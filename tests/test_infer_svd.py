@@ -497,6 +497,11 @@ def test_other_settings_and_other_peoples_folders_are_refused(images, made, data
     (tmp_path / "scores" / "metrics.json").write_text("mine")
     printed = infer(capsys, *arguments, tmp_path / "scores", *FAST, "--compare_with", TINY, ok=False)
     assert "metrics.json is not of a set that was made here" in printed
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").write_text("")
+    assert "metrics.jsonl is not of a set that" in infer(capsys, *arguments, tmp_path / "run", *FAST, ok=False)
+    printed = infer(capsys, *arguments, made, *SIZE, *MANY, "--output_format", "frames", ok=False)
+    assert "a set of mp4, not of frames" in printed
 
 
 def test_names_come_from_the_path_so_that_nothing_collides(tmp_path, dataset):

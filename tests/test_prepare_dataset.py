@@ -4,6 +4,7 @@ import functools
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -56,8 +57,8 @@ def prepare_only(video_dir, output_dir, *options, **popen):
 
 def read_lines(output_dir):
     path = Path(output_dir) / "metadata.jsonl"
-    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    return {line.get("source", line["directory"]): line for line in lines}
+    lines = [json.loads(line) for line in path.read_text().split("\n") if line] if path.exists() else []
+    return {line.get("source", line["directory"]): line for line in lines if "directory" in line}
 
 
 def check_lines(output_dir):
@@ -110,19 +111,42 @@ def test_all_frames_by_default(tmp_path):
     assert prepare(tmp_path / "videos", tmp_path / "out")[1]["x.mp4"]["num_frames"] == 25
 
 
-def test_a_record_or_a_list_that_cannot_be_read_costs_nothing(tmp_path):
+def test_what_others_wrote_into_the_dataset_stays(tmp_path):
     make(tmp_path / "videos/x.mp4")
-    prepare(tmp_path / "videos", tmp_path / "out", "--max_frames", "2")
-    record, list_ = tmp_path / "out/.prepare/x.json", tmp_path / "out/metadata.jsonl"
-    line = list_.read_text()
-    record.write_text('{"source": "x.mp4"}')
-    text, _ = prepare(tmp_path / "videos", tmp_path / "out", "--max_frames", "2", status=1)
-    assert "exists and is not of this program: move it away" in text and list_.read_text() == line
-    list_.write_text(line, encoding="utf-16")
-    before = tree(tmp_path / "out")
-    done = prepare_only(tmp_path / "videos", tmp_path / "out", "--max_frames", "2")
-    assert done.returncode == 2 and b"metadata.jsonl: not UTF-8 text" in done.stderr
-    assert tree(tmp_path / "out") == before
+    flags = [tmp_path / "videos", tmp_path / "out", "--max_frames", "2"]
+    prepare(*flags)
+    record, metadata, clip = (tmp_path / "out" / name for name in (".prepare/x.json", "metadata.jsonl", "x"))
+    line = {**json.loads(metadata.read_text()), "caption": "a\u2028b"}
+    other = {"file_name": "y.mp4"}  # of a set of another kind
+    half = json.dumps({"directory": "z"})[:9]  # as a kill leaves it
+    metadata.write_text(f"{json.dumps(line, ensure_ascii=False)}\n{json.dumps(other)}\n{half}", encoding="utf-8-sig")
+    prepare(*flags)
+    assert [json.loads(text) for text in metadata.read_text("utf-8").split("\n")[:-1]] == [line, other]
+
+    saved, whole = record.read_text(), metadata.read_text("utf-8")
+    old = json.loads(saved)
+    del old["options"]["split_scenes"]  # an older version had no such option
+    record.write_text(json.dumps(old))
+    prepare(*flags)
+    for damaged in ('{"source": "x.mp4"}', "[]", ""):
+        record.write_text(damaged)
+        assert "exists and is not of this program: move it away" in prepare(*flags, status=1)[0]
+    record.write_text(saved)
+    for text in (whole.encode("utf-16"), b"{}\n{\n" + whole.encode()):
+        metadata.write_bytes(text)
+        done = prepare_only(*flags)
+        assert done.returncode == 2 and b"metadata.jsonl" in done.stderr and b"Traceback" not in done.stderr
+        assert metadata.read_bytes() == text
+    metadata.write_text(whole, "utf-8")
+
+    (clip / "caption.txt").write_text("mine")
+    (clip / "00001.png").unlink()
+    assert "caption.txt is not of this program" in prepare(*flags, status=1)[0]
+    (clip / "caption.txt").unlink()
+    prepare(*flags)
+    shutil.rmtree(clip)
+    clip.write_text("mine")
+    assert "is not of this program" in prepare(*flags, status=1)[0] and clip.read_text() == "mine"
 
 
 def test_never_imports_torch(tmp_path):
@@ -643,6 +667,25 @@ def test_lerobot_v3_is_cut_at_its_episodes(tmp_path, drift):
     ends = [0.8 + drift, 2.1 + 5 * drift, 3.0 + 6 * drift]
     groups = prepare_v3(tmp_path, list(zip([0.0, *ends], ends, lengths)))[1]
     assert groups == {"episode_000000": 8, "episode_000001": 13, "episode_000002": 9}
+
+
+def test_lerobot_metadata_that_is_damaged_is_named(tmp_path):
+    pytest.importorskip("pyarrow")
+    lerobot_v3(tmp_path / "videos")
+    for name, data in (("file-000.parquet", b"PAR1"), ("._file-000.parquet", b"of macOS")):
+        path = tmp_path / "videos/meta/episodes/chunk-000" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+    text, _ = prepare(tmp_path / "videos", tmp_path / "out", status=2)
+    assert text.count("\n") == 1 and "file-000.parquet: not the episodes of a LeRobot dataset" in text
+    assert not (tmp_path / "out").exists()
+    lerobot_v2(tmp_path / "old")
+    (tmp_path / "old/meta").mkdir()
+    (tmp_path / "old/meta/episodes.jsonl").write_text(
+        '{"episode_index": [0]}\n{"episode_index": 0, "tasks": "push it"}\n'
+    )
+    _, lines = prepare(tmp_path / "old", tmp_path / "out")
+    assert {line.get("task") for line in lines.values()} >= {"push it"}
 
 
 def test_lerobot_v3_that_does_not_fit_is_named(tmp_path):

@@ -102,13 +102,13 @@ def test_names_are_spread_over_the_parts():
 
 def test_parts_that_work_and_end_beside_each_other(real, tmp_path, monkeypatch):
     parts = []
-    for shard in ("0/2", "1/2"):
+    for shard in ("0/2", "1/2", "0/3"):
         args = infer_svd.parse_args(list(map(str, [*command(real, tmp_path / "clips"), "--shard", shard])))
         model = infer_svd.add_adapters(infer_svd.find_model(args.model_dir, args), args)
         settings = infer_svd.resolve(args, model.base, model.settings)
         images, _ = infer_svd.list_images(args)
         parts.append((infer_svd.ClipSet(settings, model, tmp_path / "clips", images), settings))
-    (busy, busy_settings), (planning, settings) = parts
+    (busy, busy_settings), (planning, settings), (odd, odd_settings) = parts
     walk, wanted = os.walk, len(busy.todo)
 
     def slow_walk(folder):
@@ -117,12 +117,17 @@ def test_parts_that_work_and_end_beside_each_other(real, tmp_path, monkeypatch):
             busy.save(busy.todo.pop(), busy_settings, moving_square(1)[0], moving_square(8))
 
     with busy.locked(busy_settings):
+        with pytest.raises(common.UserError, match="another infer_svd.py"), odd.locked(odd_settings):
+            pass
         monkeypatch.setattr(infer_svd.os, "walk", slow_walk)
         planning.plan(settings)  # which takes it for no stranger
         assert not busy.finish(busy_settings)
+    left = tmp_path / "clips" / ".metadata.jsonl.0.part"  # as a part leaves it that is killed while it ends
+    left.touch()
     assert len((tmp_path / "clips" / "metadata.jsonl").read_text().splitlines()) == 1 and planning.todo
     with planning.locked(settings):
         assert planning.finish(settings)  # the last: its clips have failed, and it judges what there is
+    assert not left.exists()
 
 
 def test_a_small_card_s_process_keeps_to_its_own_gpu(monkeypatch):

@@ -393,14 +393,31 @@ def test_validation_scores_held_out_episodes_and_changes_nothing(dataset, tmp_pa
     page = (tmp_path / "with" / "index.html").read_text()
     shown = json.loads(re.search(r'id="data">(.*?)</script>', page)[1])
     assert shown["lines"] == lines and [video["step"] for video in shown["videos"]] == ["000000", "000002", "000004"]
-    assert json.loads((tmp_path / "with" / "best" / "training_state.json").read_text())["step"] in (0, 2, 4)
+    output = tmp_path / "with"
+    best = json.loads((output / "best" / "training_state.json").read_text())["step"]
+    assert best in (0, 2, 4)
+    # as a kill leaves it within the last validation, within the change of best/, and while a checkpoint goes
+    whole = sorted(path.name for path in output.iterdir())
+    (output / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines if line != scored[-1]))
+    os.replace(output / "best", output / ".best.old")
+    (output / ".checkpoint-1.gone").mkdir()
+    (output / "validation" / "step-000004" / ".clip9.mp4.0.part").write_bytes(b"")
+    (output / "model_index.json").unlink()
+    run("train_svd.py", *train_arguments(dataset, output), "--max_train_steps", 4, "--use_ema", "--validation_dir",
+        held_out, "--validation_steps", 2, "--resume_from_checkpoint", "latest")  # fmt: skip
+    again = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    assert again[:-1] == [line for line in lines if line != scored[-1]] and again[-1] == pytest.approx(scored[-1])
+    assert json.loads((output / "best" / "training_state.json").read_text())["step"] == best
+    assert sorted(path.name for path in output.iterdir()) == whole
+    assert sorted((output / "validation").glob("*/*")) == videos
 
 
 def test_exclude_takes_names_patterns_and_lists_on_both_sides_and_names_what_matches_nothing(tmp_path, capsys):
     names = [f"{folder}/clip[{number}]" for folder in "ab" for number in range(3)]
     clips = [{"directory": name, "source": name} for name in names]
     (tmp_path / "list.txt").write_bytes(b"a/clip[0]\r\n\r\na/clip[9]\r\n")
-    patterns = [common.read_pattern(text) for text in ("b/*[[]1]", "b/clip[2]", "typo*", f"@{tmp_path}/list.txt")]
+    texts = ["b/*[[]1]", "b/clip[2]", "typo*", f"@{tmp_path}/list.txt"]
+    patterns = common.read_patterns(texts, "--exclude")
     args = argparse.Namespace(validation_dir=None, num_validation_videos=2, seed=0, exclude=patterns)
     sides = train_svd.split_clips(clips, args)
     everything = train_svd.split_clips(clips, argparse.Namespace(**{**vars(args), "exclude": []}))
@@ -451,6 +468,7 @@ def test_users_mistakes_are_refused_before_anything_is_loaded(dataset, trained, 
     assert "no folder of frames" in refused(data=tmp_path / "empty")
     assert "no clip is that long; the longest has 10" in refused("--num_frames", 11)
     assert "already holds a run" in refused(output=trained)
+    assert "is the dataset's folder" in refused(output=dataset)
     assert "no such model folder" in refused(model=tmp_path / "nothing")
     assert "--lr_warmup_steps" in refused("--lr_warmup_steps", -1)
     broken = tmp_path / "broken"
