@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 from conftest import SIZE, TINY, moving_square, run
 
-import prepare_dataset
 import svd_common as common
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
