@@ -1316,7 +1316,8 @@ def main(argv=None):
     busy = f"--output_dir {output}: another run is at work on it"
     with common.lock_shard(state, args.shard, busy):
         if not args.shard.name:  # alone here: what a killed run left half written goes
-            for left in [*output.glob(".metadata.jsonl.*.part"), *output.glob(".preview.jpg.*.part")]:
+            ours = output.glob(".metadata.jsonl.*.part"), output.glob(".preview.jpg.*.part"), state.glob(".*.part")
+            for left in itertools.chain(*ours):
                 left.unlink()
         read_lines(output)  # refused now, not after hours of work
         old = read_records(state)
