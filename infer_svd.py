@@ -620,7 +620,7 @@ def check_lerobot(folder, jobs, records, settings):
         if not is_line(job["task"]):
             raise UserError(f"--output_format lerobot: no line of text tells {job['path']}'s task; give --task TEXT")
         for field in ("camera", "robot_type"):
-            if job[field] and not re.fullmatch(r"\w[\w. -]*", str(job[field])):
+            if job[field] and not (isinstance(job[field], str) and re.fullmatch(r"\w[\w. -]*", job[field])):
                 raise UserError(f"{job['path']}: its {field} in metadata.jsonl is no name: {json.dumps(job[field])}")
     infos = [lerobot_info({**settings._asdict(), **job}) for job in jobs]
     infos += [lerobot_info(record) for record in records if record.get("output_format") == "lerobot"]

@@ -211,7 +211,7 @@ def test_result_is_a_stock_pipeline_folder_and_metrics_are_logged(trained):
 def test_loss_on_one_repeated_clip_falls_to_near_zero(tmp_path):
     """One clip, no dropout, a narrow band of noise levels: the trained layers must learn it by heart."""
     write_clip(tmp_path / "data" / "clip", moving_square(8))
-    run("train_svd.py", *train_arguments(tmp_path / "data", tmp_path / "out"), "--max_train_steps", 100,
+    run("train_svd.py", *train_arguments(tmp_path / "data", tmp_path / "out"), "--max_train_steps", 50,
         "--learning_rate", "2e-3", "--conditioning_dropout_prob", 0, "--P_mean", 1.5, "--P_std", 0.3,
         "--trainable", "all", "--logging_steps", 10)  # fmt: skip
     losses = [json.loads(line)["loss_v"] for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
