@@ -2,6 +2,7 @@
 
     python tests/tiny/make_tiny.py --stage vae         # the VAE learns to reproduce the frames
     python tests/tiny/make_tiny.py --stage clip        # the image encoder learns to see where cube and goal are
+    python tests/tiny/make_tiny.py --stage decoder     # the VAE's decoder alone, longer: latents stay what they were
     python tests/tiny/make_tiny.py --stage unet-init   # a random UNet and the rest of the folder
 
 Then `train_svd.py --trainable all` trains the UNet, as it trains any other. The classes, the file layout and the
@@ -20,6 +21,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
+import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -32,7 +34,7 @@ from diffusers import (
 from diffusers.pipelines.stable_video_diffusion.pipeline_stable_video_diffusion import _resize_with_antialiasing
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
 
-from svd_common import read_video
+from svd_common import list_clips, read_image, read_video
 
 COLORS = ["blue", "orange", "purple", "red", "yellow"]
 CLIP_MEAN, CLIP_STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
@@ -137,6 +139,53 @@ def train_vae(args):
     vae.half().save_pretrained(args.output_dir / "vae")
     psnr = reconstruction_psnr(vae.float(), watched, args.device)
     print(f"VAE: {psnr:.2f} dB on {len(watched)} held-out clips (fp16 weights), latent std {std:.3f}")
+
+
+# Its decoder alone, once more: whatever was trained on the latents stays valid
+
+
+def moving_weight(frames):
+    """(T, H, W, 3) uint8 -> (T, 1, H, W): 5 where the picture differs from the clip's median (arm, cube), else 1."""
+    moves = np.abs(frames.astype(np.int16) - np.median(frames, axis=0)).max(3) > 16
+    moves = np.stack([cv2.dilate(mask.astype(np.uint8), np.ones((3, 3), np.uint8)) for mask in moves])
+    return 1 + 4 * torch.from_numpy(moves).float()[:, None]
+
+
+def train_decoder(args):
+    """On the clips of a prepared dataset, small and moving things weighing more; every 40th clip is held out."""
+    frames = [clip["frames"] for clip in list_clips(args.dataset_dir) if len(clip["frames"]) >= 8]
+    clips = [np.stack([read_image(path) for path in paths]) for paths in frames]
+    watched, clips = [(frames, None, None) for frames in clips[::40]], [c for i, c in enumerate(clips) if i % 40]
+    vae = AutoencoderKLTemporalDecoder.from_pretrained(args.output_dir / "vae", torch_dtype=torch.float32)
+    vae.requires_grad_(False).decoder.requires_grad_(True)
+    average = {k: v.clone() for k, v in vae.decoder.state_dict().items()}
+    optimizer = torch.optim.AdamW(vae.decoder.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=0)
+    print(f"{len(clips)} clips; held-out {reconstruction_psnr(vae, watched, 'cpu'):.2f} dB before")
+    rng, steps, began = np.random.default_rng(args.seed), args.steps or 3000, time.time()
+    for step in range(steps):
+        set_learning_rate(optimizer, 1e-3, step, steps)
+        windows = [clips[i][:8] for i in rng.integers(len(clips), size=2)]
+        x, weight = to_pixels(np.concatenate(windows), "cpu"), torch.cat([moving_weight(w) for w in windows])
+        with torch.no_grad():
+            z = vae.encode(x).latent_dist.sample()
+        error = vae.decode(z, num_frames=8).sample - x
+        loss = (weight * (error.abs() + 2 * error.square())).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(vae.decoder.parameters(), 1.0)
+        optimizer.step()
+        with torch.no_grad():
+            for name, value in vae.decoder.state_dict().items():
+                average[name].lerp_(value, 0.01)
+        if step % 250 == 249:
+            psnr = reconstruction_psnr(vae, watched, "cpu")
+            print(
+                f"step {step + 1}  loss {loss.item():.4f}  held-out {psnr:.2f} dB  {time.time() - began:.0f} s",
+                flush=True,
+            )
+    vae.decoder.load_state_dict(average)
+    vae.half().save_pretrained(args.output_dir / "vae")
+    print(f"decoder: {reconstruction_psnr(vae.float(), watched, 'cpu'):.2f} dB on {len(watched)} held-out clips")
 
 
 # The image encoder: regression of what the simulator knows from the first frame
@@ -254,12 +303,15 @@ def init_unet(args):
 
 def build_parser():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--stage", choices=["vae", "clip", "unet-init"], required=True)
+    parser.add_argument("--stage", choices=["vae", "decoder", "clip", "unet-init"], required=True)
     parser.add_argument("--reach_dir", type=Path, default=ROOT / ".dev/tiny/reach", help="render.py --task reach")
     parser.add_argument("--push_dir", type=Path, default=ROOT / ".dev/tiny/push", help="render.py --task push --seed 1")
     parser.add_argument("--push_train", type=int, default=160, help="push episodes before this number are trained on")
+    parser.add_argument("--dataset_dir", type=Path, help="of the decoder's clips, by prepare_dataset.py")
     parser.add_argument("--output_dir", type=Path, default=ROOT / "tests/tiny_svd")
-    parser.add_argument("--steps", type=int, help="training steps (default: 1650 for vae, 1500 for clip)")
+    parser.add_argument(
+        "--steps", type=int, help="training steps (default: 1650 for vae, 3000 for decoder, 1500 for clip)"
+    )
     parser.add_argument("--unet_channels", type=int, nargs=3, default=(32, 64, 128), help="multiples of 32")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
@@ -271,7 +323,7 @@ def main(args):
     torch.manual_seed(args.seed)
     if args.threads:
         torch.set_num_threads(args.threads)
-    {"vae": train_vae, "clip": train_clip, "unet-init": init_unet}[args.stage](args)
+    {"vae": train_vae, "decoder": train_decoder, "clip": train_clip, "unet-init": init_unet}[args.stage](args)
 
 
 if __name__ == "__main__":

@@ -46,4 +46,13 @@ train --pretrained_model_name $OUT-unet-3 --dataset_dir $OUT-dataset-4 --output_
     --train_batch_size 8 --learning_rate 5e-4 --lr_scheduler cosine --lr_warmup_steps 100 --ema_decay 0.99 --P_mean 1.2
 train --pretrained_model_name $OUT-unet-4 --dataset_dir $OUT-dataset-4 --output_dir $OUT-unet-5 --max_train_steps 2400 \
     --train_batch_size 8 --learning_rate 6e-4 --lr_scheduler cosine --lr_warmup_steps 60 --ema_decay 0.99 --P_mean 1.2
-echo "$OUT-unet-5 is the checkpoint; tests/tiny_svd is a copy of its five parts and model_index.json, in fp16"
+
+# and more clips again; then the VAE's decoder alone, on the same
+$PYTHON tests/tiny/render.py --task deliver --episodes 600 --seed 34 --output_dir $OUT-4/deliver_more
+$PYTHON tests/tiny/render.py --task deliver --episodes 150 --seed 44 --cameras side --output_dir $OUT-4/deliver_side_more
+$PYTHON tests/tiny/render.py --task point --episodes 150 --seed 35 --output_dir $OUT-4/point_more
+$PYTHON prepare_dataset.py --video_dir $OUT-4 --output_dir $OUT-dataset-5
+train --pretrained_model_name $OUT-unet-5 --dataset_dir $OUT-dataset-5 --output_dir $OUT-unet-6 --max_train_steps 3000 \
+    --train_batch_size 8 --learning_rate 6e-4 --lr_scheduler cosine --lr_warmup_steps 60 --ema_decay 0.99 --P_mean 1.2
+$PYTHON tests/tiny/make_tiny.py --stage decoder --dataset_dir $OUT-dataset-5 --output_dir $OUT-unet-6
+echo "$OUT-unet-6 is the checkpoint; tests/tiny_svd is a copy of its five parts and model_index.json, in fp16"
