@@ -4,6 +4,8 @@ import http.server
 import io
 import json
 import shutil
+import subprocess
+import sys
 import threading
 
 import cv2
@@ -394,3 +396,19 @@ def test_frames_become_the_pipelines_pixels(tmp_path):
     assert frames.shape == (3, 64, 96, 3) and np.array_equal(frames, moving_square(3, 120, 64)[:, :, 12:108])
     pixels = VaeImageProcessor(do_resize=False).preprocess([Image.fromarray(frame) for frame in frames])
     assert common.to_pixels(frames).equal(pixels)
+
+
+def test_ctrl_c_while_the_scripts_import_is_one_line():
+    code = "import svd_common; raise KeyboardInterrupt"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode != 0 and done.stderr.strip() == "stopped; run the same command again to go on"
+
+
+def test_the_home_folder_is_found_where_the_shell_leaves_it(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    monkeypatch.setattr(sys, "argv", ["x", "--output_dir=~/out", "@~/list", "~/a", "--task", "a ~ b", "~nobody/x"])
+    with pytest.raises(SystemExit):
+        common.run_script(lambda: 0)
+    home = str(tmp_path)
+    assert sys.argv[1:] == [f"--output_dir={home}/out", f"@{home}/list", f"{home}/a", "--task", "a ~ b", "~nobody/x"]
