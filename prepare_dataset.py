@@ -127,9 +127,8 @@ def find_videos(args):
         raise common.UserError(f"--video_dir {args.video_dir}: no video in it{hint}")
     names = [(video.source, os.path.basename(video.source)) for video in videos] + [(name,) for name in unfinished]
     if unknown := common.names_of_nothing([*args.include, *args.exclude], names):
-        print(
-            f"warning: {len(unknown)} names of --include and --exclude are no video of {args.video_dir}: {unknown[0]}"
-        )
+        many = f"{len(unknown)} names of --include and --exclude"
+        print(f"warning: {many} are no video of {args.video_dir}: {unknown[0]}")
     chosen = [video for video in videos if is_wanted(video, args)]
     if not chosen:
         cameras = sorted({video.camera for video in videos if video.camera})

@@ -771,6 +771,11 @@ def fake_batch(args, count, unet_config, vae_config):
     return {name: torch.ones(shape) for name, shape in shapes.items()}
 
 
+def optimizer_bytes(args, count):
+    """AdamW: two fp32 numbers a parameter; in 8 bits two bytes, and two fp32 scales for every 256 parameters."""
+    return int(count * (8 if args.optimizer == "adamw" else 2 + 8 / 256))
+
+
 def forecast(args, folder, checkpointing, weight_dtype, count_flops=False):
     """Runs the real training step on fake tensors; nothing is loaded or computed.
 
@@ -795,8 +800,7 @@ def forecast(args, folder, checkpointing, weight_dtype, count_flops=False):
         vae.decoder = None
         trained = list(trained_parameters(unet).values())
         count = sum(p.numel() for p in trained)
-        # AdamW: two fp32 numbers a parameter; in 8 bits two bytes, and two fp32 scales for every 256 parameters
-        optimizer = int(count * (8 if args.optimizer == "adamw" else 2 + 8 / 256))
+        optimizer = optimizer_bytes(args, count)
         held = [torch.empty(optimizer, dtype=torch.uint8), *(torch.empty_like(p) for p in trained if args.use_ema)]
         batch = fake_batch(args, args.train_batch_size, unet.config, vae.config)
         for parameter in trained if freed_early else ():
@@ -935,8 +939,8 @@ def disk_space(args, folder, frames, plan):
 def warn_of_disk(state, base):
     """Says before the first step where the checkpoints that are still to come and the result will not fit."""
     args, count = state.args, sum(p.numel() for p in state.trained.values())
-    sizes = {"trainable_parameters": count, "optimizer_gib": count * (8 if args.optimizer == "adamw" else 2) / 2**30}
-    sizes = disk_space(args, base, 0, sizes)
+    plan = {"trainable_parameters": count, "optimizer_gib": optimizer_bytes(args, count) / 2**30}
+    sizes = disk_space(args, base, 0, plan)
     ahead = math.ceil((args.max_train_steps - state.steps) / args.checkpointing_steps)
     more = min(ahead, args.checkpoints_total_limit + 1 - len(checkpoints_of(args.output_dir)))
     needed, free = more * sizes["checkpoint_gib"] + sizes["output_gib"], shutil.disk_usage(args.output_dir).free / 2**30
