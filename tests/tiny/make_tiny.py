@@ -16,6 +16,7 @@ import json
 import math
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -78,6 +79,26 @@ def set_learning_rate(optimizer, peak, step, steps):
         group["lr"] = peak * min(1, (step + 1) / 100) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
 
 
+def fit(module, loss_of_batch, steps, score):
+    """Trains `module`, leaves it with the average of its weights; prints the loss and `score()`, dB, now and then."""
+    average, began = {k: v.clone() for k, v in module.state_dict().items()}, time.time()
+    optimizer = torch.optim.AdamW(module.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=0)
+    for step in range(steps):
+        set_learning_rate(optimizer, 1e-3, step, steps)
+        loss = loss_of_batch()
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+        optimizer.step()
+        with torch.no_grad():  # the average is short at first: it must forget the start
+            for name, value in module.state_dict().items():
+                average[name].lerp_(value, max(0.01, 1 / (step + 2)))
+        if step % 250 == 249:
+            seconds = time.time() - began
+            print(f"step {step + 1}  loss {loss.item():.4f}  held-out {score():.2f} dB  {seconds:.0f} s", flush=True)
+    module.load_state_dict(average)
+
+
 # The VAE: reconstruction of short clips, because its decoder is temporal
 
 
@@ -107,11 +128,9 @@ def train_vae(args):
         sample_size=96,
         force_upcast=True,
     ).to(args.device)
-    average = {k: v.clone() for k, v in vae.state_dict().items()}
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=0)
-    rng, steps, began = np.random.default_rng(args.seed), args.steps or 1650, time.time()
-    for step in range(steps):
-        set_learning_rate(optimizer, 1e-3, step, steps)
+    rng = np.random.default_rng(args.seed)
+
+    def loss_of_batch():
         windows = []
         for _ in range(2):
             frames = train[rng.integers(len(train))][0]
@@ -122,18 +141,9 @@ def train_vae(args):
         z = posterior.sample()
         y = vae.decode(z, num_frames=8).sample
         kl = posterior.kl().mean() / z[0].numel()
-        loss = F.l1_loss(y, x) + 2 * F.mse_loss(y, x) + 2e-5 * kl
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-        optimizer.step()
-        with torch.no_grad():  # the average is short at first: it must forget the random start
-            for name, value in vae.state_dict().items():
-                average[name].lerp_(value, max(0.01, 1 / (step + 2)))
-        if step % 250 == 249:
-            psnr = reconstruction_psnr(vae, watched, args.device)
-            print(f"step {step + 1}  loss {loss.item():.4f}  held-out {psnr:.2f} dB  {time.time() - began:.0f} s")
-    vae.load_state_dict(average)
+        return F.l1_loss(y, x) + 2 * F.mse_loss(y, x) + 2e-5 * kl
+
+    fit(vae, loss_of_batch, args.steps or 1650, partial(reconstruction_psnr, vae, watched, args.device))
     std = latent_std(vae, train[:: max(1, len(train) // 170)], args.device)
     vae.register_to_config(scaling_factor=round(1 / std, 5))
     vae.half().save_pretrained(args.output_dir / "vae")
@@ -157,35 +167,23 @@ def train_decoder(args):
     clips = [np.stack([read_image(path) for path in paths]) for paths in frames]
     watched, clips = [(frames, None, None) for frames in clips[::40]], [c for i, c in enumerate(clips) if i % 40]
     vae = AutoencoderKLTemporalDecoder.from_pretrained(args.output_dir / "vae", torch_dtype=torch.float32)
-    vae.requires_grad_(False).decoder.requires_grad_(True)
-    average = {k: v.clone() for k, v in vae.decoder.state_dict().items()}
-    optimizer = torch.optim.AdamW(vae.decoder.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=0)
-    print(f"{len(clips)} clips; held-out {reconstruction_psnr(vae, watched, 'cpu'):.2f} dB before")
-    rng, steps, began = np.random.default_rng(args.seed), args.steps or 3000, time.time()
-    for step in range(steps):
-        set_learning_rate(optimizer, 1e-3, step, steps)
+    vae.to(args.device).requires_grad_(False).decoder.requires_grad_(True)
+    rng, score = np.random.default_rng(args.seed), partial(reconstruction_psnr, vae, watched, args.device)
+    print(f"{len(clips)} clips; held-out {score():.2f} dB before")
+
+    def loss_of_batch():
         windows = [clips[i][:8] for i in rng.integers(len(clips), size=2)]
-        x, weight = to_pixels(np.concatenate(windows), "cpu"), torch.cat([moving_weight(w) for w in windows])
+        x = to_pixels(np.concatenate(windows), args.device)
+        weight = torch.cat([moving_weight(window) for window in windows]).to(args.device)
         with torch.no_grad():
             z = vae.encode(x).latent_dist.sample()
         error = vae.decode(z, num_frames=8).sample - x
-        loss = (weight * (error.abs() + 2 * error.square())).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(vae.decoder.parameters(), 1.0)
-        optimizer.step()
-        with torch.no_grad():
-            for name, value in vae.decoder.state_dict().items():
-                average[name].lerp_(value, 0.01)
-        if step % 250 == 249:
-            psnr = reconstruction_psnr(vae, watched, "cpu")
-            print(
-                f"step {step + 1}  loss {loss.item():.4f}  held-out {psnr:.2f} dB  {time.time() - began:.0f} s",
-                flush=True,
-            )
-    vae.decoder.load_state_dict(average)
+        return (weight * (error.abs() + 2 * error.square())).mean()
+
+    fit(vae.decoder, loss_of_batch, args.steps or 1500, score)
     vae.half().save_pretrained(args.output_dir / "vae")
-    print(f"decoder: {reconstruction_psnr(vae.float(), watched, 'cpu'):.2f} dB on {len(watched)} held-out clips")
+    vae.float()
+    print(f"decoder: {score():.2f} dB on {len(watched)} held-out clips (fp16 weights)")
 
 
 # The image encoder: regression of what the simulator knows from the first frame
@@ -309,9 +307,7 @@ def build_parser():
     parser.add_argument("--push_train", type=int, default=160, help="push episodes before this number are trained on")
     parser.add_argument("--dataset_dir", type=Path, help="of the decoder's clips, by prepare_dataset.py")
     parser.add_argument("--output_dir", type=Path, default=ROOT / "tests/tiny_svd")
-    parser.add_argument(
-        "--steps", type=int, help="training steps (default: 1650 for vae, 3000 for decoder, 1500 for clip)"
-    )
+    parser.add_argument("--steps", type=int, help="training steps (default: 1650 for vae, else 1500)")
     parser.add_argument("--unet_channels", type=int, nargs=3, default=(32, 64, 128), help="multiples of 32")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
