@@ -149,7 +149,8 @@ def main(args):
         print(f"\n--- {stage}: {took[stage]['wall_s']} s so far, {took[stage]['cpu_s']} s of CPU", flush=True)
 
     if not (args.model_dir / "model_index.json").exists():
-        subprocess.run([sys.executable, str(clips.ROOT / "tests" / "demo.py")], check=True)
+        cores = {**os.environ, "OMP_NUM_THREADS": str(os.cpu_count())}  # it runs alone; `learn` has set it to 1
+        subprocess.run([sys.executable, str(clips.ROOT / "tests" / "demo.py")], env=cores, check=True)
     done("fine-tuned")
 
     # Layouts: true clips, true paths, first frames
