@@ -291,16 +291,13 @@ def name_digest(name):
 def read_patterns(texts, flag):
     """The values of --include or --exclude: patterns as they are; for @FILE its lines, a frozenset of names.
 
-    Raises `UserError` that names the flag where such a file cannot be read.
+    Raises `UserError` where there is no such file, and as `read_text` does.
     """
 
     def read(text):
-        try:
-            with open(text[1:], "rb"):
-                return frozenset(read_text(Path(text[1:])).split("\n")) - {""}
-        except (OSError, UserError) as error:
-            why = getattr(error, "strerror", None) or error
-            raise UserError(f"{flag} {text}: {why}; give a text file of names, one a line") from None
+        if not (path := Path(text[1:])).exists():
+            raise UserError(f"{flag} {text}: no such file; give a text file of names, one a line")
+        return frozenset(read_text(path).split("\n")) - {""}
 
     return [read(text) if text.startswith("@") else text for text in texts]
 

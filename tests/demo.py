@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image
 
 TINY, DATA, DEMO = ROOT / "tests" / "tiny_svd", ROOT / "tests" / "data", ROOT / "demo"
-TRAINING = "--num_frames 8 --width 96 --height 64 --train_batch_size 4 --max_train_steps 600 --learning_rate 2e-3"
+TRAINING = "--num_frames 8 --width 96 --height 64 --train_batch_size 4 --max_train_steps 400 --learning_rate 2e-3"
 TRAINING += " --P_mean 1.5 --lr_scheduler cosine --lr_warmup_steps 30 --use_ema --ema_decay 0.98"
 TRAINING += " --checkpointing_steps 100 --gradient_checkpointing none"
 FPS = 4  # of the bundled clips
