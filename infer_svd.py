@@ -13,6 +13,7 @@ A recipe: parse, list the clips to make, load, run the stock diffusers pipeline 
 
 import argparse
 import contextlib
+import gc
 import glob
 import itertools
 import json
@@ -46,6 +47,7 @@ CARRIED = ("task", "camera", "robot_type")  # what a prepared LeRobot clip knows
 LOW_VRAM_CHUNK = 4  # frames decoded at once: needs as much memory as the UNet at 1024x576
 DAMAGED = "damaged, or not UTF-8; repair or delete it"
 IMAGE_SUFFIXES = (*common.IMAGE_SUFFIXES, ".tif", ".tiff")
+Image.MAX_IMAGE_PIXELS = None  # a panorama is no attack
 
 # The command line, resolved: no size and no conditioning is None any more. It never changes: a smaller memory mode is
 # another one (`smaller_memory`), with the reason as its `fallback`.
@@ -244,7 +246,7 @@ def list_images(args):
         try:
             height, width = common.read_image(path).shape[:2]
             images.append({"image": name, "path": path, "sha256": common.file_digest(path), "size": (width, height)})
-            images[-1] |= {field: known.get(name, {}).get(field) for field in CARRIED}
+            images[-1] |= {field: known.get(common.same_name(name), {}).get(field) for field in CARRIED}
         except UserError as error:
             failed.append(str(error))
     if not images:
@@ -346,9 +348,10 @@ class ClipSet:
             job["name"] = f"videos/{job['camera'] or CAMERA}/{place}.mp4"
             job["target"] = self.folder / job["name"]
 
-    def plan(self, settings):
-        """Reads what is there, and sets `todo`; changes nothing. Raises `UserError` where it is not ours to go on."""
-        path, self.listed, self.todo, self.dropped = self.folder / "metadata.jsonl", {}, [], []
+    def read_records(self):
+        """Reads the records of all clips into `records`, and metadata.jsonl into `listed`; returns the names of those
+        of `jobs` that are there."""
+        path, self.listed = self.folder / "metadata.jsonl", {}
         for where, record in [] if self.single else common.read_lines(path, DAMAGED):
             self.listed[record_name(where, record)] = record
             if "generated" not in record:
@@ -363,6 +366,10 @@ class ClipSet:
             name = path.relative_to(self.hidden).as_posix().removesuffix(".json")
             record_name(path, record := common.read_json(path, "repair or delete it"))
             self.records[name] = {**self.listed.get(name, {}), **record}
+        return there
+
+    def refuse_others(self, settings):
+        """Raises `UserError` where the folder holds what is of another set, or of something else than a set."""
         if self.lerobot:
             check_lerobot(self.folder, self.jobs, self.records.values(), settings)
         ours = ["metrics.jsonl", "model_index.json"] + ["meta", "data"] * self.lerobot  # the first: of a training run
@@ -374,6 +381,11 @@ class ClipSet:
             if record.get("output_format", settings.output_format) != settings.output_format:
                 what = f"a set of {record['output_format']}, not of {settings.output_format}"
                 raise UserError(f"{self.folder}: {what}; give another --output_video")
+
+    def plan(self, settings):
+        """Reads what is there, and sets `todo`; changes nothing. Raises `UserError` where it is not ours to go on."""
+        self.todo, self.dropped, there = [], [], self.read_records()
+        self.refuse_others(settings)
         for job in self.jobs:
             target, record = job["target"], self.records.get(job["name"])
             if len(os.fsencode(target.name)) > 220:  # 255 with what is added while it is written
@@ -435,7 +447,7 @@ class ClipSet:
         """Removes what killed processes left half written; called where no other process is at work on the set."""
         for folder in self.hidden.glob(".making-*"):
             shutil.rmtree(folder)
-        ours = [".metadata.jsonl.*.part", ".index.html.*.part"]
+        ours = [".metadata.jsonl.*.part", ".index.html.*.part"] * (not self.single)
         ours += ["meta/**/.*.part", "data/**/.*.part"] * self.lerobot
         for left in [*itertools.chain(*map(self.folder.glob, ours)), *self.hidden.rglob(".*.part")]:
             left.unlink()
@@ -1000,15 +1012,16 @@ def make_all(sets, settings, failed):
     todo, device = sum(len(clips.todo) for clips in sets), "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and "LOCAL_RANK" in os.environ:  # a launcher starts a process for each GPU
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
-    where = "the GPU in fp16" if device == "cuda" else "the CPU in fp32 (no CUDA GPU found)"
-    if not torch.version.cuda:
-        where = "the CPU in fp32 (this torch is built for CPUs; pytorch.org has it for CUDA)"
+    why = "no CUDA GPU found" if torch.version.cuda else "this torch is built for CPUs; pytorch.org has it for CUDA"
+    where = "the GPU in fp16" if device == "cuda" else f"the CPU in fp32 ({why})"
     print(f"{settings.model_dir} on {where}" + ("" if sets[0].single else f", {todo} clips to make"))
     if device == "cuda" and todo:
         settings = fit_memory(settings, sets[0].model.base)
     steps = todo * settings.num_inference_steps * settings.num_segments
     with tqdm(total=steps, desc="generating", unit="step") as progress:
         for clips in sets:
+            gc.collect()
+            torch.cuda.empty_cache()  # the model before has cycles, by which it would stay beside this one
             if clips.todo:
                 settings = make_clips(clips, settings, device, progress, failed)
 
@@ -1020,27 +1033,32 @@ def find_model(name, args):
     return Model(name, *common.resolve_checkpoint(name, args.base_model))
 
 
+def read_lora(folder):
+    """(adapter_config.json, the header of its weights) of a plain LoRA; raises `UserError` for any other folder."""
+    config, file = folder / "adapter_config.json", folder / "adapter_model.safetensors"
+    if not config.is_file():
+        raise UserError(f"--lora {folder}: no {config.name} in it; give OUTPUT_DIR/lora of a training run")
+    config, tensors = common.read_json(config), common.safetensors_header(file)
+    special = [n for n in ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save") if config.get(n)]
+    special += [f"peft_type {config.get('peft_type')}"] * (config.get("peft_type") != "LORA")
+    special += [f"bias {config.get('bias')}"] * (config.get("bias", "none") != "none")
+    numbers = (config.get(name) for name in ("r", "lora_alpha"))
+    special += ["no r and lora_alpha"] * (not all(isinstance(n, (int, float)) and n > 0 for n in numbers))
+    if special:
+        raise UserError(f"--lora {folder}: not a plain LoRA ({', '.join(special)}); peft itself can merge it")
+    return config, tensors
+
+
 def add_adapters(model, args):
     """The model with the LoRAs of --lora, and where it was not trained here, with what the first was trained with.
 
     Raises `UserError` for a folder that holds none, and for a LoRA that is not for this model, by the shapes alone.
     """
-    shapes, settings = {}, model.settings
+    shapes, settings, adapters = {}, model.settings, []
     for file in common.weight_files(model.base, "unet") if args.lora and not args.dry_run else ():
         shapes |= {name: tensor["shape"] for name, tensor in common.safetensors_header(file).items()}
-    adapters = []
     for folder in map(Path, args.lora):
-        config, file = folder / "adapter_config.json", folder / "adapter_model.safetensors"
-        if not config.is_file():
-            raise UserError(f"--lora {folder}: no {config.name} in it; give OUTPUT_DIR/lora of a training run")
-        config, tensors = common.read_json(config), common.safetensors_header(file)
-        special = [n for n in ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save") if config.get(n)]
-        special += [f"peft_type {config.get('peft_type')}"] * (config.get("peft_type") != "LORA")
-        special += [f"bias {config.get('bias')}"] * (config.get("bias", "none") != "none")
-        numbers = (config.get(name) for name in ("r", "lora_alpha"))
-        special += ["no r and lora_alpha"] * (not all(isinstance(n, (int, float)) and n > 0 for n in numbers))
-        if special:
-            raise UserError(f"--lora {folder}: not a plain LoRA ({', '.join(special)}); peft itself can merge it")
+        config, tensors = read_lora(folder)
         layers = sorted({name.rsplit(".lora_", 1)[0] for name in tensors})
         for layer in layers or [""]:
             down, up = (tensors.get(f"{layer}.lora_{side}.weight", {}).get("shape", []) for side in "AB")
@@ -1049,10 +1067,10 @@ def add_adapters(model, args):
             name = layer.removeprefix("base_model.model.") + ".weight"
             if shapes and shapes.get(name) != [up[0], down[1]]:
                 raise UserError(f"--lora {folder}: for another model: {model.base} has no {name} of its size")
-        adapters.append((file, args.lora_scale * common.lora_scale(config)))
+        adapters.append((folder / "adapter_model.safetensors", args.lora_scale * common.lora_scale(config)))
         if (folder / common.SETTINGS).is_file():
             found = common.read_settings(folder / common.SETTINGS, "delete it, or copy the folder again")
-            if found == model.settings:
+            if {**found, "step": None} == {**model.settings, "step": None}:  # a result's or a checkpoint's
                 raise UserError(f"--lora {folder} is merged into --model_dir {model.name} already; leave it out")
             settings = settings or found
     return model._replace(adapters=adapters, settings=settings)

@@ -90,7 +90,7 @@ def directory_name(source):
     """A folder name that depends on the source's path alone: stable, readable, unique, and safe on every system.
 
     `a/x.mp4` -> `a__x`, `a/x.avi` -> `a__x.avi`. A name that had to change, or that another could hit (also on a disk
-    that ignores case), carries `+` and eight digits of a hash; no plain name has a `+`.
+    that ignores case, or as a device of Windows), carries `+` and eight digits of a hash; no plain name has a `+`.
     """
     stem, suffix = os.path.splitext(source)
     short = stem if suffix == ".mp4" and "." not in os.path.basename(stem) else source
@@ -99,7 +99,7 @@ def directory_name(source):
     plain = name == short.replace("/", "__") and name == name.casefold() and len(name.encode()) <= 120
     if any("__" in part or part[0] == "_" or part[-1] == "_" for part in parts):
         plain = False
-    if re.match(r"(con|prn|aux|nul|com\d|lpt\d)(\.|$)", name, re.IGNORECASE):  # devices of Windows
+    if re.match(r"(con|prn|aux|nul|com\d|lpt\d)(\.|$)", name, re.IGNORECASE) or name in common.SYSTEM_FOLDERS:
         name, plain = "_" + name, False
     return name if plain else f"{name.encode()[:100].decode(errors='ignore')}+{common.name_digest(source)}"
 
@@ -184,6 +184,7 @@ def find_twins(videos):
 
 
 EPISODE_FIELDS = "chunk_index", "file_index", "from_timestamp", "to_timestamp"
+EPISODE_COLUMNS = rf"videos/[^/]+/({'|'.join(EPISODE_FIELDS)})|episode_index|length|tasks"  # statistics would be large
 
 
 @functools.cache
@@ -196,22 +197,18 @@ def read_episodes(root):
     except ImportError:
         raise common.UserError(why + "pip install pyarrow, which reads where they begin") from None
 
-    def read_table(path):
-        fields = rf"videos/[^/]+/({'|'.join(EPISODE_FIELDS)})|episode_index|length|tasks"  # statistics would be large
-        columns = [name for name in parquet.read_schema(path).names if re.fullmatch(fields, name)]
-        return parquet.read_table(path, columns=columns).to_pylist()
-
     tables = sorted(Path(root, "meta", "episodes").rglob("[!.]*.parquet"))
     if not tables:
         raise common.UserError(why + "Where they begin stands in meta/episodes/*/*.parquet, which is missing")
     episodes, tasks = {}, {}
     for table in tables:
         try:
-            for row in read_table(table):
+            columns = [name for name in parquet.read_schema(table).names if re.fullmatch(EPISODE_COLUMNS, name)]
+            for row in parquet.read_table(table, columns=columns).to_pylist():
                 tasks[int(row["episode_index"])] = row.get("tasks")
                 for camera in {name.split("/")[1] for name in row if name.startswith("videos/")}:
                     chunk, file, start, end = (row[f"videos/{camera}/{field}"] for field in EPISODE_FIELDS)
-                    if chunk is not None:  # an episode may lack a camera
+                    if None not in (chunk, file, start, end):  # an episode may lack a camera
                         episode = start, end, int(row["episode_index"]), row.get("length")
                         episodes.setdefault((camera, int(chunk), int(file)), []).append(episode)
         except (OSError, ValueError, KeyError, TypeError) as error:  # pyarrow's own are among these
@@ -284,7 +281,11 @@ def start_ffmpeg(video, decoder_options, output_options):
     command = [imageio_ffmpeg.get_ffmpeg_exe(), "-nostdin", "-hide_banner", "-nostats", "-v", "level+info"]
     demuxer = ["-f", "mjpeg"] * (os.path.splitext(video.path)[1].lower() in (".mjpeg", ".mjpg"))  # or it is a still
     command += [*demuxer, *decoder_options, "-protocol_whitelist", "fd", "-i", "fd:", "-map", "0:V:0", *output_options]
-    with open(video.path, "rb") as file:  # a session of its own: Ctrl-C must not end its video early
+    try:
+        file = open(video.path, "rb")
+    except OSError as error:  # gone since it was found
+        raise Failure(f"cannot be read: {error.strerror}") from None
+    with file:  # a session of its own: Ctrl-C must not end its video early
         options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "bufsize": 0, "start_new_session": True}
         return subprocess.Popen(command, stdin=file, **options)
 
@@ -475,7 +476,7 @@ def container_end(path):
     Beyond the file's end: the file was cut. Before it: what follows belongs to nothing, or is another file.
     """
     end, size = 0, os.path.getsize(path)
-    with open(path, "rb") as file:
+    with contextlib.suppress(OSError), open(path, "rb") as file:  # a bad disk: the decoder says what is missing
         _, wmv, properties = file.read(4096).partition(ASF_FILE_PROPERTIES)
         if wmv:
             return int.from_bytes(properties[24:32], "little")
@@ -741,7 +742,7 @@ def place_episodes(video, probe):
     for start, end, episode, frames in video.episodes:
         at = stop if counted else bisect.bisect_left(times, start - half_gap)
         stop = at + frames if frames else bisect.bisect_left(times, end - half_gap)
-        if counted and abs(times[at] - start) > 0.2 + 0.01 * start:
+        if counted and at < len(times) and abs(times[at] - start) > 0.2 + 0.01 * start:
             raise Failure(f"meta/episodes: episode {episode} begins at {start:.1f} s, the frames say {times[at]:.1f} s")
         if at < len(times):
             places.append((times[at] - half_gap, times[stop] - half_gap if stop < len(times) else math.inf, episode))
@@ -819,14 +820,11 @@ class Run:
         self.waiting, self.expected, self.begun = len(videos), 0, 0
         self.stop, self.lock = threading.Event(), threading.Lock()
 
-    def expect(self, frames=None):
-        """One of the waiting videos has begun with so many frames, or, without a number, is done already."""
+    def expect(self, frames):
+        """A video that has begun has so many frames; each that waits counts as the mean of these in the bar's total."""
         with self.lock:
-            self.waiting -= 1
-            if frames is not None:
-                self.begun, self.expected = self.begun + 1, self.expected + frames
-            # the bar's total: what is known, and the mean for those that wait
-            self.bar.total = self.expected + round(self.waiting * self.expected / max(1, self.begun))
+            self.begun, self.expected = self.begun + 1, self.expected + frames
+            self.bar.total = self.expected + round(self.waiting * self.expected / self.begun)
 
 
 def average_fps(times, *claims):
@@ -946,7 +944,6 @@ def prepare_video(video, run, old):
         if changed and not args.overwrite:
             raise Failure("changed since it was prepared, the dataset holds what it was: --overwrite makes it again")
         if not changed and old["options"] == clip_options(args) and is_complete(old, run.output):
-            run.expect()
             return old
         for clip in old["clips"]:
             refuse_others(run.output / clip["directory"])
@@ -1033,7 +1030,7 @@ def read_records(state):
     """What was finished so far: `{source: record}` of .prepare/*.json; a damaged one is passed over."""
     records, defaults = {}, {name: build_parser().get_default(name) for name in CLIP_OPTIONS}
     for path in state.glob("*.json"):
-        with contextlib.suppress(ValueError, TypeError, KeyError, FileNotFoundError):
+        with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError, FileNotFoundError):
             found = json.loads(path.read_text(encoding="utf-8"))
             record = {key: found[key] for key in RECORD}
             record["options"] = {**defaults, **record["options"]}  # an older version had fewer
@@ -1043,9 +1040,21 @@ def read_records(state):
 
 
 def is_complete(record, output):
-    """Whether every folder that the record promises is there with all its frames."""
-    folders = [(output / clip["directory"], clip["num_frames"]) for clip in record["clips"]]
-    return all(folder.is_dir() and len(common.list_frames(folder)) == count for folder, count in folders)
+    """Whether every folder that the record promises is there with all its frames, none empty, as a power cut leaves it.
+
+    Raises `Failure` for a folder that holds images of others.
+    """
+    for clip in record["clips"]:
+        folder, count = output / clip["directory"], clip["num_frames"]
+        try:
+            frames = common.list_frames(folder) if folder.is_dir() else []
+        except common.UserError as error:
+            raise Failure(str(error)) from None
+        if len(frames) > count:
+            raise Failure(f"{folder} holds more images than the {count} of the clip: move away {frames[-1].name}")
+        if len(frames) < count or not all(frame.stat().st_size for frame in frames):
+            return False
+    return True
 
 
 def refuse_others(folder):
@@ -1069,12 +1078,12 @@ def publish(video, record, old, run):
     After a kill at any point the next run finds a record whose folders are not all there, and does that video again.
     """
     owned = {clip["directory"] for clip in (old or {}).get("clips", [])}
+    for clip in record["clips"]:
+        if clip["directory"] not in owned and os.path.lexists(run.output / clip["directory"]):
+            raise Failure(f"{run.output / clip['directory']} exists and is not of this program: move it away")
     for directory in owned:
         if (run.output / directory).exists():
             os.replace(run.output / directory, run.work / video.directory / f"{directory}.old")
-    for clip in record["clips"]:
-        if os.path.lexists(run.output / clip["directory"]):
-            raise Failure(f"{run.output / clip['directory']} exists and is not of this program: move it away")
     common.write_file(run.state / f"{video.directory}.json", dump_line(record))
     for clip in record["clips"]:
         os.replace(run.work / video.directory / clip["directory"], run.output / clip["directory"])
@@ -1083,13 +1092,13 @@ def publish(video, record, old, run):
             file.write("".join(map(dump_line, record["clips"])))
 
 
-def read_lines(output):
-    """metadata.jsonl as it is: `{directory: line}`, and the lines of other kinds.
+def read_lines(output, name="metadata.jsonl"):
+    """A file of clips as it is: `{directory: line}`, and the lines of other kinds.
 
     Raises `UserError` for a line that is no JSON object, but for a last one that a killed run has not written whole.
     """
     lines, others = {}, []
-    for _, line in common.read_lines(output / "metadata.jsonl", "not a JSON object; repair or delete it", cut_off=True):
+    for _, line in common.read_lines(output / name, "not a JSON object; repair or delete it", cut_off=True):
         if isinstance(directory := line.get("directory"), str):
             lines[directory] = {**lines.get(directory, {}), **line}
         else:
@@ -1097,15 +1106,29 @@ def read_lines(output):
     return lines, others
 
 
+def by_name(directory):
+    return common.natural_key(directory), directory
+
+
 def write_metadata(output):
-    """metadata.jsonl from all records, in name order; lines and fields that somebody else wrote stay. Returns them."""
+    """metadata.jsonl from all records, in name order. Returns the records.
+
+    Lines and fields that somebody else wrote stay, and so do changes of ours: a value that is not what was written here
+    last, as `.prepare/written.jsonl` knows, until its clip is made again and it has another one.
+    """
     path, records, (lines, others) = output / "metadata.jsonl", read_records(output / ".prepare"), read_lines(output)
+    written, _ = read_lines(output / ".prepare", "written.jsonl")
     clips = {clip["directory"]: clip for record in records.values() for clip in record["clips"]}
-    lines = {d: line for d, line in lines.items() if d in clips or line.get("source") not in records}
-    merged = [{**lines.get(d, {}), **clips.get(d, {})} for d in sorted({*lines, *clips}, key=common.natural_key)]
+    merged = []
+    for directory in sorted({*lines, *clips}, key=by_name):
+        line, clip, before = (found.get(directory, {}) for found in (lines, clips, written))
+        if clip or str(line.get("source")) not in records:
+            ours = {key: value for key, value in clip.items() if key not in line or before.get(key) != value}
+            merged.append({**line, **ours})
     text = "".join(map(dump_line, [*merged, *others]))
-    if merged and not (path.exists() and path.read_bytes() == text.encode()):
+    if text.encode() != (path.read_bytes() if path.exists() else b""):
         common.write_file(path, text)
+    common.write_file(output / ".prepare" / "written.jsonl", "".join(map(dump_line, clips.values())))
     return records
 
 
@@ -1126,8 +1149,11 @@ def write_preview(output, clips):
     draw = ImageDraw.Draw(sheet)
 
     def thumbnails(clip):
-        paths = common.list_frames(output / clip["directory"])
-        frames = [common.read_frame(paths[place * (len(paths) - 1) // 3]) for place in range(4 if paths else 0)]
+        try:
+            paths = common.list_frames(output / clip["directory"])
+            frames = [common.read_frame(paths[place * (len(paths) - 1) // 3]) for place in range(4 if paths else 0)]
+        except (OSError, common.UserError):  # deleted since, or not only ours any more: no reason to end here
+            return []
         small = [Image.fromarray(frame[:: max(1, len(frame) // 160), :: max(1, len(frame) // 160)]) for frame in frames]
         return [ImageOps.pad(image, (wide - 2, high - 2), color="white", centering=(0, 0)) for image in small]
 
@@ -1274,6 +1300,8 @@ def run_all(videos, records, args, heard):
     run.work.mkdir()
 
     def one(video):
+        with run.lock:
+            run.waiting -= 1
         try:
             return prepare_video(video, run, records.get(video.source))
         finally:
@@ -1318,6 +1346,8 @@ def main(argv=None):
             ours = output.glob(".metadata.jsonl.*.part"), output.glob(".preview.jpg.*.part"), state.glob(".*.part")
             for left in itertools.chain(*ours):
                 left.unlink()
+            for left in state.glob("work*"):
+                shutil.rmtree(left)
         read_lines(output)  # refused now, not after hours of work
         old = read_records(state)
         other = next((r["options"] for r in old.values() if r["options"] != clip_options(args)), None)
@@ -1330,15 +1360,12 @@ def main(argv=None):
             write_metadata(output)  # what will be added must not follow half a line of a killed run
         with hear_opencv() as heard:
             failures = run_all(videos, dict(old), args, heard)
-        records = write_metadata(output)
-        while True:  # another shard may have finished meanwhile: the last one writes all
+        records = None
+        while records != (records := write_metadata(output)):  # another part may have ended: the last one writes all
             clips = [clip for record in records.values() for clip in record["clips"]]
-            clips.sort(key=lambda clip: common.natural_key(clip["directory"]))
+            clips.sort(key=lambda clip: by_name(clip["directory"]))
             if clips and (records != old or not (output / "preview.jpg").exists()):
                 write_preview(output, clips)
-            old, records = records, write_metadata(output)
-            if records == old:
-                break
     chosen = [records[video.source] for video in videos if video.source in records]
     gone = [source for source in records if not os.path.lexists(os.path.join(args.video_dir, source))]
     return 0 if summarize(chosen, failures, unfinished, twins, gone) else 1

@@ -15,13 +15,15 @@ import os
 import re
 import shutil
 import sys
+import unicodedata
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 # Read once, when cv2, torch and transformers are imported; what the user has set stays.
 os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # no decoder chatter
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin while they wait: 10 times slower on a busy CPU
-os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # fewer fragments: 14.5 GiB, not 14.9
+if "PYTORCH_ALLOC_CONF" not in os.environ:  # its new name
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # fewer fragments: 14.5 GiB, not 14.9
 os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")  # else: "should be kept in float32: []", several times a clip
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # else: torchvision is missing, which SVD does not use
 
@@ -44,6 +46,9 @@ except ImportError as error:  # most often libGL, which a server without a scree
         " pip install opencv-python-headless; where it is missing: pip install -r requirements.txt"
     )
 import numpy as np
+
+if not hasattr(cv2, "IMWRITE_PNG_ZLIBBUFFER_SIZE"):
+    sys.exit(f"error: OpenCV {cv2.__version__} is older than 4.13: pip install -U opencv-python (of its packages, one)")
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 PNG_OPTIONS = [cv2.IMWRITE_PNG_COMPRESSION, 1, cv2.IMWRITE_PNG_STRATEGY, cv2.IMWRITE_PNG_STRATEGY_RLE]
@@ -93,9 +98,10 @@ def sort_frames(names, folder):
 
     Frames of one clip have the same name but for the case, the suffix and one running number, as in `00000.png`,
     `img (1).jpg`, `2024-05-01_cam2_0001.png`. Of several numbers the one that runs has another value in every frame;
-    where more than one has, the evenest; `1305031102.175.png` counts as one number too. Its step may be any: a gap is
-    a step of more than one and a half times the usual one. Raises `UserError` where the frames would be wrong: one
-    number twice, names without a number, a second kind of name (masks, thumbnails, another series).
+    where more than one has, the evenest; `1305031102.175.png` counts as one number too, and so does a ROS stamp,
+    `1305031102_175304000.png`. Its step may be any: a gap is a step of more than one and a half times the usual one.
+    Raises `UserError` where the frames would be wrong: one number twice, names without a number, a second kind of name
+    (masks, thumbnails, another series), a number that runs, unevenly, against the order of the names.
     """
     if len(names) < 2:
         return list(names), None
@@ -110,7 +116,8 @@ def sort_frames(names, folder):
             " what is no frame of it (a mask, a thumbnail, another series) into a folder of its own"
         )
     columns = [[int(text) for text in column] for column in zip(*(re.findall(r"\d+", name) for name in names))]
-    decimals = (re.findall(r"(?<!\d)(?=(\d+\.\d+))", name) for name in names)
+    stamps = [re.sub(r"(\d)[_-](\d{9})(?!\d)", r"\1.\2", name) for name in names]  # seconds and nanoseconds
+    decimals = (re.findall(r"(?<!\d)(?=(\d+\.\d+))", name) for name in stamps)
     columns += [[float(text) for text in column] for column in zip(*decimals)]
     orders = []  # (unevenness, names in order, place of the widest step)
     for column in columns:
@@ -125,6 +132,13 @@ def sort_frames(names, folder):
                 raise UserError(f"{folder}: {name} and {other} are the same frame; move one of each pair away")
         raise UserError(f"{folder}: {name} to {other} are several series; give each a folder of its own")
     unevenness, ordered, place = min(orders, key=lambda order: order[0])
+
+    def by_name(number):
+        return sorted(names, key=lambda name: [float(text) for text in re.findall(number, name)])
+
+    if unevenness > 1 and list(ordered) not in (by_name(r"\d+"), by_name(r"\d+(?:\.\d+)?")):
+        first, second = sorted(ordered[:2])
+        raise UserError(f"{folder}: which number of {first} and {second} runs cannot be told; rename them to have one")
     return list(ordered), ordered[place : place + 2] if unevenness > 1.5 else None
 
 
@@ -247,7 +261,7 @@ def lock_file(path, busy, shared=False):
     Raises `UserError(busy)` where another process holds it, and waits where `busy` is None; `shared` locks bear each
     other.
     """
-    with open(path, "a") as file:
+    with open(path, "a+") as file:  # NFS gives a shared lock only to who may read
         with contextlib.suppress(ImportError):  # no such locks on Windows
             import fcntl
 
@@ -281,6 +295,11 @@ def parse_shard(text, what="--shard"):
     if not (part.isdecimal() and parts.isdecimal() and int(part) <= int(parts) > 0):
         raise UserError(f"{what} must be I/N with I at most N, as in 0/4, got {text}")
     return Shard(int(part) % int(parts), int(parts))
+
+
+def short_name(name):
+    """A name that a file can have, with a suffix and what is added while it is written; 255 bytes are the most."""
+    return name if len(os.fsencode(name)) <= 200 else f"{name[:60]}+{name_digest(name)}"
 
 
 def name_digest(name):
@@ -430,7 +449,7 @@ def read_lines(path, damaged, cut_off=False):
     """The objects of a JSON Lines file, none where there is no file: yields (`FILE line N`, dict).
 
     Raises `UserError` for a line that is no JSON object, what it is says `damaged`, and as `read_text` does. With
-    `cut_off` the last line may be broken off, where it does not end in a newline.
+    `cut_off` the last line may be broken off, where it ends in neither a brace nor a newline.
     """
     lines = read_text(path).split("\n")
     for number, line in enumerate(lines, 1):
@@ -439,14 +458,14 @@ def read_lines(path, damaged, cut_off=False):
         try:
             found = parse_object(line, f"{path} line {number}: {damaged}")
         except UserError:
-            if cut_off and number == len(lines):
+            if cut_off and number == len(lines) and not line.rstrip().endswith("}"):
                 return
             raise
         yield f"{path} line {number}", found
 
 
 def read_metadata(dataset_dir):
-    """`metadata.jsonl` of a prepared dataset as `{directory: record}`; empty where there is none (plain folders).
+    """`metadata.jsonl` of a prepared dataset as `{directory, by same_name: record}`; empty where there is none.
 
     Lines without `directory` (sets of mp4) are passed over, and so are fields that are null. Raises `UserError` that
     names file, line and field for no sensible value, and as `read_lines` does.
@@ -468,8 +487,13 @@ def read_metadata(dataset_dir):
         directory = record["directory"]
         if "\\" in directory and not (root / directory).is_dir():  # written on Windows
             directory = directory.replace("\\", "/")
-        records[PurePosixPath(directory).as_posix()] = record
+        records[same_name(PurePosixPath(directory).as_posix())] = record
     return records
+
+
+def same_name(name):
+    """A name as all systems write it: macOS takes letters with accents apart, here they are one character."""
+    return unicodedata.normalize("NFC", name)
 
 
 SYSTEM_FOLDERS = frozenset(  # deleted files, thumbnails and snapshots of Windows, macOS and network storage
@@ -537,8 +561,8 @@ def list_clips(dataset_dir):
         if gap:
             warnings.append(f"{root / directory}: {gap[1]} follows {gap[0]}; the clip jumps where frames are missing")
         if names:
-            frames = [root / directory / name for name in names]
-            clips.append({**metadata.get(directory, {}), "directory": directory, "frames": frames, "root": root})
+            known, frames = metadata.get(same_name(directory), {}), [root / directory / name for name in names]
+            clips.append({**known, "directory": directory, "frames": frames, "root": root})
     if wrong:
         raise UserError(wrong[0] + (f" (and {len(wrong) - 1} more such folders)" if len(wrong) > 1 else ""))
     warnings[5:] = [f"and {len(warnings) - 5} more like these"] if len(warnings) > 5 else []
@@ -1076,7 +1100,7 @@ def read_settings(path, cure):
     settings = read_json(path, cure)
     if path.name == CHECKPOINT_STATE:  # what is needed to find its base must be there
         found, needed = settings.get("settings"), ("pretrained_model_name", "base_fingerprint", "use_ema")
-        settings = {**dict.fromkeys(needed), **(found if isinstance(found, dict) else {})}
+        settings = {"step": settings.get("step"), **dict.fromkeys(needed), **(found if isinstance(found, dict) else {})}
     for field in settings.keys() & SETTINGS_EXAMPLE:
         if kind(settings[field]) != kind(SETTINGS_EXAMPLE[field]):
             value = json.dumps(settings[field])[:60]

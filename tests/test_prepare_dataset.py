@@ -149,6 +149,54 @@ def test_what_others_wrote_into_the_dataset_stays(tmp_path):
     assert "is not of this program" in prepare(*flags, status=1)[0] and clip.read_text() == "mine"
 
 
+def test_changes_of_our_lines_stay_until_the_clip_is_made_again(tmp_path):
+    for name in "xy":
+        make(tmp_path / f"videos/{name}.mp4", "-frames:v", "3")
+    metadata = tmp_path / "out/metadata.jsonl"
+    x, y = prepare(tmp_path / "videos", tmp_path / "out")[1].values()
+    changed = {**x, "fps": 30, "task": "push"}
+    metadata.write_text(f"{json.dumps(changed)}\n{json.dumps(y)}\n")
+    make(tmp_path / "videos/z.mp4", "-frames:v", "3")
+    for _ in range(2):
+        lines = prepare(tmp_path / "videos", tmp_path / "out")[1]
+        assert lines["x.mp4"] == changed and lines["y.mp4"] == y and len(lines) == 3
+    make(tmp_path / "videos/x.mp4", "-frames:v", "4")
+    for part in ("0/2", "1/2"):  # parts do not append their lines
+        prepare(tmp_path / "videos", tmp_path / "out", "--overwrite", "--shard", part)
+    again = read_lines(tmp_path / "out")["x.mp4"]
+    assert [again[key] for key in ("num_frames", "duration", "fps", "task")] == [4, 0.16, 30, "push"]
+    typo = metadata.read_text() + '{"directory": "mine", "fps": 3,}'
+    metadata.write_text(typo)
+    done = prepare_only(tmp_path / "videos", tmp_path / "out")
+    assert done.returncode == 2 and b"metadata.jsonl line 4" in done.stderr and metadata.read_text() == typo
+
+
+def test_a_folder_that_somebody_changed_stops_no_other(tmp_path):
+    for name in ("gone", "mask", "more", "x"):
+        make(tmp_path / f"videos/{name}.mp4", "-frames:v", "3")
+    prepare(tmp_path / "videos", tmp_path / "out")
+    (tmp_path / "videos/gone.mp4").unlink()
+    shutil.rmtree(tmp_path / "out/gone")
+    shutil.copy(tmp_path / "out/x/00000.png", tmp_path / "out/mask/mask.png")
+    shutil.copy(tmp_path / "out/x/00000.png", tmp_path / "out/more/00003.png")
+    (tmp_path / "out/x/00001.png").write_bytes(b"")  # as a power cut leaves it
+    make(tmp_path / "videos/y.mp4", "-frames:v", "3")
+    text, lines = prepare(tmp_path / "videos", tmp_path / "out", status=1)
+    assert "mask.png beside" in text and "move away 00003.png" in text and "kept: 4 clips of 4 videos" in text
+    assert len(frames_of(tmp_path / "out", lines["x.mp4"])) == len(frames_of(tmp_path / "out", lines["y.mp4"])) == 3
+    assert (tmp_path / "out/mask/mask.png").exists() and (tmp_path / "out/more/00003.png").exists()
+    assert not list((tmp_path / "out/.prepare").glob("work*"))
+
+
+def test_clips_stay_where_new_ones_find_their_name_taken(tmp_path):
+    make(tmp_path / "videos/x.mp4")
+    prepare(tmp_path / "videos", tmp_path / "out")
+    (tmp_path / "out/x@0001").mkdir()
+    assert "x@0001 exists" in prepare(tmp_path / "videos", tmp_path / "out", "--clip_frames", "9", "--overwrite",
+        status=1)[0]  # fmt: skip
+    assert len(os.listdir(tmp_path / "out/x")) == 25 and check_lines(tmp_path / "out") == 1
+
+
 def test_never_imports_torch(tmp_path):
     make(tmp_path / "videos/x.mp4")
     for name in ("torch", "diffusers", "transformers"):
@@ -159,7 +207,8 @@ def test_never_imports_torch(tmp_path):
 
 def test_a_log_file_gets_a_line_of_progress_now_and_then(tmp_path):
     code = "import sys, prepare_dataset as p; args = p.parse_args(sys.argv[1:]); run = p.Run(args, [None] * 4, None)\n"
-    code += "run.bar.start_t -= 60; run.bar.last_print_t -= 60; run.expect(100); run.bar.update(10); run.bar.close()"
+    code += "run.bar.start_t -= 60; run.bar.last_print_t -= 60; run.waiting -= 1; run.expect(100);"
+    code += "run.bar.update(10); run.bar.close()"
     command = [sys.executable, "-c", code, "--video_dir", tmp_path, "--output_dir", tmp_path.parent / "out"]
     lines = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stderr.split("\n")
     assert any(line.strip().startswith("10 of about 400 frames after 01:00") for line in lines), lines

@@ -48,6 +48,7 @@ def test_frames_sort_as_numbers(tmp_path):
         ["f_0001_90210.png", "f_0002_90911.png", "f_0003_99000.png"],
         ["v2.0009.png", "v2.0010.png", "v2.0011.png"],
         ["1305031102.97.png", "1305031103.00.png", "1305031103.03.png"],
+        [f"{n // 10**9}_{n % 10**9:09d}.png" for n in range(17 * 10**17 + 5, 17 * 10**17 + 4 * 10**9, 66700013)],
         ["only.png"],
     ],
 )
@@ -68,6 +69,7 @@ def test_frames_are_one_running_number(names, tmp_path):
         (["a.png", "b.png"], "one running number"),
         (["img.png", "img (1).png", "img (2).png"], "img.png beside"),
         ([f"cam{c}_{i:04d}.png" for c in (1, 2) for i in range(4)], "are several series"),
+        ([f"{sec}_{ms}.png" for sec, ms in ((7, 10), (7, 405), (7, 790), (8, 202), (8, 611))], "cannot be told"),
     ],
 )
 def test_what_is_no_frame_is_refused_by_its_folder(names, message, tmp_path):
