@@ -47,7 +47,7 @@ def main():
             "--output_dir", model, *TRAINING.split(), *resume)  # fmt: skip
     script("infer_svd.py", "--model_dir", model, "--input_image", DEMO / "heldout",
         "--output_video", DEMO / "generated", "--compare_with", TINY, "--reference", DEMO / "heldout",
-        "--num_inference_steps", 4, "--max_guidance_scale", 1.0)  # fmt: skip
+        "--num_inference_steps", 3, "--max_guidance_scale", 1.0)  # fmt: skip
 
     clips = [read_clip(clip) for clip in common.list_clips(DEMO / "heldout")]
     write_sample(DEMO / "sample", [clips[i] for i in SHOWN])
