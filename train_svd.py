@@ -239,14 +239,6 @@ def clip_group(clip):
     return "/".join(episode.groups()) if episode else source
 
 
-def split_clips(clips, args):
-    """(training clips, held-out clips), without those that --exclude names.
-
-    These go last, so that the others stay on the side where they are without it.
-    """
-    return leave_out(hold_out(clips, args), args.exclude)
-
-
 def hold_out(clips, args):
     """(training clips, held-out clips): whole episodes are held out, so that no camera of one is on the other side."""
     if args.validation_dir:
@@ -267,7 +259,10 @@ def hold_out(clips, args):
 
 
 def leave_out(sides, patterns):
-    """Both sides without the clips that --exclude names; says how many, and which names are no clip's."""
+    """Both sides without the clips that --exclude names; says how many, and which names are no clip's.
+
+    This comes after `hold_out`, so that the other clips stay on the side where they are without it.
+    """
     left = [[clip for clip in clips if not common.is_named(patterns, clip["directory"])] for clips in sides]
     for name in common.names_of_nothing(patterns, [(clip["directory"],) for clips in sides for clip in clips]):
         print(f"warning: --exclude {name}: no clip that would be used is called so")
@@ -355,10 +350,11 @@ def build_cache(clips, args, base, accelerator):
     """Fills `clip["cache"]` for every clip, encoding those that have no current file; the processes share the work."""
     fingerprint = "-".join(common.weights_fingerprint(base, part)[:8] for part in ("vae", "image_encoder"))
     for clip in clips:
-        root, name = clip["root"] / ".cache", clip["directory"]
+        root, place = clip["root"] / ".cache", Path(clip["directory"])
+        name = common.short_name(place.name)
         if args.cache_dir:  # may be shared by several datasets
             root, name = Path(args.cache_dir), f"{name}-{clip['digest']}"
-        clip["cache"] = root / f"{args.width}x{args.height}-{fingerprint}" / f"{name}.safetensors"
+        clip["cache"] = root / f"{args.width}x{args.height}-{fingerprint}" / place.parent / f"{name}.safetensors"
     missing = [clip for clip in clips if not cache_is_current(clip["cache"], clip["digest"])]
     for folder in {clip["cache"].parent for clip in missing}:
         try:
@@ -371,6 +367,8 @@ def build_cache(clips, args, base, accelerator):
     mine = missing[accelerator.process_index :: accelerator.num_processes]
     if mine:
         encode_clips(mine, args, load_encoders(base, accelerator.device), accelerator)
+        gc.collect()
+        torch.cuda.empty_cache()  # what the encoders took: `usable_memory` would not count it as free
     accelerator.wait_for_everyone()
 
 
@@ -1244,6 +1242,16 @@ def push_to_hub(args):
     print(f"pushed to {name}")
 
 
+def printable(name):
+    """A file's name as UTF-8 text; what is not UTF-8 in it becomes question marks."""
+    return os.fsencode(name).decode(errors="replace")
+
+
+def as_url(path):
+    """A relative path as a page or a README links to it."""
+    return quote(os.fsencode(path.as_posix()))
+
+
 def model_card(state, base, relation="finetune"):
     """What the result is, as a README in the hub's format: base, data, settings, last validation, samples.
 
@@ -1254,7 +1262,7 @@ def model_card(state, base, relation="finetune"):
     numbers = {name.removeprefix("validation_"): value for name, value in scores.items() if value is not None}
     table = "".join(f"| {name} | {value:.4g} |\n" for name, value in numbers.items())
     videos = sorted((output / "validation").glob(f"step-{scores.get('step', 0):06d}/*.mp4"))
-    samples = "".join(f"- [{video.name}]({video.relative_to(output).as_posix()})\n" for video in videos)
+    samples = "".join(f"- [{printable(video.name)}]({as_url(video.relative_to(output))})\n" for video in videos)
     what = "{num_clips} clips, {steps} steps of {global_batch_size}, {width}x{height}, {num_frames} frames; trained:"
     what += " {layers}. Median fps {median_fps:g}, median motion_bucket_id {median_motion_bucket_id:g}: use these."
     what = what.format(steps=state.steps, layers=trained_layers(state.args), **settings)
@@ -1353,10 +1361,10 @@ class Validation:
                 sheet = common.side_by_side({"real": real, f"generated, step {state.steps}": generated})
                 name = clip["directory"].replace("/", "_")
                 name += f"+{common.name_digest(clip['directory'])}" if "/" in clip["directory"] else ""
-                common.write_video(target / f"{name}.mp4", sheet, clip["fps"])
+                common.write_video(target / f"{common.short_name(name)}.mp4", sheet, clip["fps"])
             copied = {f"copied_{name}": value for name, value in mean_scores(copied).items()}
             return {**metrics, **mean_scores(scores), **copied}
-        except (RuntimeError, OSError, UserError) as error:  # out of memory has many names
+        except (RuntimeError, OSError, SafetensorError, UserError) as error:  # out of memory has many names
             tqdm.write(f"validation failed and was left out; training goes on ({str(error).splitlines()[0]})")
             return {}
         finally:
@@ -1379,7 +1387,7 @@ def mean_scores(scores):
 def write_page(output):
     """Writes index.html of a run: the loss and the scores by step, and the validation's videos."""
     videos = [path.relative_to(output) for path in sorted(output.glob("validation/step-*/*.mp4"))]
-    shown = [{"step": p.parent.name[5:], "name": p.stem, "url": quote(os.fsencode(p.as_posix()))} for p in videos]
+    shown = [{"step": p.parent.name[5:], "name": p.stem, "url": as_url(p)} for p in videos]
     run = {"title": output.absolute().name, "lines": read_metrics(output), "videos": shown}
     common.write_page(output / "index.html", run)
 
@@ -1528,6 +1536,8 @@ def parse_args(argv=None):
         args.lora_alpha = float(args.lora_rank)
     if args.lora_rank and importlib.util.find_spec("peft") is None:
         parser.error("--lora_rank needs: pip install peft")
+    if args.lr_scheduler == "polynomial" and args.learning_rate <= 1e-7:
+        parser.error(f"--learning_rate must be over 1e-7, where polynomial ends, got {args.learning_rate}")
     if args.max_grad_norm is None:
         args.max_grad_norm = 0.0 if args.optimizer == "adamw8bit" else 1.0
     cuda = torch.cuda.is_available()
@@ -1659,7 +1669,7 @@ def train(args, device):
     """
     base = common.resolve_model(args.pretrained_model_name)
     common.check_sizes(args, base)
-    clips, held_out = split_clips(load_clips(args, args.dataset_dir), args)
+    clips, held_out = leave_out(hold_out(load_clips(args, args.dataset_dir), args), args.exclude)
     add_digests([*clips, *held_out])
     accelerator = build_accelerator(args, device)
     settings = describe_run(args, base, clips, accelerator.num_processes)
@@ -1712,6 +1722,7 @@ def run_steps(state, dataset, pipe, vae, validation):
     args, accelerator, weight_dtype = state.args, state.accelerator, DTYPES[state.args.mixed_precision]
     loader = batches(dataset, index_batches(state), accelerator.device.type == "cuda", args.dataloader_num_workers)
     stop, log, first = StopSignal(accelerator), Log(state), state.steps
+    has_validation = bool(args.validation_dir or args.num_validation_videos)  # true on all processes, as what follows
     if validation and is_validated(args, first) and not log.has_scores(first):  # the base's, or a kill cut it off
         log.scores(validation(state))
     for step in range(first, args.max_train_steps):
@@ -1731,14 +1742,14 @@ def run_steps(state, dataset, pipe, vae, validation):
         done = step + 1
         ended = done == args.max_train_steps
         saving = ended or done % args.checkpointing_steps == 0
-        validating = validation and is_validated(args, done)
+        validating = has_validation and is_validated(args, done)
         logging = ended or saving or validating or done % args.logging_steps == 0
         if not state.update(look=logging):
             raise UserError(describe_bad_step(state, dataset))
         log.step_done(done, write=logging)
         if saving and accelerator.is_main_process:
             state.save()
-        if validating:
+        if validating and validation:
             log.scores(validation(state))
     log.progress.close()
     accelerator.wait_for_everyone()
@@ -1789,7 +1800,8 @@ def describe_bad_step(state, dataset):
     total = state.settings["global_batch_size"]
     indices = range(state.steps * total, (state.steps + 1) * total)
     names = sorted({dataset.clip_of(index)["directory"] for index in indices})
-    what = f"step {state.steps + 1}: the loss or a gradient is not finite; it did not reach the weights"
+    reached = "some weights may have it" if state.freed_early else "it did not reach the weights"
+    what = f"step {state.steps + 1}: the loss or a gradient is not finite; {reached}"
     cure = "Look at them, or try a lower --learning_rate, or --mixed_precision bf16"
     return f"{what}. Its clips: {', '.join(names)}. {cure}"
 
@@ -1801,7 +1813,7 @@ def saved_on_error(state):
         yield
     except Exception:
         print(file=sys.stderr)  # the progress bar's line ends
-        if state.whole and state.accelerator.is_main_process:
+        if state.whole and state.steps and state.accelerator.is_main_process:
             with contextlib.suppress(OSError, RuntimeError):  # the error that is on its way out is the one to show
                 state.save()
                 print(f"the {state.steps} steps that are done are saved", file=sys.stderr)
@@ -1958,11 +1970,11 @@ class Log:
         """The side-by-side videos of a validation, to --report_to."""
         step, kind = self.state.steps, self.state.args.report_to
         for path in sorted(self.path.parent.glob(f"validation/step-{step:06d}/*.mp4")) if kind else ():
-            tracker = self.accelerator.get_tracker(kind, unwrap=True)
+            tracker, name = self.accelerator.get_tracker(kind, unwrap=True), printable(path.stem)
             if kind == "wandb":
                 import wandb
 
-                tracker.log({path.stem: wandb.Video(str(path), format="mp4")}, step=step)
+                tracker.log({name: wandb.Video(str(path), format="mp4")}, step=step)
             else:  # as a GIF, which its page plays; torch's add_video would need moviepy 1
                 from tensorboard.compat.proto.summary_pb2 import Summary
 
@@ -1970,7 +1982,7 @@ class Log:
                 frames[0].save(data, "gif", save_all=True, append_images=frames[1:], duration=250, loop=0)
                 width, height = frames[0].size
                 image = Summary.Image(width=width, height=height, encoded_image_string=data.getvalue())
-                tracker.file_writer.add_summary(Summary(value=[Summary.Value(tag=path.stem, image=image)]), step)
+                tracker.file_writer.add_summary(Summary(value=[Summary.Value(tag=name, image=image)]), step)
 
 
 if __name__ == "__main__":

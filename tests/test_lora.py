@@ -112,9 +112,10 @@ def test_lora_that_does_not_fit_is_refused(adapted, dataset, tmp_path):
     for field, value, said in (("use_dora", True, "use_dora"), ("peft_type", "LOHA", "peft_type LOHA")):
         (odd / "adapter_config.json").write_text(json.dumps({**config, field: value}))
         assert f"not a plain LoRA ({said})" in refused(odd)
-    twice = run("infer_svd.py", "--model_dir", adapted, "--lora", adapted / "lora", "--input_image", image,
-        "--output_video", tmp_path / "clips", ok=False)  # fmt: skip
-    assert "is merged into --model_dir" in twice.stdout
+    for model in (adapted, max(adapted.glob("checkpoint-*"))):
+        twice = run("infer_svd.py", "--model_dir", model, "--lora", adapted / "lora", "--input_image", image,
+            "--output_video", tmp_path / "clips", ok=False)  # fmt: skip
+        assert "is merged into --model_dir" in twice.stdout
     parent = run("infer_svd.py", "--model_dir", adapted / "lora", "--input_image", image, "--output_video",
         tmp_path / "clips", ok=False)  # fmt: skip
     assert str(adapted) in parent.stdout
