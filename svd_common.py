@@ -297,9 +297,18 @@ def parse_shard(text, what="--shard"):
     return Shard(int(part) % int(parts), int(parts))
 
 
-def short_name(name):
-    """A name that a file can have, with a suffix and what is added while it is written; 255 bytes are the most."""
-    return name if len(os.fsencode(name)) <= 200 else f"{name[:60]}+{name_digest(name)}"
+def printable(name):
+    """A file's name as UTF-8 text: what is not UTF-8 in it becomes question marks."""
+    return os.fsencode(name).decode(errors="replace")
+
+
+def plain_name(name):
+    """The name of a file that is made of `name`: UTF-8, for safetensors reads no other path, and not too long.
+
+    255 bytes are the most that a name can have, with its suffix and with what is added while it is written.
+    """
+    text = printable(name)
+    return name if text == name and len(text.encode()) <= 200 else f"{text[:60]}+{name_digest(name)}"
 
 
 def name_digest(name):

@@ -350,19 +350,20 @@ def build_cache(clips, args, base, accelerator):
     """Fills `clip["cache"]` for every clip, encoding those that have no current file; the processes share the work."""
     fingerprint = "-".join(common.weights_fingerprint(base, part)[:8] for part in ("vae", "image_encoder"))
     for clip in clips:
-        root, place = clip["root"] / ".cache", Path(clip["directory"])
-        name = common.short_name(place.name)
+        root, name = clip["root"] / ".cache", "/".join(map(common.plain_name, clip["directory"].split("/")))
         if args.cache_dir:  # may be shared by several datasets
             root, name = Path(args.cache_dir), f"{name}-{clip['digest']}"
-        clip["cache"] = root / f"{args.width}x{args.height}-{fingerprint}" / place.parent / f"{name}.safetensors"
+        clip["cache"] = root / f"{args.width}x{args.height}-{fingerprint}" / f"{name}.safetensors"
     missing = [clip for clip in clips if not cache_is_current(clip["cache"], clip["digest"])]
     for folder in {clip["cache"].parent for clip in missing}:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=folder).close()
-        except OSError as error:
+            str(folder).encode()
+        except (OSError, UnicodeEncodeError) as error:
+            why = getattr(error, "strerror", "the name is not UTF-8")
             cure = "name a folder that can by --cache_dir, or train without: --no-cache_latents"
-            raise UserError(f"{folder}: the cache cannot be written there ({error.strerror}); {cure}") from None
+            raise UserError(f"{folder}: the cache cannot be written there ({why}); {cure}") from None
     accelerator.wait_for_everyone()  # every process has looked before one of them writes
     mine = missing[accelerator.process_index :: accelerator.num_processes]
     if mine:
@@ -1242,11 +1243,6 @@ def push_to_hub(args):
     print(f"pushed to {name}")
 
 
-def printable(name):
-    """A file's name as UTF-8 text; what is not UTF-8 in it becomes question marks."""
-    return os.fsencode(name).decode(errors="replace")
-
-
 def as_url(path):
     """A relative path as a page or a README links to it."""
     return quote(os.fsencode(path.as_posix()))
@@ -1262,7 +1258,7 @@ def model_card(state, base, relation="finetune"):
     numbers = {name.removeprefix("validation_"): value for name, value in scores.items() if value is not None}
     table = "".join(f"| {name} | {value:.4g} |\n" for name, value in numbers.items())
     videos = sorted((output / "validation").glob(f"step-{scores.get('step', 0):06d}/*.mp4"))
-    samples = "".join(f"- [{printable(video.name)}]({as_url(video.relative_to(output))})\n" for video in videos)
+    samples = "".join(f"- [{common.printable(video.name)}]({as_url(video.relative_to(output))})\n" for video in videos)
     what = "{num_clips} clips, {steps} steps of {global_batch_size}, {width}x{height}, {num_frames} frames; trained:"
     what += " {layers}. Median fps {median_fps:g}, median motion_bucket_id {median_motion_bucket_id:g}: use these."
     what = what.format(steps=state.steps, layers=trained_layers(state.args), **settings)
@@ -1361,7 +1357,7 @@ class Validation:
                 sheet = common.side_by_side({"real": real, f"generated, step {state.steps}": generated})
                 name = clip["directory"].replace("/", "_")
                 name += f"+{common.name_digest(clip['directory'])}" if "/" in clip["directory"] else ""
-                common.write_video(target / f"{common.short_name(name)}.mp4", sheet, clip["fps"])
+                common.write_video(target / f"{common.plain_name(name)}.mp4", sheet, clip["fps"])
             copied = {f"copied_{name}": value for name, value in mean_scores(copied).items()}
             return {**metrics, **mean_scores(scores), **copied}
         except (RuntimeError, OSError, SafetensorError, UserError) as error:  # out of memory has many names
@@ -1573,6 +1569,8 @@ def check_output_dir(args):
         raise UserError(f"--output_dir {output}: a file of that name is in the way")
     if output.resolve() in [Path(folder).resolve() for folder in (args.dataset_dir, args.validation_dir) if folder]:
         raise UserError(f"--output_dir {output} is the dataset's folder; give another")
+    if common.printable(output.resolve()) != str(output.resolve()):
+        raise UserError(f"--output_dir {output}: its path is not UTF-8, and safetensors reads no other; give another")
     run = checkpoints_of(output) or (output / "metrics.jsonl").is_file()
     ours = ("model_index.json", common.SETTINGS, "README.md", "metrics.jsonl", "validation", "best", "lora")
     there = [name for name in (*ours, *common.PARTS) if (output / name).exists()]
@@ -1970,7 +1968,7 @@ class Log:
         """The side-by-side videos of a validation, to --report_to."""
         step, kind = self.state.steps, self.state.args.report_to
         for path in sorted(self.path.parent.glob(f"validation/step-{step:06d}/*.mp4")) if kind else ():
-            tracker, name = self.accelerator.get_tracker(kind, unwrap=True), printable(path.stem)
+            tracker, name = self.accelerator.get_tracker(kind, unwrap=True), common.printable(path.stem)
             if kind == "wandb":
                 import wandb
 
