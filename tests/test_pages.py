@@ -172,7 +172,7 @@ def test_kept_clips_are_prepared_by_their_list(clips, tmp_path, capsys):
     _, printed = prepare(tmp_path / "none", "--include", f"@{kept}", ok=False)
     assert "leave none of 4 videos" in printed and "2 names of --include and --exclude are no video" in printed
     _, printed = prepare(tmp_path / "none", "--include", "@nothing.txt", ok=False)
-    assert "--include @nothing.txt: No such file" in printed and "one a line" in printed
+    assert "--include @nothing.txt: no such file" in printed and "one a line" in printed
     kept.write_text("")
     assert "leave none of 4 videos" in prepare(tmp_path / "none", "--include", f"@{kept}", ok=False)[1]
 
