@@ -132,6 +132,16 @@ def test_a_killed_run_is_gone_on_with_and_added_clips_come_after(made, real, tmp
     assert [episode[f"videos/{CAMERA}/file_index"] for episode in episodes] == [0, 2, 3, 4, 5]
 
 
+def test_parts_make_the_set_that_one_process_makes(made, real, tmp_path, capsys):
+    flags = [*FLAGS, "--input_image", real / "front", "--output_video", tmp_path / "set", "--num_videos_per_image", 2]
+    for part in ("2/3", "1/3", "0/3"):
+        infer(capsys, *flags, "--shard", part)
+    whole, parts = bytes_in(made), bytes_in(tmp_path / "set")
+    same = [name for name in whole if name.startswith(("videos/", "data/", "meta/"))]
+    assert len(same) > 8 and all(parts[name] == whole[name] for name in same)
+    assert len(lines_of(tmp_path / "set")) == 4 and not list((tmp_path / "set").rglob(".making*/*"))
+
+
 def test_what_cannot_be_one_set_is_refused_before_anything_is_made(made, real, tmp_path, capsys, monkeypatch):
     image = next((real / "front").glob("*/00000.png"))
     foreign, labelled = tmp_path / "foreign", shutil.copytree(made, tmp_path / "labelled")
