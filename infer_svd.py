@@ -1,4 +1,4 @@
-"""Makes videos from images with a Stable Video Diffusion model, fine-tuned by train_svd.py or not.
+r"""Makes videos from images with a Stable Video Diffusion model, fine-tuned by train_svd.py or not.
 
     python infer_svd.py --model_dir ./outputs --input_image path/to/image.jpg --output_video ./sample_output.mp4 \
         --motion_bucket_id 180 --noise_aug_strength 0.1 --fps 7

@@ -7,7 +7,7 @@ the dataset; 1: some are not, each named with its reason; 2: nothing to do, or a
 
 The way of one video: `find_videos` -> `probe_video` (ffmpeg lists its packets and shows its key frames) ->
 `read_opencv`, or `read_ffmpeg` where OpenCV is known to be wrong or gives fewer frames than there are -> `cut_clips`
--> `FrameWriter` (threads encode the images) -> `publish` (rename, then record).
+-> `FrameWriter` (threads encode the images) -> `publish` (record, rename, then the line in metadata.jsonl).
 """
 
 import argparse

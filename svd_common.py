@@ -592,7 +592,7 @@ def optical_flow(first, second, preset=cv2.DISOPTICAL_FLOW_PRESET_MEDIUM):
 
 
 MOTION_SIZE = 128  # pixels of the longer side at which motion is measured, so that it does not depend on the resolution
-MOTION_MIDDLE, MOTION_EXPONENT = 1.5, 0.5  # the motion that is given bucket 127, and how the buckets spread around it
+MOTION_MIDDLE, MOTION_EXPONENT = 1.5, 0.5  # the motion in the middle of the buckets, and how they spread around it
 
 
 def motion_stride(fps):

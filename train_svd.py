@@ -1,4 +1,4 @@
-"""Fine-tunes Stable Video Diffusion on a folder of clips, on one GPU.
+r"""Fine-tunes Stable Video Diffusion on a folder of clips, on one GPU.
 
     python train_svd.py --pretrained_model_name stabilityai/stable-video-diffusion-img2vid-xt \
         --dataset_dir ./dataset --output_dir ./outputs --train_batch_size 1 --max_train_steps 5000 \
@@ -1461,7 +1461,7 @@ def build_parser():
     add("--lr_warmup_steps", type=int, default=0, help="optimizer steps of linear warm-up (default 0)")
     clipping = "clip the gradient's norm; 0: free each gradient once it is used (default 1; 0 with adamw8bit)"
     add("--max_grad_norm", type=at_least_zero, help=clipping)
-    add("--optimizer", choices=["adamw", "adamw8bit"], default="adamw", help="adamw8bit needs bitsandbytes")
+    add("--optimizer", choices=["adamw", "adamw8bit"], default="adamw", help="8 bits need bitsandbytes (default adamw)")
     add("--adam_weight_decay", type=at_least_zero, default=1e-2, help="AdamW's decoupled decay (default 0.01)")
     add("--trainable", choices=list(TRAINABLE), default="temporal", help="which UNet layers (default temporal)")
     lora = "train a LoRA of this rank in the transformer blocks' linear layers alone, the rest frozen; needs peft"
@@ -1489,7 +1489,7 @@ def build_parser():
     add = parser.add_argument_group("validation").add_argument
     add("--validation_dir", help="prepared folder of held-out clips")
     add("--num_validation_videos", type=int, default=0, help="else: hold out so many clips, whole episodes (default 0)")
-    add("--validation_steps", type=positive, default=500, help="validate every so many steps, and before the first")
+    add("--validation_steps", type=positive, default=500, help="steps from one to the next (default 500)")
     metrics = ["psnr_moving", "loss_v", "flow_error", "ssim", "psnr"]
     best = "the best step by this is kept in OUTPUT_DIR/best (default psnr_moving)"
     add("--validation_metric", default="psnr_moving", choices=metrics, help=best)

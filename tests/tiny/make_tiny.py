@@ -58,7 +58,7 @@ def load_clips(folder, episodes):
 
 
 def split(args):
-    """Training and held-out clips. Push episodes from --push_train on are the demo's: nothing sees them before."""
+    """Training and held-out clips. Push episodes from --push_train on are seen by nothing before the demo."""
     n = round(len(list((args.reach_dir / "states").glob("*.json"))) * (1 - HELD_OUT))
     train = load_clips(args.reach_dir, slice(0, n)) + load_clips(args.push_dir, slice(0, args.push_train))
     held_out = load_clips(args.reach_dir, slice(n, None)) + load_clips(args.push_dir, slice(args.push_train, None))

@@ -1,6 +1,6 @@
 #!/bin/sh
 # Makes tests/tiny_svd again from nothing, into .dev: render, VAE, image encoder, then the UNet by train_svd.py.
-# About three and a half hours on four CPU cores. What it printed, and how the bundled one was made: README.md here.
+# Some eight hours of a CPU. What it printed, and how the bundled one was made: README.md here.
 set -eu
 PYTHON=${PYTHON:-python}
 OUT=.dev/tiny
@@ -55,4 +55,4 @@ $PYTHON prepare_dataset.py --video_dir $OUT-4 --output_dir $OUT-dataset-5
 train --pretrained_model_name $OUT-unet-5 --dataset_dir $OUT-dataset-5 --output_dir $OUT-unet-6 --max_train_steps 3000 \
     --train_batch_size 8 --learning_rate 6e-4 --lr_scheduler cosine --lr_warmup_steps 60 --ema_decay 0.99 --P_mean 1.2
 $PYTHON tests/tiny/make_tiny.py --stage decoder --dataset_dir $OUT-dataset-5 --output_dir $OUT-unet-6
-echo "$OUT-unet-6 is the checkpoint; tests/tiny_svd is a copy of its five parts and model_index.json, in fp16"
+echo "$OUT-unet-6 is the checkpoint; tests/tiny_svd is a copy of its five parts and model_index.json, UNet and VAE in fp16"
