@@ -209,7 +209,8 @@ def read_episodes(root):
                 for camera in {name.split("/")[1] for name in row if name.startswith("videos/")}:
                     chunk, file, start, end = (row[f"videos/{camera}/{field}"] for field in EPISODE_FIELDS)
                     if None not in (chunk, file, start, end):  # an episode may lack a camera
-                        episode = start, end, int(row["episode_index"]), row.get("length")
+                        length = int(row.get("length") or 0) or None
+                        episode = float(start), float(end), int(row["episode_index"]), length
                         episodes.setdefault((camera, int(chunk), int(file)), []).append(episode)
         except (OSError, ValueError, KeyError, TypeError) as error:  # pyarrow's own are among these
             raise common.UserError(f"{table}: not the episodes of a LeRobot dataset ({error}); copy it again") from None
@@ -225,7 +226,7 @@ def read_lerobot(root):
     lines = common.read_lines(meta / "episodes.jsonl", damaged)  # version 2
     tasks = {line["episode_index"]: line.get("tasks") for _, line in lines if type(line.get("episode_index")) is int}
     known = {key: info[key] for key in ("robot_type", "generated") if info.get(key)}
-    return known, tasks or (read_episodes(root)[1] if (meta / "episodes").is_dir() else {})
+    return known, read_episodes(root)[1] if (meta / "episodes").is_dir() else tasks  # version 3's, where both are there
 
 
 def lerobot_fields(video, group):
@@ -235,7 +236,7 @@ def lerobot_fields(video, group):
     known, tasks = video.lerobot
     episode = int(group.rpartition("_")[2])
     task = tasks.get(episode) or ""
-    task = task if isinstance(task, str) else "; ".join(map(str, task))
+    task = "; ".join(map(str, task)) if isinstance(task, (list, tuple)) else str(task)
     return {"camera": video.camera, "episode_index": episode, **({"task": task} if task else {}), **known}
 
 
@@ -249,8 +250,10 @@ LOOK = re.compile(  # what the showinfo filter says of a frame
     r" fmt:(\w+) .*sar:(\S+) s:(\d+)x(\d+) i:(\w)(?s:.*?displaymatrix: rotation of (\S+))?"
     r"(?s:.*?)color_space:(\S+) .*color_trc:(\S+)"
 )
-BESIDE_THE_PICTURE = re.compile(r"(?i)\b(sei|vui|app\d*|com|icc|exif|side data|metadata|user ?data|timecode|caption)\b")
+BESIDE_THE_PICTURE = "sei|vui|app\\d*|com|icc|exif|side data|metadata|user ?data|timecode|caption|header packet"
+BESIDE_THE_PICTURE = re.compile(rf"(?i)\b({BESIDE_THE_PICTURE})\b")
 Packet = collections.namedtuple("Packet", "stream dts pts duration size flags")  # times in ticks; flags: see below
+MIDDLE = 640, 360  # pixels of a frame, at most, by which two decoders are compared
 KEY_FRAME, UNSURE = 1, 2  # UNSURE: the container has lost something before it or in it
 
 
@@ -270,24 +273,27 @@ class Probe:
     fps: float  # as claimed; 0 where it is not
     times: list  # seconds of every packet in display order; None where the file has none, or they run backwards
     packets: int
+    middle: bytes  # the middle of the first key frame, at most 640x360, RGB; empty where it cannot be decoded
     truncated: bool = False
     problems: list = dataclasses.field(default_factory=list)
     notes: list = dataclasses.field(default_factory=list)
 
 
-def start_ffmpeg(video, decoder_options, output_options):
+def start_ffmpeg(video, decoder_options, output_options, **popen):
     """ffmpeg on one file, given as an open descriptor: no name can be read as a URL, a pattern or an option, and the
     whitelist lets nothing in the file open another file or the network."""
     command = [imageio_ffmpeg.get_ffmpeg_exe(), "-nostdin", "-hide_banner", "-nostats", "-v", "level+info"]
-    demuxer = ["-f", "mjpeg"] * (os.path.splitext(video.path)[1].lower() in (".mjpeg", ".mjpg"))  # or it is a still
-    command += [*demuxer, *decoder_options, "-protocol_whitelist", "fd", "-i", "fd:", "-map", "0:V:0", *output_options]
     try:
         file = open(video.path, "rb")
     except OSError as error:  # gone since it was found
         raise Failure(f"cannot be read: {error.strerror}") from None
+    named_so = os.path.splitext(video.path)[1].lower() in (".mjpeg", ".mjpg")
+    demuxer = ["-f", "mjpeg"] * (named_so and file.read(2) == b"\xff\xd8")  # or it is taken for a still
+    os.lseek(file.fileno(), 0, os.SEEK_SET)
+    command += [*demuxer, *decoder_options, "-protocol_whitelist", "fd", "-i", "fd:", "-map", "0:V:0", *output_options]
     with file:  # a session of its own: Ctrl-C must not end its video early
-        options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "bufsize": 0, "start_new_session": True}
-        return subprocess.Popen(command, stdin=file, **options)
+        popen |= {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "bufsize": 0, "start_new_session": True}
+        return subprocess.Popen(command, stdin=file, **popen)
 
 
 def check_exit(code):
@@ -345,8 +351,6 @@ def check_file(video):
     for beginnings, reason in NO_VIDEOS.items():
         if text.startswith(beginnings):
             raise Failure(reason)
-    if not head.strip(b"\0"):
-        raise Failure("holds zeros instead of a video: an interrupted download?")
     if not text.startswith(b"yuv4mpeg") and all(byte in b"\t\n\r\f\x1b" or 32 <= byte < 127 for byte in head):
         raise Failure("a playlist, not a video" if b"<mpd" in text else "text, not a video")
     return status
@@ -354,21 +358,23 @@ def check_file(video):
 
 def probe_video(video, max_packets=None):
     """Lists a file's packets and looks at its key frames. Raises `Failure` with the reason where there is no video."""
-    rows, log = list_packets(video, max_packets)
+    rows, log, middle = list_packets(video, max_packets)
     header, _, output = "\n".join(log).partition("\n[info] Stream mapping:")
     packets = [parse_packet(row) for row in rows if row[:1].isdigit()]
     shown = [packet for packet in packets if packet.stream == 0]
+    if max_packets and len(shown) < max_packets:  # a short video: all of it, for the other tracks say where it ends
+        return probe_video(video)
     encrypted = any(row[:2] == "0," and "Encryption info" in row for row in rows)
     if encrypted or re.search(r"\((encv|drm\w) / |DRM protected", header):
         raise Failure("encrypted: only a copy without protection can be read")
     if not shown:
-        raise Failure(why_unreadable(header))
+        raise Failure(why_unreadable(video, header))
     if re.search(r"^\[info\] Input #0, (\w+_pipe|image2|tty), from ", header, re.MULTILINE):
         raise Failure("a still image or text, not a video")
     fields = dict(match.groups() for row in rows if (match := re.match(r"#(\w+ \d+): (.*)", row)))
     ticks = {packet.stream: parse_ratio(fields[f"tb {packet.stream}"]) for packet in packets}
     stamps = sorted(packet.pts for packet in shown)
-    if stamps[0] < NO_TIMESTAMP:  # AVI and bare streams: no presentation times, but steady decoding times
+    if stamps[-1] < NO_TIMESTAMP:  # AVI and bare streams: no presentation times, but steady decoding times
         stamps = sorted(packet.dts for packet in shown)
     steady = stamps[0] > NO_TIMESTAMP and len(set(stamps)) == len(stamps)  # ffmpeg repeats those that run backwards
     fps = re.search(r"Stream #0:0.*: Video: .*, ([\d.]+)(k?) fps", output)
@@ -396,27 +402,29 @@ def probe_video(video, max_packets=None):
         fps=float(fps[1]) * (1000 if fps[2] else 1) if fps else 0.0,
         times=[(stamp - stamps[0]) * ticks[0] for stamp in stamps] if steady else None,
         packets=len(shown),
+        middle=middle,
     )
     probe.notes += ["interlaced"] * (scan != "P") + [f"HDR ({transfer}) made SDR"] * (transfer in HDR)
     probe.notes += ["alpha dropped"] * bool(re.match(r"yuva|gbra|rgba|bgra|argb|abgr|ya\d", pixel_format))
     if re.search(r"DOVI configuration record:.*profile: 5\b", header):
         probe.notes.append("Dolby Vision profile 5: its colours are wrong without Dolby's decoder")
-    if not max_packets or len(shown) < max_packets:
+    if not max_packets:
         judge_ending(video, probe, packets, ticks, header)
     judge_packets(probe, shown, error_messages(log, "in#0"))
     return probe
 
 
-def run_ffmpeg(video, decoder_options, output_options):
+def run_ffmpeg(video, decoder_options, output_options, **popen):
     """The lines of ffmpeg's output and of its log."""
-    process = start_ffmpeg(video, decoder_options, output_options)
+    process = start_ffmpeg(video, decoder_options, output_options, **popen)
     rows, log = (part.decode("utf-8", "replace").splitlines() for part in process.communicate())
     check_exit(process.returncode)
     return rows, log
 
 
 def list_packets(video, max_packets):
-    """ffmpeg's list of packets (its framecrc format), and its log with what showinfo says of up to 1000 key frames.
+    """ffmpeg's list of packets (its framecrc format), its log with what showinfo says of up to 1000 key frames, and
+    the middle of the first of these, as `Probe` has it.
 
     All tracks are listed, because a whole file may end later than its video does; only the first `max_packets` of the
     video where no more is wanted.
@@ -426,8 +434,20 @@ def list_packets(video, max_packets):
         tracks, until = f"-frames:v {max_packets}", f"-t {max_packets / 5}"  # seconds: longer than these packets last
     packets = f"{tracks} -c copy -f framecrc pipe:1"
     frames = f"-map 0:V:0 -frames:v 1000 {until} -vf showinfo=checksum=0 -f null -"
-    decoder = "-threads 1 -noautorotate -skip_frame nokey"
-    return run_ffmpeg(video, decoder.split(), f"{packets} {frames}".split())
+    crop = f"crop=min(iw\\,{MIDDLE[0]}):min(ih\\,{MIDDLE[1]}):trunc((iw-ow)/2):trunc((ih-oh)/2)"
+    middle = f"-map 0:V:0 -frames:v 1 -vf format=rgb24,{crop} -f rawvideo"
+    decoder = "-threads 1 -noautorotate -skip_frame nokey".split()
+    if os.name != "posix":  # where a process gets no third pipe
+        return *run_ffmpeg(video, decoder, f"{packets} {frames}".split()), b""
+    receiver, sender = os.pipe()
+    with open(receiver, "rb") as pipe, ThreadPoolExecutor(1) as pool:
+        received = pool.submit(pipe.read)
+        try:
+            output = f"{packets} {frames} {middle} pipe:{sender}".split()
+            rows, log = run_ffmpeg(video, decoder, output, pass_fds=[sender])
+        finally:
+            os.close(sender)
+        return rows, log, received.result()
 
 
 def parse_packet(row):
@@ -446,6 +466,8 @@ def parse_ratio(text):
 def judge_ending(video, probe, packets, ticks, header):
     """Whether the file ends where it should, by its header's duration, its own lengths and its last packet."""
     clock = re.search(r"^\[info\]   Duration: (\d+):(\d+):([\d.]+)(?:, start: ([\d.]+))?", header, re.MULTILINE)
+    if "Input #0, mpegts" in header:  # that has no duration in it: ffmpeg has estimated one
+        clock = None
     hours, minutes, seconds, start = (float(part or 0) for part in (clock.groups() if clock else "0000"))
     claim = hours * 3600 + minutes * 60 + seconds - start
     timed = [(max(p.dts, p.pts), p.duration, ticks[p.stream]) for p in packets if max(p.dts, p.pts) > NO_TIMESTAMP]
@@ -461,7 +483,7 @@ def judge_ending(video, probe, packets, ticks, header):
         probe.problems.append("ends in the middle of a packet")
     elif 0 < end < size - 1024 and used <= end:
         probe.notes.append(f"its last {size - end} bytes of {size} belong to nothing: another file behind it?")
-    elif not end and used < 0.6 * size and "Input #0, mpeg" not in header:  # MPEG streams may be stuffed
+    elif end in (0, size) and used < 0.6 * size and "Input #0, mpeg" not in header:  # MPEG streams may be stuffed
         probe.notes.append(f"{size - used} bytes of {size} belong to nothing: another file behind it?")
     probe.truncated = bool(probe.problems)
 
@@ -506,13 +528,17 @@ def judge_packets(probe, packets, said):
             probe.problems.append("damaged: the container has lost a part of the video")
             break
     gaps = [b - a for a, b in zip(probe.times or [], (probe.times or [])[1:])]
-    if said and (probe.truncated or (gaps and max(gaps) > 1.6 * statistics.median(gaps))):
+    broken = any(re.search("Error during demuxing|ended prematurely", text) for text in said)
+    if said and (broken or probe.truncated or (gaps and max(gaps) > 1.6 * statistics.median(gaps))):
         probe.problems.append(f"damaged: {said[0]}")
     elif said:
         probe.notes.append(f"ffmpeg says: {said[0]}")
 
 
-def why_unreadable(header):
+def why_unreadable(video, header):
+    with open(video.path, "rb") as file:
+        if not file.read(1024).strip(b"\0"):
+            return "holds zeros instead of a video: an interrupted download?"
     tracks = re.findall(r"^\[info\]   Stream #0:\d+.*?: (\w+): ", header, re.MULTILINE)
     errors = re.findall(r"\[(?:error|fatal)\] (.*)", header)
     if any("Protocol not found" in error for error in errors):
@@ -544,6 +570,7 @@ class Decoded:
     frames: int = 0
     errors: list = dataclasses.field(default_factory=list)
     notes: list = dataclasses.field(default_factory=list)
+    said: str = ""  # the first error of whatever kind
 
 
 def read_opencv(video, probe, args, threads, decoded):
@@ -553,12 +580,24 @@ def read_opencv(video, probe, args, threads, decoded):
         ok, frame = capture.read()
         if not ok or frame.shape != (*probe.size[::-1], 3):
             raise DecodeAgain("fewer frames than packets, or of another size")
+        if decoded.frames == 0 and not is_alike(frame, probe.middle):
+            raise DecodeAgain("not the picture that ffmpeg gives: other colours, or cropped elsewhere")
         if not frame[::16, ::16].any() and not frame.any():
             raise DecodeAgain("an all-black frame, as interlaced video gives")
         decoded.frames += 1
         yield time, frame
     if capture.grab():
         raise DecodeAgain("more frames than packets")
+
+
+def is_alike(frame, middle):
+    """Whether the middle of a frame, (H, W, 3) BGR, is `Probe.middle` but for rounding."""
+    width, height = (min(*sizes) for sizes in zip(MIDDLE, frame.shape[1::-1]))
+    if len(middle) != 3 * width * height:
+        return not middle
+    top, left = (frame.shape[0] - height) // 2, (frame.shape[1] - width) // 2
+    shown = frame[top : top + height, left : left + width, ::-1].astype(np.int16)
+    return np.abs(shown - np.frombuffer(middle, np.uint8).reshape(shown.shape)).mean() < 3
 
 
 @contextlib.contextmanager
@@ -598,7 +637,8 @@ def video_filters(probe, args):
     if probe.transfer in HDR:
         matrix = probe.matrix if probe.matrix.startswith("bt2020") else "bt2020nc"
         filters.append("format=yuv444p12le|gbrp12le")  # zscale cannot halve an odd size
-        filters.append(f"zscale=min={matrix}:pin=bt2020:tin={probe.transfer}:t=linear:npl=100,format=gbrpf32le")
+        filters.append(f"setparams=color_primaries=bt2020:color_trc={probe.transfer}:colorspace={matrix}")
+        filters.append("zscale=t=linear:npl=100,format=gbrpf32le")
         filters.append("zscale=p=bt709,tonemap=hable:desat=0,zscale=t=bt709:m=bt709:r=tv,format=yuv444p")
     aspect = "if(between(sar,0.1,10),sar,1)"
     width, height = ("iw", f"ih/{aspect}") if probe.sideways else (f"iw*{aspect}", "ih")
@@ -638,6 +678,7 @@ def read_ffmpeg(video, probe, args, threads, decoded):
             if match := re.search(r"\bs:(\d+)x(\d+) i:", line):
                 announced.put((stamp, int(match[1]), int(match[2])))
             decoded.errors.extend(picture_errors([line], probe))
+            decoded.said = decoded.said or line.partition("[error] ")[2]
         announced.put(None)
 
     threading.Thread(target=read_log, daemon=True).start()
@@ -653,7 +694,7 @@ def read_ffmpeg(video, probe, args, threads, decoded):
                 break
             time = decoded.frames * step if stamp == "NOPTS" else float(stamp)
             begin, size = (time, own_size) if begin is None else (begin, size)
-            if time - begin + shift < last:
+            if decoded.frames and time - begin + shift <= last:
                 shift = last + step - (time - begin)
                 decoded.notes.append(f"timestamps begin again at {last + step:.3f} s: recordings joined?")
             last = time - begin + shift
@@ -736,6 +777,9 @@ def place_episodes(video, probe):
     if video.episodes is None:
         return None
     times = probe.times or [number / (probe.fps or 25) for number in range(probe.packets)]
+    twice = [episode for episode, count in collections.Counter(e[2] for e in video.episodes).items() if count > 1]
+    if twice:
+        raise Failure(f"meta/episodes names episode {twice[0]} twice in this file")
     half_gap = 0.5 / average_fps(times, probe.fps)[0]
     counted = sum(frames or 0 for *_, frames in video.episodes) == len(times)
     stop, places, short = 0, [], []
@@ -856,7 +900,7 @@ def write_image(frame, paths, image_format):
     """Encodes a frame once and writes it to each of `paths`, none where it belongs to no clip."""
     data = encode_image(frame, image_format) if paths else b""
     for path in paths:
-        with open(path, "wb") as file:
+        with common.named(path), open(path, "wb") as file:
             file.write(data)
 
 
@@ -946,7 +990,7 @@ def prepare_video(video, run, old):
         if not changed and old["options"] == clip_options(args) and is_complete(old, run.output):
             return old
         for clip in old["clips"]:
-            refuse_others(run.output / clip["directory"])
+            refuse_others(run.output / clip["directory"], clip["num_frames"])
     first_only = args.max_frames and not args.fps and video.episodes is None
     probe = probe_video(video, args.max_frames + 64 if first_only else None)
     wanted = min(args.max_frames or probe.packets, probe.packets)
@@ -965,7 +1009,7 @@ def prepare_video(video, run, old):
             except DecodeAgain:
                 shutil.rmtree(run.work / video.directory, ignore_errors=True)
     if not clips:
-        raise Failure("no frame of it can be decoded" + (f" ({decoded.errors[0]})" if decoded.errors else ""))
+        raise Failure("no frame of it can be decoded" + (f" ({decoded.said})" if decoded.said else ""))
     if decoded.errors and decoded.frames < wanted:
         probe.truncated = True
         probe.problems.append(f"{decoded.frames} of {wanted} frames could be decoded")
@@ -1015,8 +1059,11 @@ def describe_clip(directory, clip, video, probe, stride, args):
 
 # -------------------------------------------------------------------------------------------------- dataset folder
 
-RECORD = "source size mtime_ns options clips dropped".split()  # what .prepare/*.json says of a video
-CLIP_FIELDS = frozenset("directory num_frames width height duration fps motion motion_bucket_id problems notes".split())
+# What .prepare/*.json says of a video, and of each of its clips, by kind: who edits one may get it wrong.
+NUMBER = (int, float)
+RECORD = {"source": str, "size": int, "mtime_ns": int, "options": dict, "clips": list, "dropped": dict}
+CLIP = {"directory": str, "num_frames": int, "width": int, "height": int, "duration": NUMBER, "fps": NUMBER}
+CLIP |= {"motion": NUMBER, "motion_bucket_id": NUMBER, "problems": list, "notes": list}
 CLIP_OPTIONS = "max_frames width height fps clip_frames clip_stride min_frames min_motion split_scenes image_format"
 CLIP_OPTIONS = CLIP_OPTIONS.split()
 
@@ -1030,13 +1077,20 @@ def read_records(state):
     """What was finished so far: `{source: record}` of .prepare/*.json; a damaged one is passed over."""
     records, defaults = {}, {name: build_parser().get_default(name) for name in CLIP_OPTIONS}
     for path in state.glob("*.json"):
-        with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError, FileNotFoundError):
-            found = json.loads(path.read_text(encoding="utf-8"))
-            record = {key: found[key] for key in RECORD}
-            record["options"] = {**defaults, **record["options"]}  # an older version had fewer
-            if all(clip.keys() >= CLIP_FIELDS for clip in record["clips"]):
+        with contextlib.suppress(ValueError, RecursionError, FileNotFoundError):
+            record = json.loads(path.read_text(encoding="utf-8"))
+            if is_of_kind(record, RECORD) and all(is_of_kind(clip, CLIP) for clip in record["clips"]):
+                record = {key: record[key] for key in RECORD}
+                record["options"] = {**defaults, **record["options"]}  # an older version had fewer
                 records[record["source"]] = record
     return records
+
+
+def is_of_kind(found, kinds):
+    """Whether this is a dict that has every field of `kinds`, {name: type}, each of its type; lists hold no numbers."""
+    if not isinstance(found, dict) or not all(isinstance(found.get(name), kind) for name, kind in kinds.items()):
+        return False
+    return not any(isinstance(item, NUMBER) for name, kind in kinds.items() if kind is list for item in found[name])
 
 
 def is_complete(record, output):
@@ -1057,12 +1111,12 @@ def is_complete(record, output):
     return True
 
 
-def refuse_others(folder):
+def refuse_others(folder, num_frames):
     """Raises `Failure` where the folder of a clip that is to be made again is none, or holds what others put there."""
     ours = re.compile(r"\d{5,}\.(png|jpg)|\..*|thumbs\.db|desktop\.ini|@eadir", re.IGNORECASE)  # and what systems leave
     names = [path.name for path in folder.iterdir()] if folder.is_dir() else [""] * os.path.lexists(folder)
     for name in names:
-        if not ours.fullmatch(name):
+        if not ours.fullmatch(name) or (name[:5].isdecimal() and int(Path(name).stem) >= num_frames):
             raise Failure(f"{folder / name} is not of this program, and the clip is to be made again: move it away")
 
 
@@ -1087,9 +1141,11 @@ def publish(video, record, old, run):
     common.write_file(run.state / f"{video.directory}.json", dump_line(record))
     for clip in record["clips"]:
         os.replace(run.work / video.directory / clip["directory"], run.output / clip["directory"])
+    (run.output / "preview.jpg").unlink(missing_ok=True)  # it shows other clips; the run makes it again at its end
     if not run.args.shard.name:  # shards write the file at the end: appending is not safe between machines
+        new = [clip for clip in record["clips"] if clip["directory"] not in owned]  # of the others there is a line
         with run.lock, open(run.output / "metadata.jsonl", "a", encoding="utf-8") as file:
-            file.write("".join(map(dump_line, record["clips"])))
+            file.write("".join(map(dump_line, new)))
 
 
 def read_lines(output, name="metadata.jsonl"):
@@ -1346,7 +1402,7 @@ def main(argv=None):
             ours = output.glob(".metadata.jsonl.*.part"), output.glob(".preview.jpg.*.part"), state.glob(".*.part")
             for left in itertools.chain(*ours):
                 left.unlink()
-            for left in state.glob("work*"):
+            for left in filter(Path.is_dir, state.iterdir()):
                 shutil.rmtree(left)
         read_lines(output)  # refused now, not after hours of work
         old = read_records(state)

@@ -227,6 +227,16 @@ def fit_frame(frame, width, height):
 
 
 @contextlib.contextmanager
+def named(path):
+    """An `OSError` of the block that names no file, as a full disk gives, names this one."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+
+
+@contextlib.contextmanager
 def replacing(path, folder=False):
     """Gives a name beside `path` to write a file to, or an empty folder to fill; at the end it is renamed to `path`.
 
@@ -239,7 +249,8 @@ def replacing(path, folder=False):
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
     try:
-        yield aside
+        with named(path):
+            yield aside
         if not folder:
             with open(aside, "r+b") as file:
                 os.fsync(file.fileno())

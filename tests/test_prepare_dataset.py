@@ -128,7 +128,8 @@ def test_what_others_wrote_into_the_dataset_stays(tmp_path):
     del old["options"]["split_scenes"]  # an older version had no such option
     record.write_text(json.dumps(old))
     prepare(*flags)
-    for damaged in ('{"source": "x.mp4"}', "[]", ""):
+    kinds = [{"source": 3}, {"dropped": None}, {"clips": ["a"]}, {"clips": [{**old["clips"][0], "fps": "25"}]}]
+    for damaged in ('{"source": "x.mp4"}', "[]", "", "[" * 100_000, *(json.dumps({**old, **kind}) for kind in kinds)):
         record.write_text(damaged)
         assert "exists and is not of this program: move it away" in prepare(*flags, status=1)[0]
     record.write_text(saved)
@@ -165,6 +166,8 @@ def test_changes_of_our_lines_stay_until_the_clip_is_made_again(tmp_path):
         prepare(tmp_path / "videos", tmp_path / "out", "--overwrite", "--shard", part)
     again = read_lines(tmp_path / "out")["x.mp4"]
     assert [again[key] for key in ("num_frames", "duration", "fps", "task")] == [4, 0.16, 30, "push"]
+    shutil.rmtree(tmp_path / "out/x")
+    assert prepare(tmp_path / "videos", tmp_path / "out")[1]["x.mp4"] == again  # the same values: the change stays
     typo = metadata.read_text() + '{"directory": "mine", "fps": 3,}'
     metadata.write_text(typo)
     done = prepare_only(tmp_path / "videos", tmp_path / "out")
@@ -192,9 +195,19 @@ def test_clips_stay_where_new_ones_find_their_name_taken(tmp_path):
     make(tmp_path / "videos/x.mp4")
     prepare(tmp_path / "videos", tmp_path / "out")
     (tmp_path / "out/x@0001").mkdir()
+    mine = shutil.copy(tmp_path / "out/x/00000.png", tmp_path / "out/x/00025.png")
+    options = ["--clip_frames", "9", "--overwrite"]
+    assert "00025.png is not of" in prepare(tmp_path / "videos", tmp_path / "out", *options, status=1)[0]
+    os.unlink(mine)
     assert "x@0001 exists" in prepare(tmp_path / "videos", tmp_path / "out", "--clip_frames", "9", "--overwrite",
         status=1)[0]  # fmt: skip
     assert len(os.listdir(tmp_path / "out/x")) == 25 and check_lines(tmp_path / "out") == 1
+
+
+def test_a_name_like_a_folder_of_ours_is_resumed(tmp_path):
+    make(tmp_path / "videos/workshop.mp4", "-frames:v", "2")
+    for _ in range(2):
+        assert prepare(tmp_path / "videos", tmp_path / "out")[1]["workshop.mp4"]["num_frames"] == 2
 
 
 def test_never_imports_torch(tmp_path):
@@ -810,6 +823,50 @@ def test_bytes_that_belong_to_nothing_are_noted(tmp_path, suffix):
 
 
 SOUND = ["-f", "lavfi", "-i", "sine=duration=4", "-c:a", "aac"]
+
+
+@pytest.mark.parametrize("options", [[], ["--max_frames", "25"], ["--max_frames", "9"]])
+def test_sound_that_lasts_longer_is_no_damage(tmp_path, options):
+    make(tmp_path / "videos/x.mp4", *SOUND, *LIBX264)
+    assert prepare(tmp_path / "videos", tmp_path / "out", *options)[1]["x.mp4"]["problems"] == []
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["-bsf:v", "h264_metadata=crop_left=10:crop_right=6:crop_top=4:crop_bottom=2"],
+        ["-vf", "format=yuv420p,setparams=range=tv:color_primaries=smpte432:color_trc=bt709:colorspace=bt709"],
+    ],
+)
+def test_where_opencv_gives_another_picture_ffmpeg_decodes(tmp_path, options):
+    make(tmp_path / "videos/x.mp4", *LIBX264, *options, picture="testsrc2=size=320x192:rate=25:duration=0.2")
+    line = prepare(tmp_path / "videos", tmp_path / "out")[1]["x.mp4"]
+    expected = extract(tmp_path / "videos/x.mp4", tmp_path / "expected")
+    assert np.array_equal(frames_of(tmp_path / "out", line), expected)
+
+
+@reads_ts
+def test_joined_and_padded_streams_are_whole(tmp_path):
+    """Timestamps that jump or stand still, and zeros before the file."""
+    for name, start in {"a": "0", "b": "1000"}.items():
+        make(tmp_path / f"{name}.ts", *LIBX264, "-output_ts_offset", start)
+    parts = [(tmp_path / f"{name}.ts").read_bytes() for name in "ab"]
+    make(tmp_path / "a.mxf", "-c:v", "mpeg2video")
+    (tmp_path / "videos").mkdir()
+    (tmp_path / "videos/jump.ts").write_bytes(b"".join(parts))
+    (tmp_path / "videos/zeros.ts").write_bytes(bytes(1880) + parts[0])
+    (tmp_path / "videos/still.mxf").write_bytes((tmp_path / "a.mxf").read_bytes() * 2)
+    lines = prepare(tmp_path / "videos", tmp_path / "out")[1]
+    assert {name: (line["num_frames"], line["fps"]) for name, line in lines.items()} == {
+        "jump.ts": (50, 25), "zeros.ts": (25, 25), "still.mxf": (50, 25),
+    }  # fmt: skip
+
+
+def test_hdr_whose_primaries_nobody_named(tmp_path):
+    picture = f"{PICTURE},format=yuv420p10le,setparams=color_trc=smpte2084"
+    make(tmp_path / "videos/x.mp4", "-c:v", "libx265", "-x265-params", "log-level=none", picture=picture)
+    line = prepare(tmp_path / "videos", tmp_path / "out", "--max_frames", "2")[1]["x.mp4"]
+    assert line["num_frames"] == 2 and line["notes"] == ["HDR (smpte2084) made SDR"]
 
 
 @pytest.mark.parametrize("name", ["x.mp4", "x.mkv", "x.avi", "x.flv", "x.wmv", "fragments.mp4"])
