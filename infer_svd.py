@@ -147,6 +147,10 @@ def parse_args(argv=None):
         parser.error(f"--output_format {args.output_format} cannot be compared: its colours are not exact; use mp4")
     if args.output_format == "lerobot" and not find_spec("pyarrow"):
         parser.error("--output_format lerobot writes Parquet files: pip install pyarrow")
+    for flag in ("input_image", "reference") if args.output_format in ("frames", "webp") else ():
+        given = Path(getattr(args, flag) or "?").absolute()
+        if given.is_dir() and given.resolve() in (output.resolve(), *output.resolve().parents):
+            parser.error(f"--output_video {output} lies in --{flag}, which would then hold its clips too; give another")
     if args.reference and not Path(args.reference).is_dir():
         parser.error(f"--reference {args.reference}: no such folder")
     places = output.parents if is_file(output) else [output, *output.parents]
@@ -214,8 +218,10 @@ def find_images(given):
         return {path.stem: path}
     files.sort(key=lambda file: common.natural_key(file))
     names = [file.relative_to(root).with_suffix("").as_posix() for file in files]
-    twice = Counter(names)
-    return {n if twice[n] == 1 else file.relative_to(root).as_posix(): file for n, file in zip(names, files)}
+    whole = [file.relative_to(root).as_posix() for file in files]
+    while twice := {name for name, count in Counter(names).items() if count > 1}:  # a.png, a.jpg, a.png.png
+        names = [full if name in twice else name for name, full in zip(names, whole)]
+    return dict(zip(names, files))
 
 
 def expand_pattern(pattern):
@@ -447,7 +453,8 @@ class ClipSet:
         """Removes what killed processes left half written; called where no other process is at work on the set."""
         for folder in self.hidden.glob(".making-*"):
             shutil.rmtree(folder)
-        ours = [".metadata.jsonl.*.part", ".index.html.*.part"] * (not self.single)
+        ours = [".metadata.jsonl.*.part", ".index.html.*.part", ".metrics.json.*.part", "side_by_side/.*.part"]
+        ours *= not self.single
         ours += ["meta/**/.*.part", "data/**/.*.part"] * self.lerobot
         for left in [*itertools.chain(*map(self.folder.glob, ours)), *self.hidden.rglob(".*.part")]:
             left.unlink()
@@ -466,8 +473,10 @@ class ClipSet:
         if not self.single and (lines or path.exists()):
             common.write_file(path, lines)
             common.write_page(self.folder / "index.html", {"title": self.folder.absolute().name, "clips": shown})
-            if self.lerobot and made:
+            if made:
                 write_lerobot(self.folder, made)
+            for left in () if made or not self.lerobot else ("meta", "data"):  # all its clips have been deleted
+                shutil.rmtree(self.folder / left, ignore_errors=True)
         elif self.single and self.jobs[0]["target"].exists():
             os.replace(self.hidden / f"{self.jobs[0]['name']}.json", self.jobs[0]["target"].with_suffix(".json"))
             shutil.rmtree(self.hidden, ignore_errors=True)
@@ -552,7 +561,11 @@ def record_name(where, record):
     """The clip's name in a record as `ClipSet.save` writes it; raises `UserError` for any other object."""
     name = record.get("directory", record.get("file_name"))
     inside = isinstance(name, str) and not Path(name).is_absolute() and ".." not in Path(name).parts
-    if not inside or not isinstance(record.get("requested", {}), dict):
+    kinds = {"requested": dict, "segments": list}
+    if record.get("output_format") == "lerobot":
+        kinds |= {"stats": dict, "task": str, "height": int, "width": int, "fps": (int, float)}
+        inside = inside and kinds.keys() - {"requested", "segments"} <= record.keys()
+    if not inside or not all(isinstance(record[key], kind) for key, kind in kinds.items() if key in record):
         raise UserError(f"{where}: {DAMAGED}")
     return name
 
@@ -913,8 +926,12 @@ def judge(settings, sets, real_clips):
 
     An infinite PSNR (equal pictures) counts as 100 dB.
     """
-    labels = ["generated"] if len(sets) == 1 else [f"generated ({Path(s.model.name).resolve().name})" for s in sets]
-    labels = labels if len(set(labels)) == len(sets) else [f"generated ({s.model.name})" for s in sets]
+    names = [Path(s.model.name).resolve().name for s in sets]
+    names = names if len(set(names)) == len(sets) else [str(s.model.name) for s in sets]
+    lora = " + LoRA" * bool(sets[0].model.adapters)
+    labels = ["generated"] if len(sets) == 1 else [f"generated ({names[0]}{lora})", f"generated ({names[1]})"]
+    if len(set(labels)) < len(sets):  # a model beside itself
+        labels[1] = f"compared ({names[1]})"
     scores = {}  # {label: {real clip: [scores]}}
     for jobs in zip(*(s.jobs for s in sets)):
         if not all(job["target"].exists() for job in jobs):  # a clip that failed
@@ -990,6 +1007,8 @@ def find_real_clips(settings, images):
             raise UserError(f"--reference {settings.reference}: no clip named {name}; {cure}")
         if len(clips[name]["frames"]) < 2:
             raise UserError(f"--reference: {name} has one frame; a video needs two to be compared")
+        for path in clips[name]["frames"][: 1 + (settings.num_frames - 1) * settings.num_segments]:
+            common.read_image(path)  # now: not when all clips are made
         fps = clips[name].get("fps", settings.fps)
         if abs(fps - settings.fps) > 0.05 * settings.fps:
             print(f"warning: {name} is at {fps:g} fps, the generated clip at {settings.fps:g}")

@@ -232,7 +232,8 @@ def named(path):
     try:
         yield
     except OSError as error:
-        error.filename = error.filename or str(path)
+        if error.errno and not error.filename:
+            error.filename = str(path)
         raise
 
 
@@ -776,6 +777,8 @@ def resolve_model(name):
             weight_files(folder, part)
         elif not list((folder / part).glob("*.json")):
             raise UserError(f"{folder}: {part}/ has no configuration (.json); copy the folder again, whole")
+        for file in (folder / part).glob("*.json"):
+            read_json(file)
     return folder
 
 
@@ -897,9 +900,12 @@ def read_config(folder, part):
     if isinstance(folder, dict):
         return folder[part]
     try:
-        return read_json(Path(folder) / part / "config.json")
+        config = read_json(Path(folder) / part / "config.json")
     except FileNotFoundError:
         raise UserError(f"{folder}: {part}/config.json is missing; copy the model folder again, whole") from None
+    if part in ("unet", "vae") and not isinstance(config.get("block_out_channels"), list):
+        raise UserError(f"{folder}: {part}/config.json is not whole; copy the model folder again")
+    return config
 
 
 def weight_files(folder, part):
@@ -977,6 +983,8 @@ def check_sizes(args, folder):
     """Refuses `--width` and `--height` that the model cannot take, from its configuration alone."""
     multiple = size_multiple(folder)
     for flag, value in (("--width", args.width), ("--height", args.height)):
+        if value > 16384:
+            raise UserError(f"{flag} must be at most 16384, got {value}")
         if value % multiple:
             near = max(multiple, round(value / multiple) * multiple)
             takes = f"must be a multiple of {multiple} for this model, got {value}; the nearest is {near}"

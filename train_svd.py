@@ -218,7 +218,8 @@ def load_clips(args, dataset_dir):
     clips = [clip for clip in found if len(clip["frames"]) >= args.num_frames]
     if not clips:
         longest = max(len(clip["frames"]) for clip in found)
-        raise UserError(f"--num_frames {args.num_frames}: no clip is that long; the longest has {longest} frames")
+        what = f"no clip in {dataset_dir} is that long; the longest has {longest} frames"
+        raise UserError(f"--num_frames {args.num_frames}: {what}")
     short = [clip for clip in found if len(clip["frames"]) < args.num_frames]
     if short:
         named = listed([f"{clip['directory']} has {len(clip['frames'])} frames" for clip in short])
@@ -239,12 +240,17 @@ def clip_group(clip):
     return "/".join(episode.groups()) if episode else source
 
 
-def hold_out(clips, args):
-    """(training clips, held-out clips): whole episodes are held out, so that no camera of one is on the other side."""
+def hold_out(clips, args, before=()):
+    """(training clips, held-out clips): whole episodes are held out, so that no camera of one is on the other side.
+
+    before: names of those that the run being resumed held out; then it is these, whatever has come or gone meanwhile.
+    """
     if args.validation_dir:
         if not Path(args.validation_dir).is_dir():
             raise UserError(f"--validation_dir {args.validation_dir}: no such folder; make it with prepare_dataset.py")
         return clips, load_clips(args, args.validation_dir)[: args.num_validation_videos or None]
+    if before:
+        return [[clip for clip in clips if (clip["directory"] in before) == side] for side in (False, True)]
     groups = {}
     for clip in clips:
         groups.setdefault(clip_group(clip), []).append(clip)
@@ -282,10 +288,10 @@ def exclude_names(patterns):
 
 
 def add_digests(clips):
-    """Fills `clip["digest"]`, which tells its frames from others, wherever they lie: sizes and last 4 KB of the files.
+    """Fills `clip["digest"]`, which tells its frames from others, wherever they lie: the files' sizes and two ends.
 
-    So they are not read whole: a PNG ends with a checksum of its pixels, and other compressed files change in length.
-    A BMP is read whole. Raises `OSError` where a file cannot be read.
+    So they are not read whole: a PNG ends with a checksum of its pixels, other compressed files change in length, and
+    what turns a picture stands in its first 4 KB. A BMP is read whole. Raises `OSError` where a file cannot be read.
     """
 
     def digest(clip):
@@ -293,8 +299,9 @@ def add_digests(clips):
         for path in clip["frames"]:
             with open(path, "rb") as file:
                 size = os.fstat(file.fileno()).st_size
-                file.seek(0 if path.suffix.lower() == ".bmp" else max(0, size - 4096))
-                hashed.update(size.to_bytes(8, "little") + file.read())
+                hashed.update(size.to_bytes(8, "little") + file.read(4096))
+                file.seek(4096 if path.suffix.lower() == ".bmp" else max(4096, size - 4096))
+                hashed.update(file.read())
         return hashed.hexdigest()[:16]
 
     with ThreadPoolExecutor(16) as pool:
@@ -346,9 +353,14 @@ def load_frozen(clips, args, base, accelerator):
     return pipe, vae, decoder
 
 
+def encoders_fingerprint(base):
+    """Tells the frozen parts that the cache is made by from others."""
+    return "-".join(common.weights_fingerprint(base, part)[:8] for part in ("vae", "image_encoder"))
+
+
 def build_cache(clips, args, base, accelerator):
     """Fills `clip["cache"]` for every clip, encoding those that have no current file; the processes share the work."""
-    fingerprint = "-".join(common.weights_fingerprint(base, part)[:8] for part in ("vae", "image_encoder"))
+    fingerprint = encoders_fingerprint(base)
     for clip in clips:
         root, name = clip["root"] / ".cache", "/".join(map(common.plain_name, clip["directory"].split("/")))
         if args.cache_dir:  # may be shared by several datasets
@@ -1026,6 +1038,8 @@ def read_checkpoint(folder):
     for name, kind in (("step", int), ("settings", dict), ("optimizer", dict), ("files", dict)):
         if not isinstance(saved.get(name), kind):
             raise UserError(f"{path}: damaged, it has no {name}; use another checkpoint")
+    if "max_train_steps" not in saved["settings"] or not isinstance(saved.get("clips", {}), dict):
+        raise UserError(f"{path}: damaged, its settings or clips are not whole; use another checkpoint")
     for name, digest in saved["files"].items():
         file = folder / name
         if not file.is_file() or common.file_digest(file) != digest:
@@ -1065,9 +1079,9 @@ def put_aside_newer(args, folder, step):
 # Settings that may differ between a checkpoint and its resumption: they do not change the result.
 MAY_DIFFER_ON_RESUME = """output_dir dataset_dir pretrained_model_name resume_from_checkpoint checkpointing_steps
 checkpoints_total_limit cache_latents cache_dir dataloader_num_workers logging_steps report_to compile dry_run exclude
-gradient_checkpointing gradient_accumulation_steps train_batch_size max_train_steps save_merged push_to_hub
+gradient_checkpointing gradient_accumulation_steps train_batch_size max_train_steps push_to_hub
 base_model_name versions step num_clips median_fps median_motion_bucket_id motion_bucket_id_range validation_dir
-validation_steps validation_metric""".split()
+validation_steps validation_metric held_out""".split()
 
 
 def check_resume(settings, clips, saved, folder):
@@ -1517,6 +1531,8 @@ def parse_args(argv=None):
         ("num_validation_videos", args.num_validation_videos >= 0, "at least 0"),
         ("num_frames", args.num_frames >= 2, "at least 2, for one frame has no motion to learn"),
         ("lora_alpha", args.lora_alpha != 0, "over 0: it is the LoRA's strength"),
+        ("P_mean", abs(args.P_mean) <= 20, "-20..20: a sigma is e to this"),
+        ("P_std", args.P_std <= 10, "0..10"),
     ):
         if not is_right:
             parser.error(f"--{name} must be {wanted}, got {getattr(args, name)}")
@@ -1571,6 +1587,9 @@ def check_output_dir(args):
         raise UserError(f"--output_dir {output} is the dataset's folder; give another")
     if common.printable(output.resolve()) != str(output.resolve()):
         raise UserError(f"--output_dir {output}: its path is not UTF-8, and safetensors reads no other; give another")
+    if args.validation_dir and Path(args.validation_dir).resolve() == Path(args.dataset_dir).resolve():
+        cure = "give other clips, or hold some of these out by --num_validation_videos"
+        raise UserError(f"--validation_dir {args.validation_dir} is what is trained on; {cure}")
     run = checkpoints_of(output) or (output / "metrics.jsonl").is_file()
     ours = ("model_index.json", common.SETTINGS, "README.md", "metrics.jsonl", "validation", "best", "lora")
     there = [name for name in (*ours, *common.PARTS) if (output / name).exists()]
@@ -1618,7 +1637,7 @@ def build_accelerator(args, device):
     return accelerator
 
 
-def describe_run(args, base, clips, num_processes):
+def describe_run(args, base, clips, held_out, num_processes):
     """The settings that every checkpoint and the result carry."""
     name, local = args.pretrained_model_name, Path(args.pretrained_model_name).is_dir()
     fps, buckets = ([clip[key] for clip in clips] for key in ("fps", "motion_bucket_id"))
@@ -1630,6 +1649,8 @@ def describe_run(args, base, clips, num_processes):
         "pretrained_model_name": str(base.resolve()) if local else name,
         "base_model_name": find_base_name(args, base),
         "base_fingerprint": common.weights_fingerprint(base, "unet"),
+        "encoders_fingerprint": encoders_fingerprint(base),
+        "held_out": [] if args.validation_dir else [clip["directory"] for clip in held_out],
         "num_clips": len(clips),
         "median_fps": statistics.median(fps),
         "median_motion_bucket_id": statistics.median(buckets),
@@ -1667,12 +1688,13 @@ def train(args, device):
     """
     base = common.resolve_model(args.pretrained_model_name)
     common.check_sizes(args, base)
-    clips, held_out = leave_out(hold_out(load_clips(args, args.dataset_dir), args), args.exclude)
+    folder, saved = find_checkpoint(args)
+    sides = hold_out(load_clips(args, args.dataset_dir), args, saved["settings"].get("held_out") if saved else ())
+    clips, held_out = leave_out(sides, args.exclude)
     add_digests([*clips, *held_out])
     accelerator = build_accelerator(args, device)
-    settings = describe_run(args, base, clips, accelerator.num_processes)
+    settings = describe_run(args, base, clips, sides[1], accelerator.num_processes)
     frames = {clip["directory"]: f"{clip['digest']} {clip['fps']:g} {clip['motion_bucket_id']:g}" for clip in clips}
-    folder, saved = find_checkpoint(args)
     if saved:
         check_resume(settings, frames, saved, folder)
     with lock_output(args, accelerator):
@@ -1833,6 +1855,8 @@ def lock_output(args, accelerator):
                 os.replace(left, whole)  # it was to be replaced, and what was to replace it is not whole
             else:
                 shutil.rmtree(left)
+        for left in filter(Path.is_file, output.glob(".*.part")):
+            left.unlink()
         yield
 
 
@@ -1895,6 +1919,17 @@ def start_trackers(args, accelerator):
             raise UserError(f"--report_to {args.report_to}: cannot be started ({why[0]}); {cure}") from None
 
 
+def drop_later_scores(state):
+    """Removes what validation made after the step that a run goes on from: it makes that again, or is another run."""
+    output, end = Path(state.args.output_dir), state.steps or -1
+    for folder in output.glob("validation/step-*"):
+        if int(folder.name[len("step-") :]) > end:
+            shutil.rmtree(folder)
+    with contextlib.suppress(FileNotFoundError, ValueError, KeyError, TypeError):
+        if json.loads((output / "best" / common.CHECKPOINT_STATE).read_text())["step"] > end:
+            shutil.rmtree(output / "best")
+
+
 class Log:
     """The progress bar, metrics.jsonl and --report_to; device values are read only when a line is written."""
 
@@ -1903,6 +1938,7 @@ class Log:
         self.path = Path(args.output_dir) / "metrics.jsonl"
         if self.accelerator.is_main_process:  # a resumed run writes the lines after its checkpoint again
             kept = [line for line in read_metrics(args.output_dir) if line["step"] <= state.steps and state.steps]
+            drop_later_scores(state)
             common.write_file(self.path, "".join(json.dumps(line) + "\n" for line in kept))
             write_page(self.path.parent)
         self.progress = tqdm(total=args.max_train_steps, initial=state.steps, desc="training", unit="step",

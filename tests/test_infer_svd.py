@@ -510,6 +510,8 @@ def test_names_come_from_the_path_so_that_nothing_collides(tmp_path, dataset):
         (tmp_path / name).write_bytes(b"")
     assert set(infer_svd.find_images(str(tmp_path / "*" / "x.*"))) == {"a/x", "b/x.png", "b/x.jpg"}
     assert set(infer_svd.find_images(str(tmp_path / "b"))) == {"x.png", "x.jpg"}
+    (tmp_path / "b/x.png.png").write_bytes(b"")
+    assert set(infer_svd.find_images(str(tmp_path / "b"))) == {"x.png", "x.jpg", "x.png.png"}
     assert {n: p.name for n, p in infer_svd.find_images(str(dataset)).items()} == {
         f"clip{i}": "00000.png" for i in range(3)
     }
@@ -700,6 +702,12 @@ def test_comparison_and_reference_are_scored_beside_the_copied_frame(dataset, tr
     assert len(sheets) == 3 and common.read_video(sheets[0]).shape[2] == 3 * 288
     assert len(common.read_metadata(folder)) == 0 and len(lines_of(folder)) == 3
     assert "0 clips to make" in infer(capsys, *arguments)
+    (folder / ".metrics.json.0.part").write_bytes(b""), (folder / "side_by_side/.clip1.mp4.0.part").write_bytes(b"")
+    infer(capsys, "--model_dir", TINY, *arguments[2:5], tmp_path / "same", *arguments[6:])
+    labels = ["first frame copied", f"generated ({TINY})", f"compared ({TINY})"]
+    assert list(json.loads((tmp_path / "same/metrics.json").read_text())["mean"]) == labels
+    infer(capsys, *arguments)
+    assert not list(folder.rglob(".*.part"))
 
 
 def test_ssim_is_that_of_scikit_image():
@@ -765,6 +773,14 @@ def test_combinations_that_cannot_work_are_refused_before_the_model_is_loaded(
     printed = infer(capsys, "--model_dir", TINY, "--input_image", picture, "--output_video", tmp_path / "out", *FAST,
         "--reference", dataset, ok=False)  # fmt: skip
     assert "no clip named first" in printed and not (tmp_path / "out").exists()
+    bad = shutil.copytree(dataset, tmp_path / "bad")
+    (bad / "clip1/00005.png").write_bytes(b"garbage")
+    printed = infer(capsys, "--model_dir", TINY, "--input_image", bad, "--output_video", tmp_path / "out", *FAST,
+        "--reference", bad, ok=False)  # fmt: skip
+    assert "00005.png: not a readable image" in printed and not (tmp_path / "out").exists()
+    into = ("--input_image", bad, "--output_video", bad / "more", "--output_format", "frames")
+    printed = infer(capsys, "--model_dir", TINY, *into, ok=False)
+    assert "lies in --input_image" in printed and not (bad / "more").exists()
 
 
 def test_a_disk_that_fills_up_leaves_nothing_that_looks_finished(picture, tmp_path, capsys):

@@ -433,6 +433,47 @@ def test_exclude_takes_names_patterns_and_lists_on_both_sides_and_names_what_mat
     assert "--exclude typo*: no clip" in printed and "--exclude a/clip[9]: no clip" in printed
 
 
+def test_a_resumed_run_holds_out_what_it_held_out_before(dataset, tmp_path):
+    clips = tmp_path / "clips"
+    shutil.copytree(dataset, clips, ignore=shutil.ignore_patterns(".cache"))
+    for seed in range(3, 6):
+        write_clip(clips / f"clip{seed}", moving_square(10, seed=seed))
+    arguments = [*train_arguments(clips, tmp_path / "out"), "--num_validation_videos", 2, "--validation_steps", 99]
+    run("train_svd.py", *arguments, "--max_train_steps", 1)
+    state = json.loads((tmp_path / "out/checkpoint-1/training_state.json").read_text())
+    held_out, trained_on = state["settings"]["held_out"], sorted(state["clips"])
+    assert len(held_out) == 2 and len(trained_on) == 4
+    shutil.rmtree(clips / trained_on[0])
+    shutil.rmtree(clips / held_out[0])
+    write_clip(clips / "new", moving_square(10, seed=7))
+    resumed = [*arguments, "--max_train_steps", 2, "--resume_from_checkpoint", "latest"]
+    assert "new not trained on before" in run("train_svd.py", *resumed, ok=False).stdout
+    done = run("train_svd.py", *resumed, "--exclude", "new").stdout
+    assert f"going on without {trained_on[0]}" in done and "3 clips and 1 held out" in done
+    videos = {path.stem for path in (tmp_path / "out/validation/step-000002").iterdir()}
+    assert videos == {held_out[1]}
+
+    vae = shutil.copytree(TINY, tmp_path / "other_vae") / "vae" / "diffusion_pytorch_model.safetensors"
+    save_file({name: tensor * 1.1 for name, tensor in load_file(vae).items()}, vae, {"format": "pt"})
+    resumed += ["--exclude", "new", "--pretrained_model_name", tmp_path / "other_vae"]
+    other = run("train_svd.py", *resumed, ok=False)
+    assert "encoders_fingerprint was" in other.stdout
+
+
+def test_frames_that_were_turned_are_other_frames(tmp_path):
+    path, digests = tmp_path / "clip" / "0.jpg", []
+    path.parent.mkdir()
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (96, 96, 3), np.uint8))
+    for orientation in (1, 3):
+        exif = image.getexif()
+        exif[274] = orientation
+        image.save(path, exif=exif)
+        clip = {"frames": [path]}
+        train_svd.add_digests([clip])
+        digests.append((path.stat().st_size, clip["digest"]))
+    assert digests[0][0] == digests[1][0] > 4096 and digests[0][1] != digests[1][1]
+
+
 def test_all_cameras_of_an_episode_fall_on_one_side():
     clips = [
         {
