@@ -1077,11 +1077,13 @@ def put_aside_newer(args, folder, step):
 
 
 # Settings that may differ between a checkpoint and its resumption: they do not change the result.
-MAY_DIFFER_ON_RESUME = """output_dir dataset_dir pretrained_model_name resume_from_checkpoint checkpointing_steps
+MAY_DIFFER_ON_RESUME = frozenset(
+    """output_dir dataset_dir pretrained_model_name resume_from_checkpoint checkpointing_steps
 checkpoints_total_limit cache_latents cache_dir dataloader_num_workers logging_steps report_to compile dry_run exclude
 gradient_checkpointing gradient_accumulation_steps train_batch_size max_train_steps push_to_hub
 base_model_name versions step num_clips median_fps median_motion_bucket_id motion_bucket_id_range validation_dir
 validation_steps validation_metric held_out""".split()
+)
 
 
 def check_resume(settings, clips, saved, folder):
@@ -1244,7 +1246,7 @@ def card_data(settings, base, relation):
 
 def push_to_hub(args):
     """Uploads the result, without checkpoints, to a repository of the hub, a private one where it is new."""
-    skip, name, output = ["checkpoint-*", "damaged-*", "best/*", ".*"], args.push_to_hub, args.output_dir
+    skip, name, output = ["checkpoint-*", "damaged-*", "earlier-*", "best/*", ".*"], args.push_to_hub, args.output_dir
     try:
         api = huggingface_hub.HfApi()
         api.create_repo(name, private=True, exist_ok=True)
@@ -1919,15 +1921,16 @@ def start_trackers(args, accelerator):
             raise UserError(f"--report_to {args.report_to}: cannot be started ({why[0]}); {cure}") from None
 
 
-def drop_later_scores(state):
-    """Removes what validation made after the step that a run goes on from: it makes that again, or is another run."""
-    output, end = Path(state.args.output_dir), state.steps or -1
-    for folder in output.glob("validation/step-*"):
-        if int(folder.name[len("step-") :]) > end:
-            shutil.rmtree(folder)
-    with contextlib.suppress(FileNotFoundError, ValueError, KeyError, TypeError):
-        if json.loads((output / "best" / common.CHECKPOINT_STATE).read_text())["step"] > end:
-            shutil.rmtree(output / "best")
+def put_aside_other_run(state):
+    """Moves into `earlier-N/` what a run of other settings, given up before its first checkpoint, validated here."""
+    output, settings = Path(state.args.output_dir), state.settings
+    with contextlib.suppress(FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
+        before = json.loads((output / "best" / common.CHECKPOINT_STATE).read_text())["settings"]
+        if any(settings[key] != before.get(key, settings[key]) for key in settings.keys() - MAY_DIFFER_ON_RESUME):
+            aside = next(path for n in itertools.count(1) if not (path := output / f"earlier-{n}").exists())
+            aside.mkdir()
+            for name in ("best", "validation"):
+                os.replace(output / name, aside / name)
 
 
 class Log:
@@ -1938,7 +1941,7 @@ class Log:
         self.path = Path(args.output_dir) / "metrics.jsonl"
         if self.accelerator.is_main_process:  # a resumed run writes the lines after its checkpoint again
             kept = [line for line in read_metrics(args.output_dir) if line["step"] <= state.steps and state.steps]
-            drop_later_scores(state)
+            put_aside_other_run(state)
             common.write_file(self.path, "".join(json.dumps(line) + "\n" for line in kept))
             write_page(self.path.parent)
         self.progress = tqdm(total=args.max_train_steps, initial=state.steps, desc="training", unit="step",

@@ -414,6 +414,15 @@ def test_validation_scores_held_out_episodes_and_changes_nothing(dataset, tmp_pa
     assert json.loads((output / "best" / "training_state.json").read_text())["step"] == best
     assert sorted(path.name for path in output.iterdir()) == whole
     assert sorted((output / "validation").glob("*/*")) == videos
+    # a run that is given up before its first checkpoint, and another one begun in its folder
+    for path in [*output.glob("checkpoint-*"), output / "model_index.json"]:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    run("train_svd.py", *train_arguments(dataset, output), "--max_train_steps", 1, "--seed", 3, "--validation_dir",
+        held_out, "--validation_steps", 9, "--resume_from_checkpoint", "latest")  # fmt: skip
+    assert len(list((output / "earlier-1" / "validation").glob("*/*"))) == 3
+    assert json.loads((output / "earlier-1/best/training_state.json").read_text())["step"] == best
+    assert json.loads((output / "best/training_state.json").read_text())["settings"]["seed"] == 3
+    assert len(list((output / "validation").glob("*/*"))) == 2
 
 
 def test_exclude_takes_names_patterns_and_lists_on_both_sides_and_names_what_matches_nothing(tmp_path, capsys):
