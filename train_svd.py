@@ -218,7 +218,7 @@ def load_clips(args, dataset_dir):
     clips = [clip for clip in found if len(clip["frames"]) >= args.num_frames]
     if not clips:
         longest = max(len(clip["frames"]) for clip in found)
-        what = f"no clip in {dataset_dir} is that long; the longest has {longest} frames"
+        what = f"no clip is that long; the longest has {longest} frames ({dataset_dir})"
         raise UserError(f"--num_frames {args.num_frames}: {what}")
     short = [clip for clip in found if len(clip["frames"]) < args.num_frames]
     if short:
