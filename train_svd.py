@@ -288,10 +288,11 @@ def exclude_names(patterns):
 
 
 def add_digests(clips):
-    """Fills `clip["digest"]`, which tells its frames from others, wherever they lie: the files' sizes and two ends.
+    """Fills `clip["digest"]`, which tells its frames from others, wherever they lie: sizes and last 4 KB of the files.
 
-    So they are not read whole: a PNG ends with a checksum of its pixels, other compressed files change in length, and
-    what turns a picture stands in its first 4 KB. A BMP is read whole. Raises `OSError` where a file cannot be read.
+    So they are not read whole: a PNG ends with a checksum of its pixels, other compressed files change in length. Of
+    these the first 4 KB count too, where EXIF turns a picture. A BMP is read whole. Raises `OSError` where a file
+    cannot be read.
     """
 
     def digest(clip):
@@ -299,9 +300,9 @@ def add_digests(clips):
         for path in clip["frames"]:
             with open(path, "rb") as file:
                 size = os.fstat(file.fileno()).st_size
-                hashed.update(size.to_bytes(8, "little") + file.read(4096))
-                file.seek(4096 if path.suffix.lower() == ".bmp" else max(4096, size - 4096))
-                hashed.update(file.read())
+                head = file.read(4096) if path.suffix.lower() not in (".png", ".bmp") else b""
+                file.seek(0 if path.suffix.lower() == ".bmp" else max(0, size - 4096))
+                hashed.update(head + size.to_bytes(8, "little") + file.read())
         return hashed.hexdigest()[:16]
 
     with ThreadPoolExecutor(16) as pool:
