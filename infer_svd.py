@@ -12,6 +12,7 @@ A recipe: parse, list the clips to make, load, run the stock diffusers pipeline 
 """
 
 import argparse
+import collections
 import contextlib
 import gc
 import glob
@@ -24,6 +25,7 @@ import shutil
 import sys
 import time
 from collections import Counter, namedtuple
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -147,10 +149,12 @@ def parse_args(argv=None):
         parser.error(f"--output_format {args.output_format} cannot be compared: its colours are not exact; use mp4")
     if args.output_format == "lerobot" and not find_spec("pyarrow"):
         parser.error("--output_format lerobot writes Parquet files: pip install pyarrow")
-    for flag in ("input_image", "reference") if args.output_format in ("frames", "webp") else ():
-        given = Path(getattr(args, flag) or "?").absolute()
-        if given.is_dir() and given.resolve() in (output.resolve(), *output.resolve().parents):
-            parser.error(f"--output_video {output} lies in --{flag}, which would then hold its clips too; give another")
+    if args.output_format in ("frames", "webp"):  # which are images
+        for flag in ("input_image", "reference"):
+            given = Path(getattr(args, flag)).resolve() if getattr(args, flag) else output
+            searched = [output.resolve(), *(output.resolve().parents if given.is_dir() and has_clips(given) else [])]
+            if getattr(args, flag) and given in searched:
+                parser.error(f"--output_video {output} lies in --{flag}, which would hold its clips too; give another")
     if args.reference and not Path(args.reference).is_dir():
         parser.error(f"--reference {args.reference}: no such folder")
     places = output.parents if is_file(output) else [output, *output.parents]
@@ -201,13 +205,23 @@ def resolve(args, base, trained):
 # --------------------------------------------------------------------------------------------------------- Images
 
 
+def images_in(folder):
+    """The images directly in a folder, without hidden ones."""
+    files = (p for p in folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith("."))
+    return [file for file in files if not file.is_dir()]
+
+
+def has_clips(folder):
+    """Whether a folder is a dataset, which is searched with its subfolders, and not a folder of images."""
+    return not images_in(folder) or bool(common.read_metadata(folder))
+
+
 def find_images(given):
     """--input_image -> {name: path}; a name is the path inside the folder, or inside what precedes the wildcard."""
     path = Path(given)
     if path.is_dir():
-        files = [p for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith(".")]
-        files, root = [file for file in files if not file.is_dir()], path
-        if common.read_metadata(path) or not files:
+        files, root = images_in(path), path
+        if has_clips(path):
             return {clip["directory"]: clip["frames"][0] for clip in common.list_clips(path)}
     elif glob.has_magic(given) and not path.exists():
         root, files = expand_pattern(path)
@@ -454,8 +468,7 @@ class ClipSet:
         for folder in self.hidden.glob(".making-*"):
             shutil.rmtree(folder)
         ours = [".metadata.jsonl.*.part", ".index.html.*.part", ".metrics.json.*.part", "side_by_side/.*.part"]
-        ours *= not self.single
-        ours += ["meta/**/.*.part", "data/**/.*.part"] * self.lerobot
+        ours = [] if self.single else ours + ["meta/**/.*.part", "data/**/.*.part"] * self.lerobot
         for left in [*itertools.chain(*map(self.folder.glob, ours)), *self.hidden.rglob(".*.part")]:
             left.unlink()
 
@@ -475,8 +488,9 @@ class ClipSet:
             common.write_page(self.folder / "index.html", {"title": self.folder.absolute().name, "clips": shown})
             if made:
                 write_lerobot(self.folder, made)
-            for left in () if made or not self.lerobot else ("meta", "data"):  # all its clips have been deleted
-                shutil.rmtree(self.folder / left, ignore_errors=True)
+            elif self.lerobot:  # all its clips have been deleted
+                for left in ("meta", "data"):
+                    shutil.rmtree(self.folder / left, ignore_errors=True)
         elif self.single and self.jobs[0]["target"].exists():
             os.replace(self.hidden / f"{self.jobs[0]['name']}.json", self.jobs[0]["target"].with_suffix(".json"))
             shutil.rmtree(self.hidden, ignore_errors=True)
@@ -1007,8 +1021,9 @@ def find_real_clips(settings, images):
             raise UserError(f"--reference {settings.reference}: no clip named {name}; {cure}")
         if len(clips[name]["frames"]) < 2:
             raise UserError(f"--reference: {name} has one frame; a video needs two to be compared")
-        for path in clips[name]["frames"][: 1 + (settings.num_frames - 1) * settings.num_segments]:
-            common.read_image(path)  # now: not when all clips are made
+        paths = clips[name]["frames"][: 1 + (settings.num_frames - 1) * settings.num_segments]
+        with ThreadPoolExecutor(8) as pool:  # read now, not when all clips are made
+            collections.deque(pool.map(common.read_image, paths), maxlen=0)
         fps = clips[name].get("fps", settings.fps)
         if abs(fps - settings.fps) > 0.05 * settings.fps:
             print(f"warning: {name} is at {fps:g} fps, the generated clip at {settings.fps:g}")

@@ -226,7 +226,9 @@ def read_lerobot(root):
     lines = common.read_lines(meta / "episodes.jsonl", damaged)  # version 2
     tasks = {line["episode_index"]: line.get("tasks") for _, line in lines if type(line.get("episode_index")) is int}
     known = {key: info[key] for key in ("robot_type", "generated") if info.get(key)}
-    return known, read_episodes(root)[1] if (meta / "episodes").is_dir() else tasks  # version 3's, where both are there
+    if (meta / "episodes").is_dir():  # version 3, whatever of version 2 was left beside it
+        tasks = read_episodes(root)[1]
+    return known, tasks
 
 
 def lerobot_fields(video, group):
@@ -250,8 +252,9 @@ LOOK = re.compile(  # what the showinfo filter says of a frame
     r" fmt:(\w+) .*sar:(\S+) s:(\d+)x(\d+) i:(\w)(?s:.*?displaymatrix: rotation of (\S+))?"
     r"(?s:.*?)color_space:(\S+) .*color_trc:(\S+)"
 )
-BESIDE_THE_PICTURE = "sei|vui|app\\d*|com|icc|exif|side data|metadata|user ?data|timecode|caption|header packet"
-BESIDE_THE_PICTURE = re.compile(rf"(?i)\b({BESIDE_THE_PICTURE})\b")
+BESIDE_THE_PICTURE = re.compile(
+    r"(?i)\b(sei|vui|app\d*|com|icc|exif|side data|metadata|user ?data|timecode|caption|header packet)\b"
+)
 Packet = collections.namedtuple("Packet", "stream dts pts duration size flags")  # times in ticks; flags: see below
 MIDDLE = 640, 360  # pixels of a frame, at most, by which two decoders are compared
 KEY_FRAME, UNSURE = 1, 2  # UNSURE: the container has lost something before it or in it
@@ -374,8 +377,10 @@ def probe_video(video, max_packets=None):
     fields = dict(match.groups() for row in rows if (match := re.match(r"#(\w+ \d+): (.*)", row)))
     ticks = {packet.stream: parse_ratio(fields[f"tb {packet.stream}"]) for packet in packets}
     stamps = sorted(packet.pts for packet in shown)
-    if stamps[-1] < NO_TIMESTAMP:  # AVI and bare streams: no presentation times, but steady decoding times
+    if stamps[0] < NO_TIMESTAMP:  # AVI and bare streams: few presentation times or none, but steady decoding times
         stamps = sorted(packet.dts for packet in shown)
+        if len(stamps) > 2:  # with B-frames the first of these comes too early
+            stamps[0] = 2 * stamps[1] - stamps[2]
     steady = stamps[0] > NO_TIMESTAMP and len(set(stamps)) == len(stamps)  # ffmpeg repeats those that run backwards
     fps = re.search(r"Stream #0:0.*: Video: .*, ([\d.]+)(k?) fps", output)
     decoder = re.search(r"#1:0 \(\w+ \((\w+)\)", output)
@@ -483,7 +488,7 @@ def judge_ending(video, probe, packets, ticks, header):
         probe.problems.append("ends in the middle of a packet")
     elif 0 < end < size - 1024 and used <= end:
         probe.notes.append(f"its last {size - end} bytes of {size} belong to nothing: another file behind it?")
-    elif end in (0, size) and used < 0.6 * size and "Input #0, mpeg" not in header:  # MPEG streams may be stuffed
+    elif not end and used < 0.6 * size and "Input #0, mpeg" not in header:  # MPEG streams may be stuffed
         probe.notes.append(f"{size - used} bytes of {size} belong to nothing: another file behind it?")
     probe.truncated = bool(probe.problems)
 
@@ -622,10 +627,13 @@ def hear_opencv():
             os.close(terminal)
 
 
-def ffmpeg_finds_damage(video, probe, args):
-    """Whether ffmpeg, in a pass of its own, finds damaged pictures among those that are wanted."""
+def find_damage(video, probe, args, threads):
+    """What ffmpeg says, in a pass of its own, of damaged pictures among those that are wanted: its messages in order.
+
+    With one thread always the same ones: showinfo, whose lines they may fall into, is not there.
+    """
     limit = ["-frames:v", str(args.max_frames)] if args.max_frames and not args.fps and video.episodes is None else []
-    return bool(picture_errors(run_ffmpeg(video, [], [*limit, "-f", "null", "-"])[1], probe))
+    return picture_errors(run_ffmpeg(video, ["-threads", str(threads)], [*limit, "-f", "null", "-"])[1], probe)
 
 
 def video_filters(probe, args):
@@ -694,7 +702,7 @@ def read_ffmpeg(video, probe, args, threads, decoded):
                 break
             time = decoded.frames * step if stamp == "NOPTS" else float(stamp)
             begin, size = (time, own_size) if begin is None else (begin, size)
-            if decoded.frames and time - begin + shift <= last:
+            if time - begin + shift < last:
                 shift = last + step - (time - begin)
                 decoded.notes.append(f"timestamps begin again at {last + step:.3f} s: recordings joined?")
             last = time - begin + shift
@@ -968,7 +976,7 @@ def decode_video(video, probe, episodes, reader, threads, stride, run):
     finally:
         frames.close()
         wait(writer.jobs)  # nothing writes into the folders any more, whatever happened
-    if reader is read_opencv and run.heard() > before and ffmpeg_finds_damage(video, probe, run.args):
+    if reader is read_opencv and run.heard() > before and find_damage(video, probe, run.args, threads):
         raise DecodeAgain("OpenCV conceals damage")
     if reader is read_ffmpeg and threads > 1 and decoded.errors:
         raise DecodeAgain("how damage is concealed depends on the number of threads")
@@ -1014,7 +1022,7 @@ def prepare_video(video, run, old):
         probe.truncated = True
         probe.problems.append(f"{decoded.frames} of {wanted} frames could be decoded")
     if decoded.errors:
-        probe.problems.append(f"damaged: {decoded.errors[0]}")
+        probe.problems.append(f"damaged: {[*find_damage(video, probe, args, 1), *decoded.errors][0]}")
     probe.notes += dict.fromkeys(decoded.notes)
     record = {"source": video.source, **stamp, "options": clip_options(args), "clips": [], "dropped": {}}
     for directory, clip in clips.items():
@@ -1144,8 +1152,10 @@ def publish(video, record, old, run):
     (run.output / "preview.jpg").unlink(missing_ok=True)  # it shows other clips; the run makes it again at its end
     if not run.args.shard.name:  # shards write the file at the end: appending is not safe between machines
         new = [clip for clip in record["clips"] if clip["directory"] not in owned]  # of the others there is a line
-        with run.lock, open(run.output / "metadata.jsonl", "a", encoding="utf-8") as file:
-            file.write("".join(map(dump_line, new)))
+        with run.lock:
+            for path in (run.state / "written.jsonl", run.output / "metadata.jsonl"):
+                with open(path, "a", encoding="utf-8") as file:
+                    file.write("".join(map(dump_line, new)))
 
 
 def read_lines(output, name="metadata.jsonl"):
@@ -1172,8 +1182,9 @@ def write_metadata(output):
     Lines and fields that somebody else wrote stay, and so do changes of ours: a value that is not what was written here
     last, as `.prepare/written.jsonl` knows, until its clip is made again and it has another one.
     """
-    path, records, (lines, others) = output / "metadata.jsonl", read_records(output / ".prepare"), read_lines(output)
-    written, _ = read_lines(output / ".prepare", "written.jsonl")
+    path, records = output / "metadata.jsonl", read_records(output / ".prepare")
+    written, _ = read_lines(output / ".prepare", "written.jsonl")  # first: else another part's line would seem a change
+    lines, others = read_lines(output)
     clips = {clip["directory"]: clip for record in records.values() for clip in record["clips"]}
     merged = []
     for directory in sorted({*lines, *clips}, key=by_name):
@@ -1413,15 +1424,19 @@ def main(argv=None):
             )
             raise common.UserError(f"--output_dir {output} was made with {named}: do the same, or add --overwrite")
         if not args.shard.name:
+            if old and not (state / "written.jsonl").exists():  # of an older version, which wrote what its records say
+                clips = (clip for record in old.values() for clip in record["clips"])
+                common.write_file(state / "written.jsonl", "".join(map(dump_line, clips)))
             write_metadata(output)  # what will be added must not follow half a line of a killed run
         with hear_opencv() as heard:
             failures = run_all(videos, dict(old), args, heard)
-        records = None
-        while records != (records := write_metadata(output)):  # another part may have ended: the last one writes all
+        records, before = write_metadata(output), None
+        while records != before:  # another part may have ended meanwhile: the last one writes all
             clips = [clip for record in records.values() for clip in record["clips"]]
             clips.sort(key=lambda clip: by_name(clip["directory"]))
             if clips and (records != old or not (output / "preview.jpg").exists()):
                 write_preview(output, clips)
+            before, records = records, write_metadata(output)
     chosen = [records[video.source] for video in videos if video.source in records]
     gone = [source for source in records if not os.path.lexists(os.path.join(args.video_dir, source))]
     return 0 if summarize(chosen, failures, unfinished, twins, gone) else 1

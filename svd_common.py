@@ -98,10 +98,11 @@ def sort_frames(names, folder):
 
     Frames of one clip have the same name but for the case, the suffix and one running number, as in `00000.png`,
     `img (1).jpg`, `2024-05-01_cam2_0001.png`. Of several numbers the one that runs has another value in every frame;
-    where more than one has, the evenest; `1305031102.175.png` counts as one number too, and so does a ROS stamp,
-    `1305031102_175304000.png`. Its step may be any: a gap is a step of more than one and a half times the usual one.
-    Raises `UserError` where the frames would be wrong: one number twice, names without a number, a second kind of name
-    (masks, thumbnails, another series), a number that runs, unevenly, against the order of the names.
+    where more than one has, a regular one, whose usual step is its smallest, or the evenest; `1305031102.175.png`
+    counts as one number too, and so does a ROS stamp, `1305031102_175304000.png`. Its step may be any: a gap is a step
+    of more than one and a half times the usual one. Raises `UserError` where the frames would be wrong: one number
+    twice, names without a number, a second kind of name (masks, thumbnails, another series), or no regular number, and
+    the evenest contradicts the order of the names.
     """
     if len(names) < 2:
         return list(names), None
@@ -119,24 +120,25 @@ def sort_frames(names, folder):
     stamps = [re.sub(r"(\d)[_-](\d{9})(?!\d)", r"\1.\2", name) for name in names]  # seconds and nanoseconds
     decimals = (re.findall(r"(?<!\d)(?=(\d+\.\d+))", name) for name in stamps)
     columns += [[float(text) for text in column] for column in zip(*decimals)]
-    orders = []  # (unevenness, names in order, place of the widest step)
+    orders = []  # (is irregular, unevenness, names in order, place of the widest step)
     for column in columns:
         values, ordered = zip(*sorted(zip(column, names)))
         steps = [later - earlier for earlier, later in zip(values, values[1:])]
         if min(steps) > 0:
-            orders.append((max(steps) / sorted(steps)[(len(steps) - 1) // 2], ordered, steps.index(max(steps))))
+            usual = sorted(steps)[(len(steps) - 1) // 2]
+            orders.append((usual != min(steps), max(steps) / usual, ordered, steps.index(max(steps))))
     if not orders:
         by_number = sorted(([int(number) for number in re.findall(r"\d+", name)], name) for name in names)
         for (first, name), (second, other) in zip(by_number, by_number[1:]):
             if first == second:
                 raise UserError(f"{folder}: {name} and {other} are the same frame; move one of each pair away")
         raise UserError(f"{folder}: {name} to {other} are several series; give each a folder of its own")
-    unevenness, ordered, place = min(orders, key=lambda order: order[0])
+    irregular, unevenness, ordered, place = min(orders, key=lambda order: order[:2])
 
     def by_name(number):
         return sorted(names, key=lambda name: [float(text) for text in re.findall(number, name)])
 
-    if unevenness > 1 and list(ordered) not in (by_name(r"\d+"), by_name(r"\d+(?:\.\d+)?")):
+    if irregular and list(ordered) not in (by_name(r"\d+"), by_name(r"\d+(?:\.\d+)?")):
         first, second = sorted(ordered[:2])
         raise UserError(f"{folder}: which number of {first} and {second} runs cannot be told; rename them to have one")
     return list(ordered), ordered[place : place + 2] if unevenness > 1.5 else None
@@ -228,7 +230,7 @@ def fit_frame(frame, width, height):
 
 @contextlib.contextmanager
 def named(path):
-    """An `OSError` of the block that names no file, as a full disk gives, names this one."""
+    """Puts the name of this file into an `OSError` that has none, as that of a full disk."""
     try:
         yield
     except OSError as error:
@@ -320,7 +322,9 @@ def plain_name(name):
     255 bytes are the most that a name can have, with its suffix and with what is added while it is written.
     """
     text = printable(name)
-    return name if text == name and len(text.encode()) <= 200 else f"{text[:60]}+{name_digest(name)}"
+    if text == name and len(text.encode()) <= 200:
+        return name
+    return f"{text.encode()[:150].decode(errors='ignore')}+{name_digest(name)}"
 
 
 def name_digest(name):

@@ -240,17 +240,20 @@ def clip_group(clip):
     return "/".join(episode.groups()) if episode else source
 
 
-def hold_out(clips, args, before=()):
+def hold_out(clips, args, known=None):
     """(training clips, held-out clips): whole episodes are held out, so that no camera of one is on the other side.
 
-    before: names of those that the run being resumed held out; then it is these, whatever has come or gone meanwhile.
+    known: names of those that the run being resumed held out; then it is these, whatever has come or gone meanwhile.
     """
     if args.validation_dir:
         if not Path(args.validation_dir).is_dir():
             raise UserError(f"--validation_dir {args.validation_dir}: no such folder; make it with prepare_dataset.py")
         return clips, load_clips(args, args.validation_dir)[: args.num_validation_videos or None]
-    if before:
-        return [[clip for clip in clips if (clip["directory"] in before) == side] for side in (False, True)]
+    if known is not None:
+        held_out = [clip for clip in clips if clip["directory"] in known]
+        if known and not held_out:
+            print(f"warning: no clip is there that this run held out ({listed(known)}): nothing is validated any more")
+        return [clip for clip in clips if clip["directory"] not in known], held_out
     groups = {}
     for clip in clips:
         groups.setdefault(clip_group(clip), []).append(clip)
@@ -1653,7 +1656,7 @@ def describe_run(args, base, clips, held_out, num_processes):
         "base_model_name": find_base_name(args, base),
         "base_fingerprint": common.weights_fingerprint(base, "unet"),
         "encoders_fingerprint": encoders_fingerprint(base),
-        "held_out": [] if args.validation_dir else [clip["directory"] for clip in held_out],
+        "held_out": held_out if args.num_validation_videos and not args.validation_dir else [],
         "num_clips": len(clips),
         "median_fps": statistics.median(fps),
         "median_motion_bucket_id": statistics.median(buckets),
@@ -1692,11 +1695,13 @@ def train(args, device):
     base = common.resolve_model(args.pretrained_model_name)
     common.check_sizes(args, base)
     folder, saved = find_checkpoint(args)
-    sides = hold_out(load_clips(args, args.dataset_dir), args, saved["settings"].get("held_out") if saved else ())
+    known = saved["settings"].get("held_out") if saved else None
+    sides = hold_out(load_clips(args, args.dataset_dir), args, known)
+    known = [clip["directory"] for clip in sides[1]] if known is None else known
     clips, held_out = leave_out(sides, args.exclude)
     add_digests([*clips, *held_out])
     accelerator = build_accelerator(args, device)
-    settings = describe_run(args, base, clips, sides[1], accelerator.num_processes)
+    settings = describe_run(args, base, clips, known, accelerator.num_processes)
     frames = {clip["directory"]: f"{clip['digest']} {clip['fps']:g} {clip['motion_bucket_id']:g}" for clip in clips}
     if saved:
         check_resume(settings, frames, saved, folder)
@@ -1714,6 +1719,7 @@ def train(args, device):
         if saved:
             state.load(folder, saved)
         if accelerator.is_main_process:
+            put_aside_other_run(state)
             state.prune()
             warn_of_disk(state, base)
         validation = None
@@ -1942,7 +1948,6 @@ class Log:
         self.path = Path(args.output_dir) / "metrics.jsonl"
         if self.accelerator.is_main_process:  # a resumed run writes the lines after its checkpoint again
             kept = [line for line in read_metrics(args.output_dir) if line["step"] <= state.steps and state.steps]
-            put_aside_other_run(state)
             common.write_file(self.path, "".join(json.dumps(line) + "\n" for line in kept))
             write_page(self.path.parent)
         self.progress = tqdm(total=args.max_train_steps, initial=state.steps, desc="training", unit="step",

@@ -59,6 +59,15 @@ def test_frames_are_one_running_number(names, tmp_path):
     )
 
 
+def test_a_regular_number_runs_whatever_stands_before_it(tmp_path):
+    for names in (
+        ["49274526_0009.png", "14486288_0010.png", "90210_0011.png", "7_0014.png"],
+        ["id2932574_007.png", "id23268959_008.png", "id5_009.png"],
+        ["0.0436_019.png", "0.0101_020.png", "0.5000_021.png", "0.3000_022.png"],
+    ):
+        assert common.sort_frames(sorted(names), tmp_path)[0] == names
+
+
 @pytest.mark.parametrize(
     "names, message",
     [

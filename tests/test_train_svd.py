@@ -461,6 +461,10 @@ def test_a_resumed_run_holds_out_what_it_held_out_before(dataset, tmp_path):
     assert f"going on without {trained_on[0]}" in done and "3 clips and 1 held out" in done
     videos = {path.stem for path in (tmp_path / "out/validation/step-000002").iterdir()}
     assert videos == {held_out[1]}
+    shutil.rmtree(clips / held_out[1])
+    for steps in (3, 4):  # never others, which were trained on
+        done = run("train_svd.py", *resumed, "--exclude", "new", "--max_train_steps", steps).stdout
+        assert "nothing is validated any more" in done and "3 clips, " in done
 
     vae = shutil.copytree(TINY, tmp_path / "other_vae") / "vae" / "diffusion_pytorch_model.safetensors"
     save_file({name: tensor * 1.1 for name, tensor in load_file(vae).items()}, vae, {"format": "pt"})
