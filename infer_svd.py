@@ -150,10 +150,9 @@ def parse_args(argv=None):
     if args.output_format == "lerobot" and not find_spec("pyarrow"):
         parser.error("--output_format lerobot writes Parquet files: pip install pyarrow")
     if args.output_format in ("frames", "webp"):  # which are images
-        for flag in ("input_image", "reference"):
-            given = Path(getattr(args, flag)).resolve() if getattr(args, flag) else output
-            searched = [output.resolve(), *(output.resolve().parents if given.is_dir() and has_clips(given) else [])]
-            if getattr(args, flag) and given in searched:
+        for flag, given in (("input_image", args.input_image), ("reference", args.reference)):
+            inside, folder = output.resolve(), Path(given or "").resolve()
+            if given and (folder == inside or (folder in inside.parents and has_clips(folder))):
                 parser.error(f"--output_video {output} lies in --{flag}, which would hold its clips too; give another")
     if args.reference and not Path(args.reference).is_dir():
         parser.error(f"--reference {args.reference}: no such folder")
