@@ -438,17 +438,19 @@ def list_packets(video, max_packets):
     if max_packets:
         tracks, until = f"-frames:v {max_packets}", f"-t {max_packets / 5}"  # seconds: longer than these packets last
     packets = f"{tracks} -c copy -f framecrc pipe:1"
-    frames = f"-map 0:V:0 -frames:v 1000 {until} -vf showinfo=checksum=0 -f null -"
-    crop = f"crop=min(iw\\,{MIDDLE[0]}):min(ih\\,{MIDDLE[1]}):trunc((iw-ow)/2):trunc((ih-oh)/2)"
-    middle = f"-map 0:V:0 -frames:v 1 -vf format=rgb24,{crop} -f rawvideo"
+    looks = f"-frames:v 1000 {until} -f null -"
     decoder = "-threads 1 -noautorotate -skip_frame nokey".split()
     if os.name != "posix":  # where a process gets no third pipe
-        return *run_ffmpeg(video, decoder, f"{packets} {frames}".split()), b""
+        return *run_ffmpeg(video, decoder, f"{packets} -map 0:V:0 -vf showinfo=checksum=0 {looks}".split()), b""
+    crop = f"crop=min(iw\\,{MIDDLE[0]}):min(ih\\,{MIDDLE[1]}):trunc((iw-ow)/2):trunc((ih-oh)/2)"
+    # One graph: what ffmpeg says of an output once its first frame is there does not fall into that frame's showinfo.
+    graph = f"-filter_complex [0:V:0]showinfo=checksum=0,split[look][frame];[frame]format=rgb24,{crop}[middle]"
     receiver, sender = os.pipe()
     with open(receiver, "rb") as pipe, ThreadPoolExecutor(1) as pool:
         received = pool.submit(pipe.read)
         try:
-            output = f"{packets} {frames} {middle} pipe:{sender}".split()
+            picture = f"-map [middle] -frames:v 1 -f rawvideo pipe:{sender}"
+            output = f"{packets} {graph} -map [look] {looks} {picture}".split()
             rows, log = run_ffmpeg(video, decoder, output, pass_fds=[sender])
         finally:
             os.close(sender)
