@@ -383,7 +383,7 @@ def probe_video(video, max_packets=None):
             stamps[0] = 2 * stamps[1] - stamps[2]
     steady = stamps[0] > NO_TIMESTAMP and len(set(stamps)) == len(stamps)  # ffmpeg repeats those that run backwards
     fps = re.search(r"Stream #0:0.*: Video: .*, ([\d.]+)(k?) fps", output)
-    decoder = re.search(r"#1:0 \(\w+ \((\w+)\)", output)
+    decoder = re.search(r"Stream #0:\d+ \((\w+)\) -> showinfo", output)
     frames = re.split(r"\] n: *\d+ ", "\n".join(line for line in log if "showinfo" in line))
     looks = [match.groups() for match in map(LOOK.search, frames) if match]
     stored = fields["dimensions 0"].split("x")
@@ -438,19 +438,19 @@ def list_packets(video, max_packets):
     if max_packets:
         tracks, until = f"-frames:v {max_packets}", f"-t {max_packets / 5}"  # seconds: longer than these packets last
     packets = f"{tracks} -c copy -f framecrc pipe:1"
-    looks = f"-frames:v 1000 {until} -f null -"
-    decoder = "-threads 1 -noautorotate -skip_frame nokey".split()
+    looks = f"-map [look] -frames:v 1000 {until} -f null -"
+    decoder, graph = "-threads 1 -noautorotate -skip_frame nokey".split(), "-filter_complex [0:V:0]showinfo=checksum=0"
     if os.name != "posix":  # where a process gets no third pipe
-        return *run_ffmpeg(video, decoder, f"{packets} -map 0:V:0 -vf showinfo=checksum=0 {looks}".split()), b""
+        return *run_ffmpeg(video, decoder, f"{packets} {graph}[look] {looks}".split()), b""
     crop = f"crop=min(iw\\,{MIDDLE[0]}):min(ih\\,{MIDDLE[1]}):trunc((iw-ow)/2):trunc((ih-oh)/2)"
     # One graph: what ffmpeg says of an output once its first frame is there does not fall into that frame's showinfo.
-    graph = f"-filter_complex [0:V:0]showinfo=checksum=0,split[look][frame];[frame]format=rgb24,{crop}[middle]"
+    graph += f",split[look][frame];[frame]format=rgb24,{crop}[middle]"
     receiver, sender = os.pipe()
     with open(receiver, "rb") as pipe, ThreadPoolExecutor(1) as pool:
         received = pool.submit(pipe.read)
         try:
             picture = f"-map [middle] -frames:v 1 -f rawvideo pipe:{sender}"
-            output = f"{packets} {graph} -map [look] {looks} {picture}".split()
+            output = f"{packets} {graph} {looks} {picture}".split()
             rows, log = run_ffmpeg(video, decoder, output, pass_fds=[sender])
         finally:
             os.close(sender)
