@@ -25,6 +25,10 @@ from PIL import Image
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 import infer_svd
+from svd_parts.clip_set import PIPELINE_OPTIONS
+from svd_parts.forecast import forecast_memory
+from svd_parts.shortcuts import avoid_conv3d, move_to_device, wrap_unet
+from svd_parts.weights import SVD_XT_CONFIG, read_config
 
 diffusers.utils.logging.set_verbosity_error()
 TINY = ROOT / "tests" / "tiny_svd"
@@ -45,9 +49,9 @@ def build(config, seed=0):
     """A stock pipeline with random weights, the same for the same seed."""
     torch.manual_seed(seed)
     with torch.device(DEVICE):
-        unet = UNetSpatioTemporalConditionModel.from_config(common.read_config(config, "unet"))
-        vae = AutoencoderKLTemporalDecoder.from_config(common.read_config(config, "vae"))
-        clip = CLIPVisionModelWithProjection(CLIPVisionConfig(**common.read_config(config, "image_encoder")))
+        unet = UNetSpatioTemporalConditionModel.from_config(read_config(config, "unet"))
+        vae = AutoencoderKLTemporalDecoder.from_config(read_config(config, "vae"))
+        clip = CLIPVisionModelWithProjection(CLIPVisionConfig(**read_config(config, "image_encoder")))
     parts = {"unet": unet, "vae": vae, "image_encoder": clip}
     parts |= {name: common.load_part(TINY, name, DTYPE) for name in ("scheduler", "feature_extractor")}
     pipe = StableVideoDiffusionPipeline(**{name: part for name, part in parts.items()})
@@ -62,13 +66,13 @@ def measure(config, size, ours, flags, num_inference_steps):
          str(height), "--num_frames", str(num_frames), "--num_inference_steps", str(num_inference_steps), *flags]
     )  # fmt: skip
     settings = infer_svd.resolve(args, config, {})
-    options = {name: getattr(settings, name) for name in infer_svd.PIPELINE_OPTIONS} | {"motion_bucket_id": 127}
+    options = {name: getattr(settings, name) for name in PIPELINE_OPTIONS} | {"motion_bucket_id": 127}
     pipe = build(config)
     pipe.set_progress_bar_config(disable=True)
     if ours:
-        infer_svd.wrap_unet(pipe.unet, settings.compile)
-        common.avoid_conv3d(pipe.vae)
-    infer_svd.move_to_device(pipe, settings.low_vram, DEVICE)
+        wrap_unet(pipe.unet, settings.compile)
+        avoid_conv3d(pipe.vae)
+    move_to_device(pipe, settings.low_vram, DEVICE)
     image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (height, width, 3), np.uint8))
 
     def clip(steps):
@@ -82,7 +86,7 @@ def measure(config, size, ours, flags, num_inference_steps):
     frames = clip(num_inference_steps)
     seconds = time.perf_counter() - start
     peak = torch.cuda.max_memory_allocated() / 2**30 if DEVICE == "cuda" else 0.0
-    return seconds, peak, infer_svd.forecast_memory(config, settings), (frames * 255).round()
+    return seconds, peak, forecast_memory(config, settings), (frames * 255).round()
 
 
 def main():
@@ -92,7 +96,7 @@ def main():
     args = parser.parse_args()
     if DEVICE == "cpu" and not args.tiny:
         parser.error("the full-size model needs a CUDA GPU; --tiny runs anywhere")
-    config, sizes = (TINY, [(96, 64, 8)]) if args.tiny else (common.SVD_XT_CONFIG, [(512, 320, 25), (1024, 576, 25)])
+    config, sizes = (TINY, [(96, 64, 8)]) if args.tiny else (SVD_XT_CONFIG, [(512, 320, 25), (1024, 576, 25)])
     print(f"{torch.cuda.get_device_name() if DEVICE == 'cuda' else 'CPU'}, torch {torch.__version__}, {DTYPE}")
     for size in sizes:
         stock = {}  # {decode_chunk_size: the stock pipeline's frames}

@@ -11,27 +11,33 @@ import json
 import sys
 import tempfile
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import svd_common as common  # isort: skip
 import torch
 from diffusers import AutoencoderKLTemporalDecoder, UNetSpatioTemporalConditionModel
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 import train_svd
+from svd_parts.forecast import forecast
+from svd_parts.objective import training_loss
+from svd_parts.optimizers import OPTIMIZERS, build_optimizer, gradients_freed_early, step_in_backward
+from svd_parts.shortcuts import compile_blocks
+from svd_parts.unet import prepare_unet, trained_parameters
+from svd_parts.weights import SVD_XT_CONFIG, read_config
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPE = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
 FRAMES = 25 if DEVICE.type == "cuda" else 4
-CONFIG = Path(__file__).resolve().parent / "tiny_svd" if DEVICE.type == "cpu" else common.SVD_XT_CONFIG
+CONFIG = Path(__file__).resolve().parent / "tiny_svd" if DEVICE.type == "cpu" else SVD_XT_CONFIG
 
 
 def build(cls, part):
     """A part with random weights, made on the device."""
     with DEVICE:
-        model = cls.from_config(common.read_config(CONFIG, part))
+        model = cls.from_config(read_config(CONFIG, part))
     return model.to(DEVICE)
 
 
@@ -67,16 +73,16 @@ def arguments(width, height, *flags):
 
 def our_step(args, checkpointing):
     """The step of train_svd.py, everything on the device counted: UNet, optimizer, the VAE's encoder."""
-    unet = train_svd.prepare_unet(build(UNetSpatioTemporalConditionModel, "unet"), "temporal", DTYPE, checkpointing)
+    unet = prepare_unet(build(UNetSpatioTemporalConditionModel, "unet"), "temporal", DTYPE, checkpointing)
     vae = build(AutoencoderKLTemporalDecoder, "vae").requires_grad_(False)
     vae.decoder = None
     if args.compile:
-        common.compile_blocks(unet)
-    trained = list(train_svd.trained_parameters(unet).values())
-    freed_early = train_svd.gradients_freed_early(args, 1)
-    optimizer = train_svd.build_optimizer(args, trained, freed_early)
+        compile_blocks(unet)
+    trained = list(trained_parameters(unet).values())
+    freed_early = gradients_freed_early(args, 1)
+    optimizer = build_optimizer(args, trained, freed_early)
     if freed_early:
-        train_svd.step_in_backward(optimizer, torch.zeros((), dtype=torch.bool, device=DEVICE))
+        step_in_backward(optimizer, OPTIMIZERS[args.optimizer].step, torch.zeros((), dtype=torch.bool, device=DEVICE))
     factor = 2 ** (len(vae.config.block_out_channels) - 1)
     shape = (1, args.num_frames, 4, args.height // factor, args.width // factor)
     batch = {"latents": torch.randn(shape), "noise": torch.randn(shape), "sigmas": torch.ones(1), "keep": torch.ones(1)}
@@ -86,7 +92,7 @@ def our_step(args, checkpointing):
     batch = {name: value.to(DEVICE) for name, value in batch.items()}
 
     def step():
-        train_svd.training_loss(unet, vae, batch, DTYPE)[0].backward()
+        training_loss(unet, vae, batch, DTYPE)[0].backward()
         if not freed_early:
             norm = torch.nn.utils.clip_grad_norm_(trained, args.max_grad_norm)
             optimizer.found_inf = (~torch.isfinite(norm)).float()
@@ -103,7 +109,7 @@ def xtend_step(width, height, checkpointing):
         unet.enable_gradient_checkpointing()
     vae = build(AutoencoderKLTemporalDecoder, "vae").requires_grad_(False).to(DTYPE)
     with DEVICE:
-        clip = CLIPVisionModelWithProjection(CLIPVisionConfig(**common.read_config(CONFIG, "image_encoder")))
+        clip = CLIPVisionModelWithProjection(CLIPVisionConfig(**read_config(CONFIG, "image_encoder")))
     clip.to(DEVICE, DTYPE).requires_grad_(False)
     trained = [p for name, p in unet.named_parameters() if "temporal_transformer_block" in name]
     for parameter in trained:
@@ -149,8 +155,8 @@ def row(label, make_step, flops, rate, predicted=None):
 def measured_and_forecast(width, height, checkpointing):
     """(measured, forecast) peak GiB of a step on this GPU."""
     args = arguments(width, height)
-    forecast = train_svd.forecast(args, CONFIG, checkpointing, DTYPE)["peak_memory_gib"]
-    return seconds_and_peak(our_step(args, checkpointing), repeats=2)[1], forecast
+    expected = forecast(args, CONFIG, checkpointing, DTYPE)["peak_memory_gib"]
+    return seconds_and_peak(our_step(args, checkpointing), repeats=2)[1], expected
 
 
 def main():
@@ -164,12 +170,12 @@ def main():
         (small, "none", []), (small, "none", ["--compile"]), (small, "transformers", []), (small, "full", []),
         (small, "full", ["--max_grad_norm", 0]), (small, "full", ["--optimizer", "adamw8bit"]), (large, "full", []),
     ):  # fmt: skip
-        if flags[-1:] == ["adamw8bit"] and train_svd.importlib.util.find_spec("bitsandbytes") is None:
+        if flags[-1:] == ["adamw8bit"] and find_spec("bitsandbytes") is None:
             continue
         if DEVICE.type == "cpu" and "--compile" in flags:
             continue
         args = arguments(width, height, *flags)
-        plan = train_svd.forecast(args, CONFIG, mode, DTYPE, count_flops=True)
+        plan = forecast(args, CONFIG, mode, DTYPE, count_flops=True)
         label = f"ours {width}x{height}x{FRAMES} {mode} {' '.join(map(str, flags))}"
         make_step = lambda args=args, mode=mode: our_step(args, mode)  # noqa: E731
         rows.append(row(label, make_step, plan["flops_per_step"], rate, plan["peak_memory_gib"]))

@@ -19,6 +19,8 @@ import svd_common as common  # isort: skip
 import numpy as np
 from PIL import Image
 
+from svd_parts.dataset import list_clips
+
 TINY, DATA, DEMO = ROOT / "tests" / "tiny_svd", ROOT / "tests" / "data", ROOT / "demo"
 TRAINING = "--num_frames 8 --width 96 --height 64 --train_batch_size 4 --max_train_steps 400 --learning_rate 2e-3"
 TRAINING += " --P_mean 1.5 --lr_scheduler cosine --lr_warmup_steps 30 --use_ema --ema_decay 0.98"
@@ -49,7 +51,7 @@ def main():
         "--output_video", DEMO / "generated", "--compare_with", TINY, "--reference", DEMO / "heldout",
         "--num_inference_steps", 3, "--max_guidance_scale", 1.0)  # fmt: skip
 
-    clips = [read_clip(clip) for clip in common.list_clips(DEMO / "heldout")]
+    clips = [read_clip(clip) for clip in list_clips(DEMO / "heldout")]
     write_sample(DEMO / "sample", [clips[i] for i in SHOWN])
     write_contact_sheet(DEMO / "contact_sheet.png", clips[:4])
     scores = json.loads((DEMO / "generated" / "metrics.json").read_text())["mean"]

@@ -17,6 +17,7 @@ pytest.importorskip("torch")
 import huggingface_hub
 
 import train_svd
+from svd_parts.hub import card_data, find_base_name
 
 
 class Hub(BaseHTTPRequestHandler):
@@ -142,14 +143,14 @@ def test_a_copied_base_is_known_by_its_folder_whatever_its_card(tmp_path, readme
     if readme:
         (base / "README.md").write_bytes(readme.encode(errors="surrogateescape"))
     args = Namespace(base_model_name=None, pretrained_model_name=str(base))
-    settings = {"base_model_name": train_svd.find_base_name(args, base), "lora_rank": 0, "dataset_dir": str(tmp_path)}
-    data = train_svd.card_data(settings, base, "finetune")
+    settings = {"base_model_name": find_base_name(args, base), "lora_rank": 0, "dataset_dir": str(tmp_path)}
+    data = card_data(settings, base, "finetune")
     assert data.base_model == name and data.license_name == "stable-video-diffusion-1-1-community"
 
 
 def test_a_base_that_was_fine_tuned_before_names_what_it_came_from(tmp_path):
     shutil.copytree(TINY, base := tmp_path / "outputs")
     args = Namespace(base_model_name=None, pretrained_model_name=str(base))
-    assert train_svd.find_base_name(args, base) is None  # never the folder
+    assert find_base_name(args, base) is None  # never the folder
     (base / "README.md").write_text("---\nbase_model: me/first\n---\n")
-    assert train_svd.find_base_name(args, base) == "me/first"
+    assert find_base_name(args, base) == "me/first"

@@ -21,6 +21,12 @@ from PIL import Image
 
 import infer_svd
 import svd_common as common
+from svd_parts.console import run_script
+from svd_parts.dataset import list_clips, read_metadata
+from svd_parts.files import file_digest, lock_file
+from svd_parts.judging import bootstrap
+from svd_parts.metrics import clip_motion, motion_bucket, ssim, video_metrics
+from svd_parts.shortcuts import avoid_conv3d, wrap_unet
 
 STEPS = ["--num_inference_steps", "2"]
 FAST = [*SIZE, *STEPS]
@@ -30,7 +36,7 @@ QUICK = [*SIZE, "--num_inference_steps", "1"]
 def infer(capsys, *arguments, ok=True):
     """Runs infer_svd.py in this process, as `python infer_svd.py` would; returns what it printed."""
     with pytest.raises(SystemExit) as end:
-        common.run_script(lambda: infer_svd.main([str(argument) for argument in arguments]))
+        run_script(lambda: infer_svd.main([str(argument) for argument in arguments]))
     printed = "".join(capsys.readouterr())
     assert (end.value.code in (0, None)) == ok, printed
     return printed
@@ -337,7 +343,7 @@ def test_a_folder_of_images_becomes_a_documented_set(images, made):
     assert {record["file_name"] for record in records} == names == {path.name for path in made.glob("*.mp4")}
     assert {path.name for path in made.iterdir()} == names | {"metadata.jsonl", "index.html", ".infer"}
     hidden = {f"{name}.json" for name in names} | {"lock", ".making"}
-    hidden |= {f"{common.file_digest(images / f'image{number}.png')}.jpg" for number in range(2)}
+    hidden |= {f"{file_digest(images / f'image{number}.png')}.jpg" for number in range(2)}
     assert {path.name for path in (made / ".infer").iterdir()} == hidden
     for record in records:
         assert (
@@ -401,10 +407,10 @@ def test_a_single_file_and_the_compared_set_have_one_writer_too(picture, tmp_pat
     flags = ["--model_dir", TINY, "--input_image", picture, *QUICK, "--output_video"]
     (tmp_path / ".video.infer").mkdir()
     (tmp_path / "set" / ".compare" / ".infer").mkdir(parents=True)
-    with common.lock_file(tmp_path / ".video.infer" / "lock", "taken"):
+    with lock_file(tmp_path / ".video.infer" / "lock", "taken"):
         for name in ("video.mp4", "video.gif"):  # whose settings go into one video.json
             assert "another infer_svd.py is writing here" in infer(capsys, *flags, tmp_path / name, ok=False)
-    with common.lock_file(tmp_path / "set" / ".compare" / ".infer" / "lock", "taken"):
+    with lock_file(tmp_path / "set" / ".compare" / ".infer" / "lock", "taken"):
         printed = infer(capsys, *flags, tmp_path / "set", "--compare_with", TINY, ok=False)
         assert "another infer_svd.py is writing here" in printed and not list(tmp_path.rglob("*.mp4"))
     infer(capsys, *flags, tmp_path / "video.mp4")
@@ -536,12 +542,12 @@ def test_a_generated_set_of_frames_trains(made, images, tmp_path, capsys):
     folder = tmp_path / "synthetic"
     infer(capsys, "--model_dir", TINY, "--input_image", images / "image0.png", "--output_video", folder, *FAST,
         "--output_format", "frames", "--motion_bucket_id", 60, 180, "--fps", 9)  # fmt: skip
-    clips = common.list_clips(folder)
+    clips = list_clips(folder)
     assert len(clips) == 2
     for clip in clips:
         frames = np.stack([common.read_image(path) for path in clip["frames"]])
         assert clip["generated"] is True and clip["fps"] == 9 and clip["num_frames"] == len(frames) == 8
-        assert clip["motion_bucket_id"] == common.motion_bucket(common.clip_motion(frames, 9))  # what it shows
+        assert clip["motion_bucket_id"] == motion_bucket(clip_motion(frames, 9))  # what it shows
         assert clip["requested"]["motion_bucket_id"] in (60, 180)  # what was asked for
     stock = stock_frames(TINY, moving_square(1)[0], fps=9, motion_bucket_id=180)
     assert np.array_equal([common.read_image(p) for p in clips[1]["frames"]], stock)  # exactly: PNG loses nothing
@@ -570,7 +576,7 @@ def test_segments_join_without_a_repeated_frame(picture, tmp_path, capsys):
     for name, flags in (("corrected", []), ("raw", ["--no-color_correction"])):
         printed = infer(capsys, *arguments, "--output_video", tmp_path / name, *flags)
         assert "segment 2: sharpness x" in printed
-        clip = common.list_clips(tmp_path / name)[0]
+        clip = list_clips(tmp_path / name)[0]
         assert len(clip["segments"]) == 2 and clip["segments"][0].keys() == {"sharpness", "color", "motion"}
         videos.append(np.stack([common.read_image(path) for path in clip["frames"]]))
     # the stock pipeline, started again from the last frame; the second segment's own first frame is dropped
@@ -594,7 +600,7 @@ def test_low_vram_frames_equal_the_ordinary_ones_within_rounding(picture, tmp_pa
     for name, flags in (("low", ["--low_vram"]), ("ordinary", ["--decode_chunk_size", 4])):
         infer(capsys, "--model_dir", TINY, "--input_image", picture, "--output_video", tmp_path / name, *FAST, *flags,
             "--output_format", "frames")  # fmt: skip
-        clip = common.list_clips(tmp_path / name)[0]
+        clip = list_clips(tmp_path / name)[0]
         assert clip["decode_chunk_size"] == 4
         videos.append(np.stack([common.read_image(path) for path in clip["frames"]]).astype(int))
     assert np.abs(videos[0] - videos[1]).max() <= (3 if torch.cuda.is_available() else 1)
@@ -653,15 +659,15 @@ def test_half_precision_uses_no_3d_convolution_and_gives_the_stock_frames(pictur
 
     stock, ours = (common.load_pipeline(TINY, torch.float16)[0] for _ in range(2))
     expected = frames(stock)
-    infer_svd.wrap_unet(ours.unet)
-    common.avoid_conv3d(ours.vae)
+    wrap_unet(ours.unet)
+    avoid_conv3d(ours.vae)
     monkeypatch.setattr(torch.nn.Conv3d, "_conv_forward", None)
     assert np.abs(frames(ours) - expected).max() <= 1 / 255
 
 
 def test_single_token_shortcut_gives_the_same_bits():
     pipes = [common.load_pipeline(TINY, torch.float32)[0] for _ in range(2)]
-    infer_svd.wrap_unet(pipes[1].unet)
+    wrap_unet(pipes[1].unet)
     generator = torch.Generator().manual_seed(0)
     sample, token = torch.randn(2, 8, 8, 16, 24, generator=generator), torch.randn(2, 1, 32, generator=generator)
     ids = torch.tensor([[6.0, 127.0, 0.02]] * 2)
@@ -691,16 +697,16 @@ def test_comparison_and_reference_are_scored_beside_the_copied_frame(dataset, tr
     own = common.read_video(folder / "clip1_seed0_motion127.mp4")
     real = moving_square(10, seed=1)[:8]
     for metric, value in metrics["clips"][labels[1]]["clip1"][0].items():
-        assert value == pytest.approx(common.video_metrics(own, real)[metric]), metric
+        assert value == pytest.approx(video_metrics(own, real)[metric]), metric
     error = ((own[1:].astype(float) - real[1:]) ** 2).mean()
     assert metrics["clips"][labels[1]]["clip1"][0]["psnr"] == pytest.approx(10 * np.log10(255**2 / error))
     base = common.read_video(folder / ".compare" / "clip1_seed0_motion127.mp4")
-    assert metrics["clips"][labels[2]]["clip1"][0]["psnr"] == pytest.approx(common.video_metrics(base, real)["psnr"])
+    assert metrics["clips"][labels[2]]["clip1"][0]["psnr"] == pytest.approx(video_metrics(base, real)["psnr"])
     for scores in metrics["mean"].values():
         assert scores["psnr"]["low"] <= scores["psnr"]["mean"] <= scores["psnr"]["high"]
     sheets = sorted((folder / "side_by_side").glob("*.mp4"))
     assert len(sheets) == 3 and common.read_video(sheets[0]).shape[2] == 3 * 288
-    assert len(common.read_metadata(folder)) == 0 and len(lines_of(folder)) == 3
+    assert len(read_metadata(folder)) == 0 and len(lines_of(folder)) == 3
     assert "0 clips to make" in infer(capsys, *arguments)
     (folder / ".metrics.json.0.part").write_bytes(b""), (folder / "side_by_side/.clip1.mp4.0.part").write_bytes(b"")
     infer(capsys, "--model_dir", TINY, *arguments[2:5], tmp_path / "same", *arguments[6:])
@@ -718,13 +724,13 @@ def test_ssim_is_that_of_scikit_image():
     )
     theirs = metrics.structural_similarity(first, second, channel_axis=2, gaussian_weights=True, sigma=1.5,
         use_sample_covariance=False, data_range=255)  # fmt: skip
-    assert common.ssim(first, second) == pytest.approx(theirs, abs=1e-3)
+    assert ssim(first, second) == pytest.approx(theirs, abs=1e-3)
 
 
 def test_bootstrap_interval_covers_the_mean_and_leaves_out_what_a_clip_does_not_have():
     rng = np.random.default_rng(1)
     scores = {str(i): [{"psnr": rng.normal(20, 2), "motion_ratio": None if i else 1.5}] for i in range(100)}
-    result = infer_svd.bootstrap(scores)
+    result = bootstrap(scores)
     width = result["psnr"]["high"] - result["psnr"]["low"]
     assert result["psnr"]["low"] < result["psnr"]["mean"] < result["psnr"]["high"]
     assert width == pytest.approx(2 * 1.96 * 2 / 10, rel=0.25)

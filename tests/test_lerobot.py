@@ -10,6 +10,8 @@ from test_infer_svd import infer, lines_of
 
 import infer_svd
 import svd_common as common
+from svd_parts.console import run_script
+from svd_parts.lerobot_writer import image_stats
 
 parquet = pytest.importorskip("pyarrow.parquet")
 CAMERA, OTHER = "observation.images.front", "observation.images.wrist"
@@ -40,7 +42,7 @@ def made(real):
     """Two clips of each episode."""
     arguments = ["--input_image", real / "front", "--output_video", real / "set", "--num_videos_per_image", 2]
     with pytest.raises(SystemExit) as end:
-        common.run_script(lambda: infer_svd.main(list(map(str, FLAGS + arguments))))
+        run_script(lambda: infer_svd.main(list(map(str, FLAGS + arguments))))
     assert not end.value.code
     return real / "set"
 
@@ -80,7 +82,7 @@ def test_the_files_are_laid_out_as_version_3_says(made):
         frames.append(common.read_video(made / record["file_name"]) / 255)
         assert np.allclose(np.ravel(episode[f"stats/{CAMERA}/mean"]), frames[-1].mean((0, 1, 2)), atol=0.02)
     frame = moving_square(1)
-    exact = infer_svd.image_stats(frame)  # H.264 moves extremes
+    exact = image_stats(frame)  # H.264 moves extremes
     for name in ("min", "max", "mean", "std"):
         assert np.allclose(np.ravel(exact[name]), getattr(frame / 255, name)((0, 1, 2)), atol=1e-6), name
     stats = json.loads((made / "meta/stats.json").read_text())[CAMERA]

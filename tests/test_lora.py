@@ -14,6 +14,7 @@ import pytest
 from conftest import ROOT, SIZE, TINY, run, train_arguments
 
 import svd_common as common
+from svd_parts.weights import CHECKPOINT_STATE
 
 peft = pytest.importorskip("peft")
 torch = pytest.importorskip("torch")
@@ -38,7 +39,7 @@ def adapted(dataset, tmp_path_factory):
 
 
 def test_adapters_alone_are_trained_in_every_linear_layer_of_the_temporal_blocks(adapted):
-    state = json.loads((adapted / "checkpoint-6" / common.CHECKPOINT_STATE).read_text())
+    state = json.loads((adapted / "checkpoint-6" / CHECKPOINT_STATE).read_text())
     first, trained = (load_file(adapted / f"checkpoint-{step}" / "trained.safetensors") for step in (3, 6))
     assert all(".lora_" in name for name in trained) and all(not torch.equal(trained[n], first[n]) for n in trained)
     unet = UNetSpatioTemporalConditionModel.from_pretrained(TINY, subfolder="unet")

@@ -13,6 +13,9 @@ import pytest
 from conftest import SIZE, TINY, moving_square, run
 
 import svd_common as common
+from svd_parts.dataset import read_metadata
+from svd_parts.metrics import clip_measures
+from svd_parts.page import write_page, write_run_page
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 FLAGS = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
@@ -88,15 +91,15 @@ def clips(tmp_path_factory):
 
 def test_measures_tell_blur_another_picture_and_flicker():
     still, none = moving_square(1).repeat(8, 0), {"motion": 0.0, "measured_motion_bucket_id": 0, "flicker": 0.0}
-    assert common.clip_measures(still, still[0], 7) == {**none, "sharpness_ratio": 1.0, "psnr_first_frame": 100.0}
+    assert clip_measures(still, still[0], 7) == {**none, "sharpness_ratio": 1.0, "psnr_first_frame": 100.0}
     small = [common.fit_frame(frame, 96 // (1 + t), 64 // (1 + t)) for t, frame in enumerate(still)]
     fades = np.stack([common.fit_frame(frame, 96, 64) for frame in small])
-    blurred = common.clip_measures(fades, still[0], 7)
+    blurred = clip_measures(fades, still[0], 7)
     assert blurred["sharpness_ratio"] < 0.2 and blurred["psnr_first_frame"] == 100 and blurred["flicker"] < 1
     lit = (still // 2 + 10 * (np.arange(8) % 2)[:, None, None, None]).astype(np.uint8)
-    assert common.clip_measures(lit, still[0], 7)["flicker"] == pytest.approx(10, abs=0.3)
-    assert common.clip_measures(lit, still[0], 7)["psnr_first_frame"] < 20
-    assert common.clip_measures(lit * 0, still[0], 7)["sharpness_ratio"] is None
+    assert clip_measures(lit, still[0], 7)["flicker"] == pytest.approx(10, abs=0.3)
+    assert clip_measures(lit, still[0], 7)["psnr_first_frame"] < 20
+    assert clip_measures(lit * 0, still[0], 7)["sharpness_ratio"] is None
 
 
 def test_every_record_has_the_measures_and_the_page_shows_them(clips):
@@ -105,7 +108,7 @@ def test_every_record_has_the_measures_and_the_page_shows_them(clips):
     assert [clip["name"] for clip in shown] == [f"{name}.mp4" for name in NAMES]
     for record, clip in zip(records, shown):
         frames = common.read_video(clips / record["file_name"])
-        measured = common.clip_measures(frames, common.read_image(record["source_image"]), 7)
+        measured = clip_measures(frames, common.read_image(record["source_image"]), 7)
         assert clip["asked_motion_bucket_id"] == record["motion_bucket_id"]
         for name, value in measured.items():
             assert record[name] == clip[name] and record[name] == pytest.approx(value, rel=0.2, abs=0.5), name
@@ -162,7 +165,7 @@ def test_kept_clips_are_prepared_by_their_list(clips, tmp_path, capsys):
     def prepare(output, *flags, ok=True):
         done = run("prepare_dataset.py", "--video_dir", clips, "--output_dir", output, "--width", 96, "--height", 64,
             *flags, ok=ok)  # fmt: skip
-        return {record["source"] for record in common.read_metadata(output).values()}, done.stdout
+        return {record["source"] for record in read_metadata(output).values()}, done.stdout
 
     assert prepare(tmp_path / "kept", "--include", f"@{kept}")[0] == {f"{NAMES[0]}.mp4", f"{NAMES[3]}.mp4"}
     assert prepare(other, "--exclude", f"@{kept}")[0] == {f"{NAMES[1]}.mp4", f"{NAMES[2]}.mp4"}
@@ -195,7 +198,6 @@ def test_a_set_of_frame_folders_and_one_of_gif_are_played(clips, tmp_path):
 
 @needs_browser
 def test_the_page_of_a_run_shows_losses_scores_and_videos(tmp_path):
-    import train_svd
 
     lines = [{"step": step, "loss_v": 1 / step, "grad_norm": None, "learning_rate": 1e-4} for step in range(1, 31)]
     lines += [{"step": s, "validation_psnr": 20 + s, "validation_copied_psnr": 21.0} for s in (0, 15, 30)]
@@ -205,7 +207,7 @@ def test_the_page_of_a_run_shows_losses_scores_and_videos(tmp_path):
             video = tmp_path / "validation" / f"step-{step:06d}" / f"{name}.mp4"
             video.parent.mkdir(parents=True, exist_ok=True)
             common.write_video(video, moving_square(4), 7)
-    train_svd.write_page(tmp_path)
+    write_run_page(tmp_path)
     script = """
       const videos = () => [...document.querySelectorAll("#videos video")];
       await wait(() => shown(videos()).length === videos().length);
@@ -232,11 +234,11 @@ def test_the_page_of_a_run_shows_losses_scores_and_videos(tmp_path):
 
 def test_no_page_of_another_maker_is_overwritten_and_none_is_needed(tmp_path, monkeypatch):
     page = tmp_path / "index.html"
-    common.write_page(page, {"title": "</script><b>", "clips": []})
+    write_page(page, {"title": "</script><b>", "clips": []})
     assert data_of(page)["title"] == "</script><b>" and "</script><b>" not in page.read_text()
     page.write_text("mine")
-    common.write_page(page, {"title": "x", "clips": []})
+    write_page(page, {"title": "x", "clips": []})
     assert page.read_text() == "mine"
-    monkeypatch.setattr(common, "__file__", str(tmp_path / "svd_common.py"))  # the scripts were copied without it
-    common.write_page(tmp_path / "other.html", {"title": "x", "clips": []})
+    monkeypatch.setattr("svd_parts.page.__file__", str(tmp_path / "page.py"))  # the scripts were copied without it
+    write_page(tmp_path / "other.html", {"title": "x", "clips": []})
     assert not (tmp_path / "other.html").exists()

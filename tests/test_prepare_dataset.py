@@ -19,6 +19,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import svd_common
+from svd_parts.dataset import list_frames
+from svd_parts.metrics import clip_motion, motion_bucket
 
 FFMPEG = imageio_ffmpeg.get_ffmpeg_exe()
 PICTURE = "testsrc2=size=96x64:rate=25:duration=1"
@@ -71,14 +73,14 @@ def check_lines(output_dir):
 
 
 def frames_of(output_dir, line):
-    return [svd_common.read_frame(p) for p in svd_common.list_frames(Path(output_dir) / line["directory"])]
+    return [svd_common.read_frame(p) for p in list_frames(Path(output_dir) / line["directory"])]
 
 
 def extract(path, folder):
     """The frames as ffmpeg itself extracts them."""
     folder.mkdir(parents=True)
     ffmpeg("-i", path, "-map", "0:V:0", "-fps_mode", "passthrough", "-pix_fmt", "rgb24", folder / "%05d.png")
-    return [svd_common.read_frame(p) for p in svd_common.list_frames(folder)]
+    return [svd_common.read_frame(p) for p in list_frames(folder)]
 
 
 def tree(folder):
@@ -254,10 +256,10 @@ def test_motion_does_not_depend_on_the_fps(tmp_path):
 def test_motion_is_that_of_clip_motion(tmp_path):
     make(tmp_path / "videos/x.mp4")
     line = prepare(tmp_path / "videos", tmp_path / "out")[1]["x.mp4"]
-    motion = svd_common.clip_motion(frames_of(tmp_path / "out", line), line["fps"])
+    motion = clip_motion(frames_of(tmp_path / "out", line), line["fps"])
     assert line["motion"] == pytest.approx(motion, abs=2e-3)
-    assert line["motion_bucket_id"] == svd_common.motion_bucket(motion)
-    assert [svd_common.motion_bucket(m) for m in (0, 1.5, 1e9)] == [0, 128, 255]
+    assert line["motion_bucket_id"] == motion_bucket(motion)
+    assert [motion_bucket(m) for m in (0, 1.5, 1e9)] == [0, 128, 255]
 
 
 # ------------------------------------------------------------------------------------------------- what goes wrong
@@ -597,7 +599,7 @@ def test_clips_and_stride(tmp_path):
     text = prepare(tmp_path / "videos", tmp_path / "out", *command)[0]
     assert sorted(d for d in os.listdir(tmp_path / "out") if d[0] == "x") == [f"x@{n:04d}" for n in range(4)]
     assert "dropped: 1" in text and "x@0004: 5 frames, fewer than 10" in text
-    second, third = (svd_common.list_frames(tmp_path / "out" / f"x@000{n}") for n in (1, 2))
+    second, third = (list_frames(tmp_path / "out" / f"x@000{n}") for n in (1, 2))
     assert second[5].read_bytes() == third[0].read_bytes() and second[0].suffix == ".jpg"
     lines = [json.loads(line) for line in (tmp_path / "out/metadata.jsonl").read_text().splitlines()]
     assert [line["start"] for line in lines] == [0, 0.2, 0.4, 0.6]

@@ -12,6 +12,10 @@ from conftest import ROOT, SIZE, TINY, moving_square, run, write_clip
 
 import infer_svd
 import svd_common as common
+from svd_parts.clip_set import ClipSet
+from svd_parts.files import Shard, UserError, parse_shard
+from svd_parts.lora import check_adapters
+from svd_parts.shortcuts import move_to_device
 
 torch = pytest.importorskip("torch")
 
@@ -95,19 +99,19 @@ def test_wrong_shards_are_refused(real, tmp_path):
 
 
 def test_names_are_spread_over_the_parts():
-    parts = [common.Shard(0, 4).holds(f"clip_{i}_seed0") for i in range(2000)]
+    parts = [Shard(0, 4).holds(f"clip_{i}_seed0") for i in range(2000)]
     assert 400 < sum(parts) < 600
-    assert common.parse_shard("4/4") == common.parse_shard("0/4") == (0, 4)
+    assert parse_shard("4/4") == parse_shard("0/4") == (0, 4)
 
 
 def test_parts_that_work_and_end_beside_each_other(real, tmp_path, monkeypatch):
     parts = []
     for shard in ("0/2", "1/2", "0/3"):
         args = infer_svd.parse_args(list(map(str, [*command(real, tmp_path / "clips"), "--shard", shard])))
-        model = infer_svd.add_adapters(infer_svd.find_model(args.model_dir, args), args)
+        model = check_adapters(infer_svd.find_model(args.model_dir, args), args)
         settings = infer_svd.resolve(args, model.base, model.settings)
         images, _ = infer_svd.list_images(args)
-        parts.append((infer_svd.ClipSet(settings, model, tmp_path / "clips", images), settings))
+        parts.append((ClipSet(settings, model, tmp_path / "clips", images), settings))
     (busy, busy_settings), (planning, settings), (odd, odd_settings) = parts
     walk, wanted = os.walk, len(busy.todo)
 
@@ -117,9 +121,9 @@ def test_parts_that_work_and_end_beside_each_other(real, tmp_path, monkeypatch):
             busy.save(busy.todo.pop(), busy_settings, moving_square(1)[0], moving_square(8))
 
     with busy.locked(busy_settings):
-        with pytest.raises(common.UserError, match="another infer_svd.py"), odd.locked(odd_settings):
+        with pytest.raises(UserError, match="another infer_svd.py"), odd.locked(odd_settings):
             pass
-        monkeypatch.setattr(infer_svd.os, "walk", slow_walk)
+        monkeypatch.setattr(os, "walk", slow_walk)
         planning.plan(settings)  # which takes it for no stranger
         assert not busy.finish(busy_settings)
     left = tmp_path / "clips" / ".metadata.jsonl.0.part"  # as a part leaves it that is killed while it ends
@@ -134,5 +138,5 @@ def test_a_small_card_s_process_keeps_to_its_own_gpu(monkeypatch):
     pipe, _ = common.load_pipeline(TINY, torch.float32)
     monkeypatch.setattr("diffusers.pipelines.pipeline_utils.get_device", lambda: "cuda")
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)  # as make_all sets it from LOCAL_RANK
-    infer_svd.move_to_device(pipe, True, "cuda")
+    move_to_device(pipe, True, "cuda")
     assert str(pipe._offload_device) == "cuda:3"

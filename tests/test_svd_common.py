@@ -16,6 +16,11 @@ from conftest import ROOT, TINY, moving_square, run, write_clip
 from PIL import Image
 
 import svd_common as common
+from svd_parts.console import run_script
+from svd_parts.dataset import list_clips, list_frames, read_metadata, sort_frames
+from svd_parts.files import UserError, natural_key, replacing, write_file
+from svd_parts.metrics import optical_flow, ssim, video_metrics
+from svd_parts.weights import CHECKPOINT_STATE, resolve_model
 
 
 def test_png_is_lossless_and_fit_keeps_the_aspect_ratio(tmp_path):
@@ -34,7 +39,7 @@ def test_png_is_lossless_and_fit_keeps_the_aspect_ratio(tmp_path):
 def test_frames_sort_as_numbers(tmp_path):
     for name in ("frame10.png", "frame2.png", ".hidden.png", "frame1.PNG", "note.txt"):
         (tmp_path / name).write_bytes(b"")
-    assert [path.name for path in common.list_frames(tmp_path)] == ["frame1.PNG", "frame2.png", "frame10.png"]
+    assert [path.name for path in list_frames(tmp_path)] == ["frame1.PNG", "frame2.png", "frame10.png"]
 
 
 @pytest.mark.parametrize(
@@ -53,10 +58,7 @@ def test_frames_sort_as_numbers(tmp_path):
     ],
 )
 def test_frames_are_one_running_number(names, tmp_path):
-    assert common.sort_frames(names[::-1], tmp_path) == (
-        sorted(names, key=lambda n: common.natural_key(n.lower())),
-        None,
-    )
+    assert sort_frames(names[::-1], tmp_path) == (sorted(names, key=lambda n: natural_key(n.lower())), None)
 
 
 def test_a_regular_number_runs_whatever_stands_before_it(tmp_path):
@@ -65,7 +67,7 @@ def test_a_regular_number_runs_whatever_stands_before_it(tmp_path):
         ["id2932574_007.png", "id23268959_008.png", "id5_009.png"],
         ["0.0436_019.png", "0.0101_020.png", "0.5000_021.png", "0.3000_022.png"],
     ):
-        assert common.sort_frames(sorted(names), tmp_path)[0] == names
+        assert sort_frames(sorted(names), tmp_path)[0] == names
 
 
 @pytest.mark.parametrize(
@@ -86,15 +88,15 @@ def test_what_is_no_frame_is_refused_by_its_folder(names, message, tmp_path):
         path = tmp_path / "data" / "clip" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (96, 64)).save(path)
-    with pytest.raises(common.UserError, match=message) as error:
-        common.list_clips(tmp_path / "data")
+    with pytest.raises(UserError, match=message) as error:
+        list_clips(tmp_path / "data")
     assert str(tmp_path / "data" / "clip") in str(error.value)
 
 
 def test_a_gap_between_frames_is_a_warning(tmp_path, capsys):
     write_clip(tmp_path / "data" / "clip", moving_square(6))
     (tmp_path / "data" / "clip" / "00003.png").unlink()
-    assert len(common.list_clips(tmp_path / "data")[0]["frames"]) == 5
+    assert len(list_clips(tmp_path / "data")[0]["frames"]) == 5
     assert "clip: 00004.png follows 00002.png" in capsys.readouterr().err
 
 
@@ -105,7 +107,7 @@ def test_links_are_followed_once_and_loops_end(tmp_path, capsys):
     for name, target in {"a": "z", "far": "../elsewhere", "up": "..", "me": "me", "gone": "nowhere"}.items():
         (tmp_path / "data" / name).symlink_to(target)
     write_clip(tmp_path / "data" / "@eaDir" / "z", moving_square(3))
-    assert [clip["directory"] for clip in common.list_clips(tmp_path / "data")] == ["far/deep/clip", "z"]
+    assert [clip["directory"] for clip in list_clips(tmp_path / "data")] == ["far/deep/clip", "z"]
     warnings = capsys.readouterr().err
     for name in (
         "a: a link to what is",
@@ -120,7 +122,7 @@ def test_metadata_is_read_whatever_wrote_it(tmp_path):
     write_clip(tmp_path / "a" / "b\u2028", moving_square(2))
     line = json.dumps({"directory": "a\\b\u2028", "fps": 9, "motion_bucket_id": None}, ensure_ascii=False)
     (tmp_path / "metadata.jsonl").write_text("\ufeff" + line + "\r\n\r\n" + '{"directory": "gone"}', encoding="utf-8")
-    (clip,) = common.list_clips(tmp_path)
+    (clip,) = list_clips(tmp_path)
     assert clip["fps"] == 9 and "motion_bucket_id" not in clip
 
 
@@ -144,8 +146,8 @@ def test_metadata_is_read_whatever_wrote_it(tmp_path):
 )
 def test_nonsense_in_metadata_is_named(text, message, tmp_path):
     (tmp_path / "metadata.jsonl").write_bytes(text)
-    with pytest.raises(common.UserError, match="metadata.jsonl.*" + message.replace("[", r"\[")):
-        common.read_metadata(tmp_path)
+    with pytest.raises(UserError, match="metadata.jsonl.*" + message.replace("[", r"\[")):
+        read_metadata(tmp_path)
 
 
 def test_images_are_read_as_people_see_them(tmp_path):
@@ -177,9 +179,9 @@ def test_images_are_read_as_people_see_them(tmp_path):
     assert np.array_equal(common.read_frame(tmp_path / "deep.png")[..., 1], picture[..., 0])
     for data in (b"\x89PNG\r\n but no more", b"", (tmp_path / "exif.jpg").read_bytes()[:900]):
         (tmp_path / "bad.png").write_bytes(data)
-        with pytest.raises(common.UserError, match="bad.png: not a readable image"):
+        with pytest.raises(UserError, match="bad.png: not a readable image"):
             common.read_frame(tmp_path / "bad.png")
-    with pytest.raises(common.UserError, match="not a readable image .Is a directory"):
+    with pytest.raises(UserError, match="not a readable image .Is a directory"):
         common.read_frame(tmp_path)
 
 
@@ -210,16 +212,16 @@ def test_metrics_agree_with_their_definitions():
     real = moving_square(6)
     noise = np.random.default_rng(0).integers(-9, 10, real.shape)
     generated = np.clip(real.astype(int) + noise, 0, 255).astype(np.uint8)
-    scores = common.video_metrics(generated, real)
+    scores = video_metrics(generated, real)
     error = np.mean((generated[1:].astype(float) - real[1:]) ** 2)
     assert np.isclose(scores["psnr"], cv2.PSNR(generated[1:], real[1:])) and np.isclose(
         scores["psnr"], 10 * np.log10(255**2 / error)
     )
-    perfect = common.video_metrics(real, real)
+    perfect = video_metrics(real, real)
     assert perfect["psnr_moving"] == float("inf") and perfect["motion_ratio"] == 1 and perfect["flow_error"] == 0
-    frozen = common.video_metrics(np.repeat(real[:1], 6, axis=0), real)
+    frozen = video_metrics(np.repeat(real[:1], 6, axis=0), real)
     assert frozen["motion_ratio"] == 0 and frozen["psnr_moving"] < frozen["psnr"] and frozen["flow_error"] > 2
-    late = common.video_metrics(np.concatenate([real[:1], real[:-1]]), real)
+    late = video_metrics(np.concatenate([real[:1], real[:-1]]), real)
     assert late["psnr_moving"] < scores["psnr_moving"]
 
 
@@ -229,12 +231,12 @@ def test_ssim_agrees_with_scikit_image():
     reference = metrics.structural_similarity(
         first, second, channel_axis=2, gaussian_weights=True, sigma=1.5, use_sample_covariance=False, data_range=255
     )
-    assert abs(common.ssim(first, second) - reference) < 2e-3
+    assert abs(ssim(first, second) - reference) < 2e-3
 
 
 def test_optical_flow_finds_a_known_shift():
     ground = cv2.GaussianBlur(np.random.default_rng(0).integers(0, 255, (128, 160), dtype=np.uint8), (0, 0), 2)
-    flow = common.optical_flow(ground, np.roll(ground, 3, axis=1))
+    flow = optical_flow(ground, np.roll(ground, 3, axis=1))
     assert abs(np.median(flow[..., 0]) - 3) < 0.2 and abs(np.median(flow[..., 1])) < 0.2
 
 
@@ -255,12 +257,12 @@ def test_an_opencv_that_cannot_be_loaded_is_one_line(script, tmp_path):
         ("raise OSError(30, 'Read-only file system', '/data/x')", 1, "error: /data/x: Read-only file system"),
         ("raise PermissionError(13, 'Permission denied', 'out')", 1, "error: out: Permission denied"),
         ("raise OSError('two\\nlines')", 1, "error: two lines"),
-        ("raise common.UserError('\u89c6\u9891\\udcff')", 2, r"error: \u89c6\u9891\udcff"),
+        ("raise UserError('\u89c6\u9891\\udcff')", 2, r"error: \u89c6\u9891\udcff"),
         ("print('\u89c6\u9891\\udcff')", 0, r"\u89c6\u9891\udcff"),
     ],
 )
 def test_errors_and_names_that_no_terminal_shows_are_one_line(body, status, message, tmp_path):
-    script = f"import svd_common as common\ndef main():\n    {body}\ncommon.run_script(main)\n"
+    script = f"from svd_parts import console, files as common\ndef main():\n    {body}\nconsole.run_script(main)\n"
     (tmp_path / "script.py").write_text(script, encoding="utf-8")
     env = {"PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "ascii"}
     done = run(tmp_path / "script.py", ok=not status, env=env)
@@ -274,8 +276,8 @@ def test_what_is_no_pipeline_is_called_what_it_is(trained, tmp_path):
     from safetensors.numpy import save_file
 
     def refused(path):
-        with pytest.raises(common.UserError) as error:
-            common.resolve_model(path)
+        with pytest.raises(UserError) as error:
+            resolve_model(path)
         assert str(path) in str(error.value) and "\n" not in str(error.value)
         return str(error.value)
 
@@ -365,15 +367,15 @@ def test_a_checkpoint_finds_its_base_after_a_move(trained, tmp_path):
     """The base lies elsewhere: beside the run, where the option says, or nowhere, which is one line."""
     checkpoint = tmp_path / "models" / "run" / "checkpoint-6"
     shutil.copytree(trained / "checkpoint-6", checkpoint)
-    state_file = checkpoint / common.CHECKPOINT_STATE
+    state_file = checkpoint / CHECKPOINT_STATE
     state = json.loads(state_file.read_text())
     state["settings"]["pretrained_model_name"] = str(tmp_path / "before" / "models" / "svd")
     state_file.write_text(json.dumps(state))
     shutil.copytree(trained, tmp_path / "models" / "run" / "svd")  # the right name, and other weights
-    with pytest.raises(common.UserError, match=r"before/models/svd.*--base_model"):
+    with pytest.raises(UserError, match=r"before/models/svd.*--base_model"):
         common.resolve_checkpoint(checkpoint)
     assert common.resolve_checkpoint(checkpoint, base=TINY)[0] == TINY
-    with pytest.raises(common.UserError, match="another base.*--base_model"):
+    with pytest.raises(UserError, match="another base.*--base_model"):
         common.resolve_checkpoint(checkpoint, base=trained)
     shutil.copytree(TINY, tmp_path / "models" / "svd")
     assert common.resolve_checkpoint(checkpoint)[0] == tmp_path / "models" / "svd"
@@ -383,17 +385,17 @@ def test_a_checkpoint_finds_its_base_after_a_move(trained, tmp_path):
 
 
 def test_what_is_written_is_whole_or_as_it_was(tmp_path):
-    common.write_file(tmp_path / "x", "before")
+    write_file(tmp_path / "x", "before")
     (tmp_path / ".f.part").mkdir()
     (tmp_path / ".f.part" / "half").write_bytes(b"left by a killed run")
     for path, folder in ((tmp_path / "x", False), (tmp_path / "f", True)):
-        with pytest.raises(OSError, match="full"), common.replacing(path, folder) as aside:
+        with pytest.raises(OSError, match="full"), replacing(path, folder) as aside:
             assert not path.is_dir() and not (aside / "half").exists()
             (aside / "y" if folder else aside).write_bytes(b"after")
             raise OSError("full")
     assert [entry.name for entry in tmp_path.iterdir()] == ["x"]
     assert (tmp_path / "x").read_text() == "before"
-    with common.replacing(tmp_path / "f", folder=True) as aside:
+    with replacing(tmp_path / "f", folder=True) as aside:
         (aside / "y").write_bytes(b"after")
         assert not (tmp_path / "f").exists()
     assert (tmp_path / "f" / "y").read_bytes() == b"after"
@@ -403,7 +405,7 @@ def test_frames_become_the_pipelines_pixels(tmp_path):
     from diffusers.image_processor import VaeImageProcessor
 
     write_clip(tmp_path / "clip", moving_square(3, 120, 64))
-    frames = common.read_frames(common.list_frames(tmp_path / "clip"), 96, 64)
+    frames = common.read_frames(list_frames(tmp_path / "clip"), 96, 64)
     assert frames.shape == (3, 64, 96, 3) and np.array_equal(frames, moving_square(3, 120, 64)[:, :, 12:108])
     pixels = VaeImageProcessor(do_resize=False).preprocess([Image.fromarray(frame) for frame in frames])
     assert common.to_pixels(frames).equal(pixels)
@@ -420,6 +422,6 @@ def test_the_home_folder_is_found_where_the_shell_leaves_it(monkeypatch, tmp_pat
     monkeypatch.setenv("USERPROFILE", str(tmp_path))
     monkeypatch.setattr(sys, "argv", ["x", "--output_dir=~/out", "@~/list", "~/a", "--task", "a ~ b", "~no-such/x"])
     with pytest.raises(SystemExit):
-        common.run_script(lambda: 0)
+        run_script(lambda: 0)
     home = str(tmp_path)
     assert sys.argv[1:] == [f"--output_dir={home}/out", f"@{home}/list", f"{home}/a", "--task", "a ~ b", "~no-such/x"]

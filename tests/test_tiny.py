@@ -8,7 +8,7 @@ import sys
 import pytest
 from conftest import ROOT
 
-import svd_common as common
+from svd_parts.weights import PARTS
 
 pytest.importorskip("pybullet")
 
@@ -35,4 +35,4 @@ def test_make_tiny_runs_as_written(tmp_path):
         env={**os.environ, "PYTHON": f"{sys.executable} small.py"})  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:]
     model = tmp_path / done.stdout.splitlines()[-1].split()[0]
-    assert all((model / part).is_dir() for part in common.PARTS) and (model / "model_index.json").is_file()
+    assert all((model / part).is_dir() for part in PARTS) and (model / "model_index.json").is_file()

@@ -23,6 +23,8 @@ import learn
 import numpy as np
 
 import svd_common as common
+from svd_parts.dataset import list_clips
+from svd_parts.files import write_file
 
 TINY, BUNDLED = clips.ROOT / "tests" / "tiny_svd", clips.ROOT / "tests" / "data" / "robot_push"
 GENERATING = "--output_format frames --num_inference_steps 4 --max_guidance_scale 1.0 --fps 4 --motion_bucket_id 126"
@@ -65,7 +67,7 @@ def generate(model, frames, output):
 
 
 def read_generated(folder):
-    return np.stack([[common.read_frame(f) for f in clip["frames"]] for clip in common.list_clips(folder)])
+    return np.stack([[common.read_frame(f) for f in clip["frames"]] for clip in list_clips(folder)])
 
 
 # What is measured
@@ -163,7 +165,7 @@ def main(args):
     test = clips.read_clips(out / args.judge_on, args.layouts)[:, 0], paths[args.judge_on][:, 0]
     (out / "first_frames").mkdir(exist_ok=True)
     for i, clip in enumerate(new):
-        common.write_file(out / "first_frames" / f"episode_{i:06d}.png", common.encode_png(clip[0]))
+        write_file(out / "first_frames" / f"episode_{i:06d}.png", common.encode_png(clip[0]))
     done("rendered")
 
     # Generated video
@@ -225,7 +227,7 @@ def main(args):
     shown = {"true": true} | {arm: answers[arm][0] for arm in "abcf" if arm in answers}
     write_pushes(out / "pushes.png", test[0], shown, seed)
     results["took"] = took
-    common.write_file(out / "results.json", json.dumps(results, indent=1, default=float).encode())
+    write_file(out / "results.json", json.dumps(results, indent=1, default=float).encode())
     write_table(results, out / "table.md")
     print(f"Done in {time.time() - started:.0f} s. Look at {out}/table.md, clips.png and pushes.png.")
 

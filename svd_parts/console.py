@@ -1,0 +1,132 @@
+"""What is said to the user: printing that never ends a run, progress bars, and the command line's own errors."""
+
+import argparse
+import difflib
+import math
+import os
+import re
+import sys
+
+from svd_parts.files import UserError
+
+LOG_LINE = "{desc}: {n_fmt} of {total_fmt} {unit}s after {elapsed}, {remaining} left{postfix}\n"
+
+
+class Guarded:
+    """A text stream whose writing never fails: a closed terminal or a broken pipe ends no run and comes before no save.
+
+    Everything else is the stream's own.
+    """
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        try:
+            return self.stream.write(text)
+        except (OSError, ValueError):  # EPIPE, EIO; ValueError: closed
+            return len(text)
+
+    def flush(self):
+        try:
+            self.stream.flush()
+        except (OSError, ValueError):
+            pass
+
+
+def guard_output():
+    """Makes every later print safe, also where a standard stream was closed before the start (`>&-`)."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:  # else the next file that is opened would get this number, and be printed into
+            os.open(os.devnull, os.O_RDWR)
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            stream = open(os.devnull, "w", encoding="utf-8")
+        elif hasattr(stream, "reconfigure"):  # a name that the terminal's encoding lacks is printed with backslashes
+            stream.reconfigure(errors="backslashreplace")
+        setattr(sys, name, stream if isinstance(stream, Guarded) else Guarded(stream))
+
+
+def run_script(main):
+    """Runs `main()`; a `UserError` or any `OSError` becomes one line and exit status 2 or 1, Ctrl-C 130.
+
+    `~` is the home folder in `--flag=~/x` and `@~/x` too, where the shell leaves it.
+    """
+    home = re.compile(r"^(--\w+=|@|)(~[^/]*)")
+    sys.argv[1:] = [home.sub(lambda found: found[1] + os.path.expanduser(found[2]), text) for text in sys.argv[1:]]
+    guard_output()
+    try:
+        status = main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        status = 2
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        print("error:", where + " ".join((error.strerror or str(error)).split()), file=sys.stderr)
+        status = 1
+    except KeyboardInterrupt:
+        print("\nstopped; run the same command again to go on", file=sys.stderr)
+        status = 130
+    sys.exit(status)
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are one line that names --help, and the nearest option for one that is unknown.
+
+    advice: {unknown option: what to say of it}; stray: what to say of words that belong to no option.
+    """
+
+    def __init__(self, *arguments, advice=None, stray="", **options):
+        options.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
+        super().__init__(*arguments, **{"allow_abbrev": False, **options})
+        self.advice, self.stray = advice or {}, stray
+
+    def parse_args(self, args=None, namespace=None):
+        found, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            self.error(self.describe_unknown(unknown))
+        return found
+
+    def describe_unknown(self, unknown):
+        flag = unknown[0].partition("=")[0]
+        if not flag.startswith("-"):
+            shown = " ".join(unknown[:3]) + (f" ... ({len(unknown)})" if len(unknown) > 3 else "")
+            return f"unrecognized arguments: {shown}" + (f"; {self.stray}" if self.stray else "")
+        near = difflib.get_close_matches(flag, self._option_string_actions, n=1)
+        hint = self.advice.get(flag) or (f"did you mean {near[0]}?" if near else "")
+        return f"unrecognized arguments: {flag}" + (f"; {hint}" if hint else "")
+
+    def error(self, message):
+        self.exit(2, f"error: {message} (all options: python {self.prog} --help)\n")
+
+
+def number(kind, least, most=math.inf):
+    """An argparse type: an int or a float from `least` to `most`."""
+    wanted = f"of at least {least}" if most == math.inf else f"from {least} to {most}"
+
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not (least <= value <= most and value < math.inf):
+            spaces = "; give several with spaces between them" if "," in text else ""
+            raise argparse.ArgumentTypeError(f"must be a number {wanted}, got {text}{spaces}")
+        return value
+
+    return parse
+
+
+def progress_bar(desc, unit, total=None, **options):
+    """A tqdm bar on a terminal; in a log file, which is no terminal, a line now and then."""
+    from tqdm import tqdm
+
+    if not sys.stderr.isatty():
+        options |= {"bar_format": LOG_LINE, "delay": 10, "mininterval": 10, "miniters": 1}
+    return tqdm(desc=desc, unit=unit, total=total, dynamic_ncols=True, **options)

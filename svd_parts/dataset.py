@@ -1,0 +1,184 @@
+"""A dataset's folder: its clips, their frames in order, and metadata.jsonl."""
+
+import json
+import os
+import re
+import sys
+from pathlib import Path, PurePosixPath
+
+import svd_common as common
+from svd_parts.files import UserError, natural_key, read_lines, same_name
+
+
+def sort_frames(names, folder):
+    """Image names of one clip folder -> (names in frame order, the two names around a gap or None).
+
+    Frames of one clip have the same name but for the case, the suffix and one running number, as in `00000.png`,
+    `img (1).jpg`, `2024-05-01_cam2_0001.png`. Of several numbers the one that runs has another value in every frame;
+    where more than one has, a regular one, whose usual step is its smallest, or the evenest; `1305031102.175.png`
+    counts as one number too, and so does a ROS stamp, `1305031102_175304000.png`. Its step may be any: a gap is a step
+    of more than one and a half times the usual one. Raises `UserError` where the frames would be wrong: one number
+    twice, names without a number, a second kind of name (masks, thumbnails, another series), or no regular number, and
+    the evenest contradicts the order of the names.
+    """
+    if len(names) < 2:
+        return list(names), None
+    shapes = {}  # a name without its suffix, every number as 0 -> the names that look like this
+    for name in names:
+        shapes.setdefault(re.sub(r"\d+", "0", name[: name.rindex(".")].lower()), []).append(name)
+    if len(shapes) > 1:
+        by_number_of_names = sorted(shapes, key=lambda shape: (-len(shapes[shape]), len(shape.replace("0", ""))))
+        usual, *_, odd = (min(shapes[shape], key=natural_key) for shape in by_number_of_names)
+        raise UserError(
+            f"{folder}: {odd} beside {usual}; frames of a clip have the same name but for one running number: move"
+            " what is no frame of it (a mask, a thumbnail, another series) into a folder of its own"
+        )
+    columns = [[int(text) for text in column] for column in zip(*(re.findall(r"\d+", name) for name in names))]
+    stamps = [re.sub(r"(\d)[_-](\d{9})(?!\d)", r"\1.\2", name) for name in names]  # seconds and nanoseconds
+    decimals = (re.findall(r"(?<!\d)(?=(\d+\.\d+))", name) for name in stamps)
+    columns += [[float(text) for text in column] for column in zip(*decimals)]
+    orders = []  # (is irregular, unevenness, names in order, place of the widest step)
+    for column in columns:
+        values, ordered = zip(*sorted(zip(column, names)))
+        steps = [later - earlier for earlier, later in zip(values, values[1:])]
+        if min(steps) > 0:
+            usual = sorted(steps)[(len(steps) - 1) // 2]
+            orders.append((usual != min(steps), max(steps) / usual, ordered, steps.index(max(steps))))
+    if not orders:
+        by_number = sorted(([int(number) for number in re.findall(r"\d+", name)], name) for name in names)
+        for (first, name), (second, other) in zip(by_number, by_number[1:]):
+            if first == second:
+                raise UserError(f"{folder}: {name} and {other} are the same frame; move one of each pair away")
+        raise UserError(f"{folder}: {name} to {other} are several series; give each a folder of its own")
+    irregular, unevenness, ordered, place = min(orders, key=lambda order: order[:2])
+
+    def by_name(number):
+        return sorted(names, key=lambda name: [float(text) for text in re.findall(number, name)])
+
+    if irregular and list(ordered) not in (by_name(r"\d+"), by_name(r"\d+(?:\.\d+)?")):
+        first, second = sorted(ordered[:2])
+        raise UserError(f"{folder}: which number of {first} and {second} runs cannot be told; rename them to have one")
+    return list(ordered), ordered[place : place + 2] if unevenness > 1.5 else None
+
+
+def list_frames(folder):
+    """The image files of one clip folder, in frame order. Raises `UserError` as `sort_frames` does."""
+    names = [entry.name for entry in os.scandir(folder) if not entry.name.startswith(".")]
+    names, _ = sort_frames([name for name in names if name.lower().endswith(common.IMAGE_SUFFIXES)], folder)
+    return [Path(folder) / name for name in names]
+
+
+def read_metadata(dataset_dir):
+    """`metadata.jsonl` of a prepared dataset as `{directory, by same_name: record}`; empty where there is none.
+
+    Lines without `directory` (sets of mp4) are passed over, and so are fields that are null. Raises `UserError` that
+    names file, line and field for no sensible value, and as `read_lines` does.
+    """
+    root, records = Path(dataset_dir), {}
+    damaged = "not a JSON object; repair it or prepare the dataset again"
+    for where, line in read_lines(root / "metadata.jsonl", damaged):
+        record = {field: value for field, value in line.items() if value is not None}
+        if "directory" not in record:
+            continue
+        for field, types, (low, high), wanted in (
+            ("directory", str, ("", "\U0010ffff"), "the path of a clip's folder"),
+            ("fps", (int, float), (1e-6, 1e6), "a number above 0"),
+            ("motion_bucket_id", (int, float), (0, 255), "a number from 0 to 255"),
+        ):
+            value = record.get(field, low)
+            if not isinstance(value, types) or isinstance(value, bool) or not low <= value <= high:
+                raise UserError(f"{where}: {field} is {json.dumps(value)[:60]}; it must be {wanted}")
+        directory = record["directory"]
+        if "\\" in directory and not (root / directory).is_dir():  # written on Windows
+            directory = directory.replace("\\", "/")
+        records[same_name(PurePosixPath(directory).as_posix())] = record
+    return records
+
+
+DEFAULT_FPS, DEFAULT_BUCKET = 7, 127  # SVD's own, for clips of which metadata.jsonl says nothing
+SYSTEM_FOLDERS = frozenset(  # deleted files, thumbnails and snapshots of Windows, macOS and network storage
+    "$recycle.bin|recycler|recycled|#recycle|@recycle|@eadir|@tmp|#snapshot|@recently-snapshot|~snapshot|lost+found"
+    "|system volume information|__macosx".split("|")
+)
+
+
+def find_folders(root):
+    """Every folder below `root`, links followed: `{directory: names of its files}`, and `{path: why it is left out}`.
+
+    A folder that can be reached by two ways is taken once, by the one without a link if there is one. What is hidden
+    and the folders of NAS, Windows and macOS are passed over. A link to an image that is not there stays: a gap.
+    """
+    found, left_out, seen, tops = {}, {}, set(), [str(root)]
+
+    def cannot_look(error):
+        left_out[error.filename] = f"cannot be looked at, {error.strerror}"
+
+    for top in tops:  # the links, which are added while walking: real folders come first
+        real_top = os.path.realpath(top)
+        homes = [Path(os.path.realpath(folder)) for folder in (root, os.path.dirname(top))]
+        if top is not tops[0] and any(home.is_relative_to(real_top) for home in homes):
+            left_out[top] = "a link to a folder above it"
+            continue
+        for folder, subfolders, files in os.walk(top, onerror=cannot_look):
+            real = real_top + folder[len(top) :]
+            if real in seen:
+                left_out[folder] = "a link to what is in the dataset already"
+                subfolders.clear()
+                continue
+            seen.add(real)
+            subfolders[:] = [s for s in subfolders if not s.startswith(".") and s.casefold() not in SYSTEM_FOLDERS]
+            paths = sorted((os.path.join(folder, name) for name in subfolders), key=natural_key)
+            tops += filter(os.path.islink, paths)
+            files = [name for name in files if not name.startswith(".")]
+            found[Path(folder).relative_to(root).as_posix()] = files
+            for name in files:
+                path = os.path.join(folder, name)
+                if (
+                    not name.lower().endswith(common.IMAGE_SUFFIXES)
+                    and os.path.islink(path)
+                    and not os.path.exists(path)
+                ):
+                    left_out[path] = "a link to nowhere"
+    return found, left_out
+
+
+def list_clips(dataset_dir):
+    """Every clip of a dataset folder: records with `directory`, `frames` (paths) and `root`, in name order.
+
+    A clip is any folder that holds images. `metadata.jsonl` gives fps and motion where it has a line for the folder.
+    Raises `UserError` where there is no such folder, no clip in it, or where images are not a clip's frames; warns of
+    gaps between frames and of what cannot be looked at.
+    """
+    root = Path(dataset_dir)
+    if not root.is_dir():
+        raise UserError(f"--dataset_dir {root}: no such folder; make it with prepare_dataset.py")
+    metadata, clips, wrong = read_metadata(root), [], []
+    found, left_out = find_folders(root)
+    warnings = [f"{path}: {why}; left out" for path, why in left_out.items()]
+    for directory in sorted(found, key=lambda name: ([natural_key(part) for part in name.split("/")], name)):
+        try:
+            images = [name for name in found[directory] if name.lower().endswith(common.IMAGE_SUFFIXES)]
+            names, gap = sort_frames(images if directory != "." else [], root / directory)
+        except UserError as error:
+            wrong.append(str(error))
+            continue
+        if gap:
+            warnings.append(f"{root / directory}: {gap[1]} follows {gap[0]}; the clip jumps where frames are missing")
+        if names:
+            known, frames = metadata.get(same_name(directory), {}), [root / directory / name for name in names]
+            clips.append({**known, "directory": directory, "frames": frames, "root": root})
+    if wrong:
+        raise UserError(wrong[0] + (f" (and {len(wrong) - 1} more such folders)" if len(wrong) > 1 else ""))
+    warnings[5:] = [f"and {len(warnings) - 5} more like these"] if len(warnings) > 5 else []
+    for text in warnings:
+        print(f"warning: {text}", file=sys.stderr)
+    if not clips:
+        raise UserError(f"{root}: holds no folder of frames; expected <video>/00000.png, from prepare_dataset.py")
+    return clips
+
+
+def clip_group(clip):
+    """What must stay together when clips are held out: all cameras of one LeRobot episode, else the video itself."""
+    source = str(clip.get("group") or clip.get("source") or clip["directory"])
+    episode = re.match(r"(.*?)videos/(chunk-\d+)/[^/]+/(episode_\d+)", source)
+    return "/".join(episode.groups()) if episode else source

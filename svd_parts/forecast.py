@@ -1,0 +1,191 @@
+"""What a training step and a generated clip need: the real passes, run on tensors that have a shape but no data."""
+
+import os
+
+import torch
+from diffusers import AutoencoderKLTemporalDecoder, UNetSpatioTemporalConditionModel
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+
+from svd_parts.latent_cache import frames_to_decode
+from svd_parts.lora import add_adapters
+from svd_parts.objective import random_generator, training_loss
+from svd_parts.optimizers import gradients_freed_early, optimizer_bytes
+from svd_parts.shortcuts import avoid_conv3d, save_memory
+from svd_parts.unet import prepare_unet, trained_parameters
+from svd_parts.weights import latent_factor, read_config
+
+cpu_attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+cpu_attention_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+ATTENTION_ON_CPU = {  # torch's counter has formulas for the GPU's kernels of attention only
+    cpu_attention: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
+    cpu_attention_backward: lambda grad, q, k, v, *_, **__: sdpa_backward_flop_count(grad, q, k, v),
+}
+
+
+def memory_tracker():
+    """A context that counts the bytes of all storages alive, `now` and at the `peak`, of every tensor made in it."""
+    import weakref
+
+    import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils._pytree import tree_leaves
+
+    class MemoryTracker(TorchDispatchMode):
+        def __init__(self):
+            super().__init__()
+            self.now, self.peak, self.alive = 0, 0, {}
+
+        def track(self, tensor):
+            storage = tensor.untyped_storage()
+            key, size = id(storage), storage.nbytes()
+            if key not in self.alive:
+                self.alive[key] = weakref.ref(storage, lambda _: self.free(key, size))
+                self.now += size
+                self.peak = max(self.peak, self.now)
+
+        def free(self, key, size):
+            self.now -= size
+            del self.alive[key]
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            for leaf in tree_leaves(out):
+                if isinstance(leaf, torch.Tensor):
+                    self.track(leaf)
+            return out
+
+    return MemoryTracker()
+
+
+def fake_batch(options, count, unet_config, vae_config):
+    """A batch of `count` samples as the cache and the loader give them."""
+    factor = latent_factor(vae_config)
+    shape = (count, options.num_frames, vae_config.latent_channels, options.height // factor, options.width // factor)
+    shapes = {"latents": shape, "noise": shape, "sigmas": (count,), "keep": (count,), "added_time_ids": (count, 3)}
+    shapes["conditioning_image"] = (count, 3, options.height, options.width)
+    shapes["image_embeddings"] = (count, 1, unet_config.cross_attention_dim)
+    return {name: torch.ones(shape) for name, shape in shapes.items()}
+
+
+def forecast(options, folder, checkpointing, weight_dtype, count_flops=False):
+    """Runs the real training step on fake tensors; nothing is loaded or computed.
+
+    Returns GiB by part (`peak_memory_gib`, `weights_gib`, `gradients_gib`, `optimizer_gib`, `activations_gib`: what the
+    peak holds beside the others; `training_gib` and `validation_gib`, of which the peak is the larger),
+    `trainable_parameters` and, if asked, `flops_per_step`.
+    """
+    processes, flops = int(os.environ.get("WORLD_SIZE", 1)), {}
+    freed_early = gradients_freed_early(options, processes)
+    with torch.device("meta"):
+        unet = UNetSpatioTemporalConditionModel.from_config(read_config(folder, "unet"))
+        if options.lora_rank:
+            add_adapters(unet, options, random_generator(options.seed, "adapters"))
+        prepare_unet(unet, options.trainable, weight_dtype, checkpointing)
+    with FakeTensorMode(allow_non_fake_inputs=True), memory_tracker() as tracker:
+        for module in unet.modules():  # not by to_empty(): it swaps tensors, which fake ones cannot bear
+            for name, p in module._parameters.items():
+                if p is not None:
+                    empty = torch.empty(p.shape, dtype=p.dtype, device="cpu")
+                    module._parameters[name] = torch.nn.Parameter(empty, p.requires_grad)
+        vae = AutoencoderKLTemporalDecoder.from_config(read_config(folder, "vae")).requires_grad_(False)
+        vae.decoder = None
+        trained = list(trained_parameters(unet).values())
+        count = sum(p.numel() for p in trained)
+        optimizer = optimizer_bytes(options.optimizer, count)
+        held = [torch.empty(optimizer, dtype=torch.uint8), *(torch.empty_like(p) for p in trained if options.use_ema)]
+        batch = fake_batch(options, options.train_batch_size, unet.config, vae.config)
+        for parameter in trained if freed_early else ():
+            parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+
+        def train(micro_batches):
+            for _ in range(micro_batches):
+                training_loss(unet, vae, batch, weight_dtype)[0].backward()
+            if not freed_early:
+                torch.nn.utils.clip_grad_norm_(trained, 1.0)
+
+        tracker.peak = tracker.now
+        # gradients of an earlier micro-batch, or those that several processes share, are there all the time
+        train(1 if processes == options.gradient_accumulation_steps == 1 else 2)
+        training = tracker.peak
+        if processes == 1:
+            unet.zero_grad(set_to_none=True)
+        tracker.peak = tracker.now
+        generate_fake(options, folder, unet, batch, weight_dtype)
+        validation = tracker.peak
+        if count_flops:  # last: the counter keeps recomputed activations alive
+            with FlopCounterMode(display=False, custom_mapping=ATTENTION_ON_CPU) as counter:
+                train(1)
+            flops = {"flops_per_step": counter.get_total_flops() * options.gradient_accumulation_steps}
+    peak = max(training, validation) if options.validation_dir or options.num_validation_videos else training
+    weights = sum(p.nbytes for p in [*unet.parameters(), *vae.parameters(), *held[1:]])
+    gradients = (max if freed_early else sum)(p.nbytes for p in trained)
+    sizes = {"peak_memory": peak, "weights": weights, "gradients": gradients, "optimizer": optimizer}
+    sizes |= {"activations": peak - weights - gradients - optimizer, "training": training, "validation": validation}
+    sizes = {f"{name}_gib": round(size / 2**30, 3) for name, size in sizes.items()}
+    return {**sizes, "trainable_parameters": count, **flops}
+
+
+@torch.no_grad()
+def generate_fake(options, folder, unet, batch, weight_dtype):
+    """What validation does of the things that take memory: guidance's pair through the UNet, and decoding."""
+    latents = torch.cat([batch["latents"][:1], batch["latents"][:1]], dim=2).repeat(2, 1, 1, 1, 1).to(weight_dtype)
+    embeddings = batch["image_embeddings"][:1].repeat(2, 1, 1).to(weight_dtype)
+    unet(latents, torch.tensor(1.0), embeddings, batch["added_time_ids"][:1].repeat(2, 1), return_dict=False)
+    decoder = AutoencoderKLTemporalDecoder.from_config(read_config(folder, "vae"))
+    decoder.encoder = None
+    frames = torch.empty(options.num_frames, 3, options.height, options.width)
+    count = min(options.num_frames, frames_to_decode(options))
+    decoder.decode(batch["latents"][0, :count].float(), num_frames=count)
+    del frames
+
+
+def forecast_memory(base, settings):
+    """GiB of GPU memory that a clip needs in fp16: the real forward passes on tensors that have a shape but no data.
+
+    base: where the configuration is. Without --low_vram all parts are there all the time; with it, only the one that
+    works. CUDA itself takes 0.5 more.
+    """
+    import torch
+    from diffusers import AutoencoderKLTemporalDecoder, UNetSpatioTemporalConditionModel
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+
+    def peak(model, function, *inputs):
+        with memory_tracker() as tracker, torch.no_grad():
+            for tensor in [*model.parameters(), *inputs]:
+                tracker.track(tensor)
+            function(*inputs)
+        return tracker.peak
+
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        unet = UNetSpatioTemporalConditionModel.from_config(read_config(base, "unet"))
+        vae = AutoencoderKLTemporalDecoder.from_config(read_config(base, "vae"))
+        clip = CLIPVisionModelWithProjection(CLIPVisionConfig(**read_config(base, "image_encoder")))
+        for model in (unet, vae, clip):
+            avoid_conv3d(model)
+            for parameter in model.parameters():
+                parameter.data = parameter.data.half()
+        if settings.low_vram:
+            save_memory(unet)
+        factor = latent_factor(vae.config)
+        h, w, chunk = settings.height // factor, settings.width // factor, settings.decode_chunk_size
+        x = torch.empty(2, settings.num_frames, unet.config.in_channels, h, w).half()
+        token, ids = torch.empty(2, 1, unet.config.cross_attention_dim).half(), torch.empty(2, 3).half()
+        z = torch.empty(chunk, vae.config.latent_channels, h, w).half()
+        denoise = peak(unet, lambda x, token, ids: unet(x, torch.tensor(1.0), token, ids), x, token, ids)
+        decode = peak(vae, lambda z: vae.decode(z, num_frames=chunk), z)
+        decode += 4 * 3 * settings.num_frames * settings.width * settings.height  # the frames, gathered in fp32
+        sizes = [sum(2 * p.numel() for p in model.parameters()) for model in (unet, vae, clip)]
+    if not settings.low_vram:
+        denoise, decode = denoise + sizes[1] + sizes[2], decode + sizes[0] + sizes[2]
+    return max(denoise, decode, sizes[1] + sizes[2]) / 2**30
+
+
+def choose_checkpointing(options, folder, weight_dtype, available):
+    """--gradient_checkpointing; for `auto` the least recomputation whose forecast fits, `full` where none does."""
+    if options.gradient_checkpointing != "auto":
+        return options.gradient_checkpointing
+    less = ("none", "transformers") if available > 0 else ()
+    fitting = (m for m in less if forecast(options, folder, m, weight_dtype)["peak_memory_gib"] <= available)
+    return next(fitting, "full")

@@ -1,0 +1,90 @@
+"""The hub: names, tokens, model cards' heads, and uploading."""
+
+import contextlib
+import re
+import shlex
+from pathlib import Path
+
+import huggingface_hub
+import yaml
+
+from svd_parts.files import UserError, read_json
+from svd_parts.weights import SVD_NAMES, read_config
+
+
+def hub_name(path, kind):
+    """The hub's name of a local folder that lies in the hub's cache, or None; kind: models or datasets."""
+    found = re.search(rf"{kind}--([\w.-]+?)--([\w.-]+)", str(path))
+    return "/".join(found.groups()) if found else None
+
+
+def is_hub_name(name):
+    """Whether this is OWNER/NAME as the hub takes it."""
+    with contextlib.suppress(ValueError):
+        huggingface_hub.utils.validate_repo_id(name)
+        return "/" in str(name)
+    return False
+
+
+def is_token_valid():
+    """Whether there is a token and the hub does not refuse it; where the hub cannot be asked, that is seen later."""
+    if not huggingface_hub.get_token():
+        return False
+    try:
+        huggingface_hub.HfApi().whoami()
+    except Exception as error:  # the network's and the hub's are of many kinds
+        return getattr(getattr(error, "response", None), "status_code", None) != 401
+    return True
+
+
+def base_card(base):
+    """The head of the base's own model card; {} where there is none that can be read."""
+    with contextlib.suppress(OSError, ValueError, yaml.YAMLError):
+        text = (base / "README.md").read_text(encoding="utf-8")
+        return huggingface_hub.ModelCard(text, ignore_metadata_errors=True).data.to_dict()
+    return {}
+
+
+def find_base_name(options, base):
+    """The base's name on the hub, never a local path; None where nothing tells it."""
+    names = [hub_name(base.resolve(), "models"), options.pretrained_model_name]
+    names += [name for name in SVD_NAMES if Path(name).name == base.resolve().name]  # copied, under its own name
+    names += [base_card(base).get("base_model"), read_json(base / "model_index.json").get("_name_or_path")]
+    names += [read_config(base, "unet").get("_name_or_path")]
+    return options.base_model_name or next((n for n in names if is_hub_name(n) and not Path(n).exists()), None)
+
+
+def card_data(settings, base, relation):
+    """The head of a model card; the licence is the base's, by its own card or, for Stability's, as they name it."""
+    name, there = settings["base_model_name"], base_card(base)
+    data = {key: there[key] for key in ("license", "license_name", "license_link") if there.get(key)}
+    if not data and str(name).startswith("stabilityai/stable-video-diffusion"):
+        kind = "stable-video-diffusion-1-1-community" if name.endswith("1-1") else "stable-video-diffusion-community"
+        data = {"license": "other", "license_name": kind, "license_link": "LICENSE.md"}
+    if name and "license_link" in data and "://" not in data["license_link"]:
+        data["license_link"] = f"https://huggingface.co/{name}/blob/main/{data['license_link']}"
+    data |= {"base_model": name, "base_model_relation": relation} if name else {}
+    tags = ["image-to-video", "stable-video-diffusion", *(["lora"] if settings["lora_rank"] else [])]
+    library = "peft" if relation == "adapter" else "diffusers"
+    datasets = hub_name(Path(settings["dataset_dir"]).resolve(), "datasets")
+    return huggingface_hub.ModelCardData(**data, pipeline_tag="image-to-video", library_name=library, tags=tags,
+        datasets=[datasets] if datasets else None)  # fmt: skip
+
+
+def push_to_hub(options):
+    """Uploads the result, without checkpoints, to a repository of the hub, a private one where it is new."""
+    skip, name, output = (
+        ["checkpoint-*", "damaged-*", "earlier-*", "best/*", ".*"],
+        options.push_to_hub,
+        options.output_dir,
+    )
+    try:
+        api = huggingface_hub.HfApi()
+        api.create_repo(name, private=True, exist_ok=True)
+        api.upload_folder(repo_id=name, folder_path=output, ignore_patterns=list(skip))
+    except Exception as error:  # the network's, the hub's and the token's are of many kinds
+        why = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        between = " " if huggingface_hub.__version__.startswith("0.") else " --exclude "
+        later = f"hf upload {name} {shlex.quote(output)} . --private --exclude " + between.join(map(shlex.quote, skip))
+        raise UserError(f"--push_to_hub {name}: {why}; the result is in {output}; to push it later: {later}") from error
+    print(f"pushed to {name}")

@@ -1,0 +1,85 @@
+"""Compares generated clips with real ones and with another model's: videos, scores, tables."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+import svd_common as common
+from svd_parts.files import write_file
+from svd_parts.formats import read_clip
+from svd_parts.metrics import video_metrics
+
+
+def judge(settings, sets, real_clips):
+    """Side-by-side videos of the sets (and the real clips); with real clips, scores in metrics.json and a table.
+
+    An infinite PSNR (equal pictures) counts as 100 dB.
+    """
+    names = [Path(s.model.name).resolve().name for s in sets]
+    names = names if len(set(names)) == len(sets) else [str(s.model.name) for s in sets]
+    lora = " + LoRA" * bool(sets[0].model.adapters)
+    labels = ["generated"] if len(sets) == 1 else [f"generated ({names[0]}{lora})", f"generated ({names[1]})"]
+    if len(set(labels)) < len(sets):  # a model beside itself
+        labels[1] = f"compared ({names[1]})"
+    scores = {}  # {label: {real clip: [scores]}}
+    for jobs in zip(*(s.jobs for s in sets)):
+        if not all(job["target"].exists() for job in jobs):  # a clip that failed
+            continue
+        videos = dict(zip(labels, (read_clip(job["target"]) for job in jobs)))
+        if real_clips:
+            paths = real_clips[jobs[0]["image"]]["frames"][: len(videos[labels[0]])]
+            real = common.read_frames(paths, settings.width, settings.height)
+            copied = np.repeat(real[:1], len(real), axis=0)
+            for label, video in {"first frame copied": copied, **videos}.items():
+                found = video_metrics(video, real)
+                found |= {name: min(found[name], 100.0) for name in ("psnr", "psnr_moving") if found[name] is not None}
+                scores.setdefault(label, {}).setdefault(jobs[0]["image"], []).append(found)
+            videos = {"real": real, **videos}
+        if len(videos) > 1:
+            target = Path(settings.output_video) / "side_by_side" / f"{jobs[0]['title']}.mp4"
+            target.parent.mkdir(parents=True, exist_ok=True)
+            common.write_video(target, common.side_by_side(videos), settings.fps)
+    if scores:
+        table = {label: bootstrap(found) for label, found in scores.items()}
+        asked = {name: getattr(settings, name) for name in ("model_dir", "compare_with", "reference")}
+        result = {"settings": asked, "mean": table, "clips": scores}
+        write_file(Path(settings.output_video) / "metrics.json", json.dumps(result, indent=1))
+        print_table(table, len(next(iter(scores.values()))))
+
+
+def bootstrap(scores, draws=2000):
+    """{clip: [scores]} -> {metric: {mean, low, high}}: 95 % percentile bootstrap over the clips, fixed seed.
+
+    The videos of one real clip (other seeds) are averaged first: they are no independent samples. A metric that a clip
+    does not have (it does not move) leaves the clip out.
+    """
+    result, rng = {}, np.random.default_rng(0)
+    for metric in next(iter(scores.values()))[0]:
+        found = [[s[metric] for s in clip if s[metric] is not None] for clip in scores.values()]
+        means = np.array([np.mean(values) for values in found if values])
+        if len(means):
+            draw = means[rng.integers(len(means), size=(draws, len(means)))].mean(1)
+            low, high = np.percentile(draw, [2.5, 97.5])
+            result[metric] = {"mean": float(means.mean()), "low": float(low), "high": float(high)}
+    return result
+
+
+def print_table(table, count):
+    names = {"psnr": "PSNR dB", "ssim": "SSIM", "psnr_moving": "PSNR moving dB", "motion_ratio": "motion ratio"}
+    names["flow_error"] = "flow error px"
+    print(f"\n{count} real clips, 95 % intervals" + "".join(f"  {name:>20s}" for name in names.values()))
+    for label, scores in table.items():
+        cells = (scores.get(name) for name in names)
+        texts = (f"{c['mean']:.2f} [{c['low']:.2f}, {c['high']:.2f}]" if c else "-" for c in cells)
+        print(f"{label:31.31s}" + "".join(f"  {text:>20s}" for text in texts))
+
+
+def report_drift(records):
+    """Prints how the segments differ from the first: the mean over the clips."""
+    reports = ([[s["sharpness"], s["motion"], *s["color"]] for s in r["segments"]] for r in records if "segments" in r)
+    values = np.array(list(zip(*reports)))  # (segments, clips, 5)
+    for number, value in enumerate(values, 1):
+        sharpness, motion = ((value[:, :2] + 1e-9) / (values[0, :, :2] + 1e-9)).mean(axis=0)
+        color = " ".join(f"{channel:+.1f}" for channel in (value[:, 2:] - values[0, :, 2:]).mean(axis=0))
+        print(f"segment {number}: sharpness x {sharpness:.2f}, motion x {motion:.2f}, colour {color}")

@@ -1,0 +1,165 @@
+"""The results of the frozen VAE and CLIP on disk: computed once, one file a clip."""
+
+import contextlib
+import gc
+import hashlib
+import os
+import shlex
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from diffusers import StableVideoDiffusionPipeline
+from PIL import Image
+from safetensors import SafetensorError, safe_open
+from tqdm.auto import tqdm
+
+import svd_common as common
+from svd_parts.files import UserError, plain_name
+from svd_parts.weights import PARTS, encoders_fingerprint, write_tensors
+
+
+@contextlib.contextmanager
+def cure_named(clip):
+    """What is wrong with a file of this clip becomes a `UserError` that names the clip and the cure."""
+    try:
+        yield
+    except (UserError, OSError, SafetensorError) as error:
+        what = error if isinstance(error, UserError) else f"{clip['root'] / clip['directory']}: {error}"
+        cure = f"mend it, or go on without this clip: --exclude {shlex.quote(clip['directory'])}"
+        raise UserError(f"{what}; {cure}") from error
+
+
+# Cache: the frozen VAE's posterior and CLIP's embedding of every frame, one file a clip, computed once.
+def add_digests(clips):
+    """Fills `clip["digest"]`, which tells its frames from others, wherever they lie: sizes and last 4 KB of the files.
+
+    So they are not read whole: a PNG ends with a checksum of its pixels, other compressed files change in length. Of
+    these the first 4 KB count too, where EXIF turns a picture. A BMP is read whole. Raises `OSError` where a file
+    cannot be read.
+    """
+
+    def digest(clip):
+        hashed = hashlib.sha256()
+        for path in clip["frames"]:
+            with open(path, "rb") as file:
+                size = os.fstat(file.fileno()).st_size
+                head = file.read(4096) if path.suffix.lower() not in (".png", ".bmp") else b""
+                file.seek(0 if path.suffix.lower() == ".bmp" else max(0, size - 4096))
+                hashed.update(head + size.to_bytes(8, "little") + file.read())
+        return hashed.hexdigest()[:16]
+
+    with ThreadPoolExecutor(16) as pool:
+        for clip, found in zip(clips, pool.map(digest, clips)):
+            clip["digest"] = found
+
+
+def frames_at_once(options):
+    """How many frames the VAE encodes at a time: bounds its activations to about 3 GiB."""
+    return max(1, 512 * 320 * 8 // (options.width * options.height))
+
+
+def frames_to_decode(options):
+    """How many frames validation decodes at a time: so few that it never needs more memory than training."""
+    return max(1, frames_at_once(options) // 4)
+
+
+def cache_is_current(path, digest):
+    try:
+        with safe_open(path, "pt") as cached:
+            return (cached.metadata() or {}).get("key") == digest
+    except Exception:  # safetensors raises its own kinds for a missing or damaged file: either way it is made again
+        return False
+
+
+def read_cached(path, start, num_frames):
+    """Posterior mean and std of a window (T, 4, h, w) and the embedding of its first frame (1, D)."""
+    with safe_open(path, "pt") as cached:
+        window = slice(start, start + num_frames)
+        mean, std = cached.get_slice("mean")[window], cached.get_slice("std")[window]
+        return mean, std, cached.get_slice("image_embeddings")[start : start + 1][0]
+
+
+def load_encoders(base, device):
+    """A pipeline without its UNet: the fp32 VAE and CLIP on the device."""
+    parts = {part: common.load_part(base, part, torch.float32) for part in PARTS if part != "unet"}
+    for part in ("vae", "image_encoder"):
+        parts[part].requires_grad_(False).to(device)
+    return StableVideoDiffusionPipeline(unet=None, **parts)
+
+
+def load_frozen(clips, options, base, accelerator):
+    """What training needs of the frozen parts: (pipeline that encodes, or None with the cache; VAE; its decoder).
+
+    With the cache, which is filled here, training needs the VAE's encoder alone, and CLIP not at all.
+    """
+    if options.cache_latents:
+        build_cache(clips, options, base, accelerator)
+        pipe, vae = None, common.load_part(base, "vae", torch.float32).requires_grad_(False)
+    else:
+        pipe = load_encoders(base, accelerator.device)
+        vae = pipe.vae
+    decoder, vae.decoder = vae.decoder, None
+    return pipe, vae, decoder
+
+
+def build_cache(clips, options, base, accelerator):
+    """Fills `clip["cache"]` for every clip, encoding those that have no current file; the processes share the work."""
+    fingerprint = encoders_fingerprint(base)
+    for clip in clips:
+        root, name = clip["root"] / ".cache", "/".join(map(plain_name, clip["directory"].split("/")))
+        if options.cache_dir:  # may be shared by several datasets
+            root, name = Path(options.cache_dir), f"{name}-{clip['digest']}"
+        clip["cache"] = root / f"{options.width}x{options.height}-{fingerprint}" / f"{name}.safetensors"
+    missing = [clip for clip in clips if not cache_is_current(clip["cache"], clip["digest"])]
+    for folder in {clip["cache"].parent for clip in missing}:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()
+            str(folder).encode()
+        except (OSError, UnicodeEncodeError) as error:
+            why = getattr(error, "strerror", "the name is not UTF-8")
+            cure = "name a folder that can by --cache_dir, or train without: --no-cache_latents"
+            raise UserError(f"{folder}: the cache cannot be written there ({why}); {cure}") from None
+    accelerator.wait_for_everyone()  # every process has looked before one of them writes
+    mine = missing[accelerator.process_index :: accelerator.num_processes]
+    if mine:
+        encode_clips(mine, options, load_encoders(base, accelerator.device), accelerator)
+        gc.collect()
+        torch.cuda.empty_cache()  # what the encoders took: `usable_memory` would not count it as free
+    accelerator.wait_for_everyone()
+
+
+@torch.no_grad()
+def encode_clips(clips, options, pipe, accelerator):
+    """Writes the cache file of every clip: posterior mean and std (N, 4, h, w), CLIP embeddings (N, 1, D), all fp32."""
+    total, chunk, device = sum(len(clip["frames"]) for clip in clips), frames_at_once(options), accelerator.device
+    with tqdm(total=total, desc="caching latents", unit="frame", disable=not accelerator.is_main_process) as progress:
+        for clip in clips:
+            parts = []
+            for i in range(0, len(clip["frames"]), chunk):
+                with cure_named(clip):
+                    frames = common.read_frames(
+                        clip["frames"][i : i + chunk], options.width, options.height
+                    )  # (n, H, W, 3)
+                posterior = pipe.vae.encode(common.to_pixels(frames).to(device)).latent_dist
+                embeddings = pipe._encode_image([Image.fromarray(frame) for frame in frames], device, 1, False)
+                parts.append([part.cpu() for part in (posterior.mean, posterior.std, embeddings)])
+                progress.update(len(frames))
+            tensors = dict(zip(("mean", "std", "image_embeddings"), (torch.cat(part) for part in zip(*parts))))
+            write_tensors(clip["cache"], tensors, {"key": clip["digest"]})
+
+
+def add_latents(batch, pipe, options, device):
+    """Without a cache: encodes the frames of a batch here and now, as the cache would have."""
+    pixels, chunk = batch.pop("pixel_values"), frames_at_once(options)
+    frames = ((pixels + 1) * 127.5).round().byte().permute(0, 1, 3, 4, 2).cpu().numpy()  # (B, T, H, W, 3)
+    with torch.no_grad():
+        posteriors = [pipe.vae.encode(part).latent_dist for part in pixels.flatten(0, 1).split(chunk)]
+        first = [Image.fromarray(clip[0]) for clip in frames]
+        batch["image_embeddings"] = pipe._encode_image(first, device, 1, False)
+    mean, std = (torch.cat([getattr(p, name) for p in posteriors]) for name in ("mean", "std"))
+    noise = batch.pop("posterior_noise")
+    batch["latents"] = (mean + std * noise.flatten(0, 1)).view_as(noise) * pipe.vae.config.scaling_factor
+    return batch

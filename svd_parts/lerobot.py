@@ -1,0 +1,70 @@
+"""Reads LeRobot datasets of versions 2.1 and 3.0: episodes, tasks, cameras."""
+
+import functools
+import re
+from pathlib import Path
+
+from svd_parts.files import UserError, parse_object, read_lines
+
+LEROBOT_V2 = re.compile(r"(?P<root>.*/)videos/chunk-\d+/(?P<camera>[^/]+)/(?P<episode>episode_\d+)\.\w+")
+LEROBOT_V3 = re.compile(r"(?P<root>.*/)videos/(?P<camera>[^/]+)/chunk-(?P<chunk>\d+)/file-(?P<file>\d+)\.\w+")
+EPISODE_FIELDS = "chunk_index", "file_index", "from_timestamp", "to_timestamp"
+EPISODE_COLUMNS = rf"videos/[^/]+/({'|'.join(EPISODE_FIELDS)})|episode_index|length|tasks"  # statistics would be large
+
+
+@functools.cache
+def read_episodes(root):
+    """LeRobot v3: where each file's episodes lie, `{(camera, chunk, file): [(first second, end, episode, frames)]}`,
+    and `{episode: its tasks}`."""
+    why = f"{root} is a LeRobot v3 dataset, whose files hold several episodes each. "
+    try:
+        from pyarrow import parquet
+    except ImportError:
+        raise UserError(why + "pip install pyarrow, which reads where they begin") from None
+
+    tables = sorted(Path(root, "meta", "episodes").rglob("[!.]*.parquet"))
+    if not tables:
+        raise UserError(why + "Where they begin stands in meta/episodes/*/*.parquet, which is missing")
+    episodes, tasks = {}, {}
+    for table in tables:
+        try:
+            columns = [name for name in parquet.read_schema(table).names if re.fullmatch(EPISODE_COLUMNS, name)]
+            for row in parquet.read_table(table, columns=columns).to_pylist():
+                tasks[int(row["episode_index"])] = row.get("tasks")
+                for camera in {name.split("/")[1] for name in row if name.startswith("videos/")}:
+                    chunk, file, start, end = (row[f"videos/{camera}/{field}"] for field in EPISODE_FIELDS)
+                    if None not in (chunk, file, start, end):  # an episode may lack a camera
+                        length = int(row.get("length") or 0) or None
+                        episode = float(start), float(end), int(row["episode_index"]), length
+                        episodes.setdefault((camera, int(chunk), int(file)), []).append(episode)
+        except (OSError, ValueError, KeyError, TypeError) as error:  # pyarrow's own are among these
+            raise UserError(f"{table}: not the episodes of a LeRobot dataset ({error}); copy it again") from None
+    return episodes, tasks
+
+
+@functools.cache
+def read_lerobot(root):
+    """What a LeRobot dataset knows of all its clips, `{"robot_type": ...}`, and `{episode: its tasks}`."""
+    meta, damaged = Path(root, "meta"), "not a JSON object; repair it, or move it away"
+    text = (meta / "info.json").read_text("utf-8-sig", "replace") if (meta / "info.json").exists() else "{}"
+    info = parse_object(text, f"{meta / 'info.json'}: {damaged}")
+    lines = read_lines(meta / "episodes.jsonl", damaged)  # version 2
+    tasks = {line["episode_index"]: line.get("tasks") for _, line in lines if type(line.get("episode_index")) is int}
+    known = {key: info[key] for key in ("robot_type", "generated") if info.get(key)}
+    if (meta / "episodes").is_dir():  # version 3, whatever of version 2 was left beside it
+        tasks = read_episodes(root)[1]
+    return known, tasks
+
+
+def lerobot_fields(video, group):
+    """What of it goes into the line of a clip: nothing for a video that is of no LeRobot dataset."""
+    if not video.lerobot:
+        return {}
+    known, tasks = video.lerobot
+    episode = int(group.rpartition("_")[2])
+    task = tasks.get(episode) or ""
+    task = "; ".join(map(str, task)) if isinstance(task, (list, tuple)) else str(task)
+    return {"camera": video.camera, "episode_index": episode, **({"task": task} if task else {}), **known}
+
+
+# Version 3.0 of its layout, an mp4 for each episode; all else is written from the records whenever metadata.jsonl is.

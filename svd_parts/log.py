@@ -1,0 +1,117 @@
+"""Progress, metrics.jsonl and trackers."""
+
+import io
+import json
+import time
+from collections import defaultdict
+from pathlib import Path
+
+import torch
+from PIL import Image
+from tqdm.auto import tqdm
+
+import svd_common as common
+from svd_parts.files import UserError, printable, write_file
+from svd_parts.metrics import finite, read_metrics
+from svd_parts.page import write_run_page
+from svd_parts.validation import keep_best, report_scores
+
+
+def start_trackers(options, accelerator):
+    """Starts --report_to before anything expensive; what it needs of the user is one line."""
+    if options.report_to:
+        simple = {name: value for name, value in options._asdict().items() if isinstance(value, (int, float, str))}
+        try:
+            accelerator.init_trackers("svd", simple)
+        except Exception as error:  # each tracker has errors of its own
+            cure = "run `wandb login`, or set WANDB_MODE=offline" if options.report_to == "wandb" else "or leave it out"
+            why = str(error).strip().splitlines() or [type(error).__name__]
+            raise UserError(f"--report_to {options.report_to}: cannot be started ({why[0]}); {cure}") from None
+
+
+class Log:
+    """The progress bar, metrics.jsonl and --report_to; device values are read only when a line is written."""
+
+    def __init__(self, state):
+        self.state, self.accelerator, options = state, state.accelerator, state.options
+        self.path = Path(options.output_dir) / "metrics.jsonl"
+        if self.accelerator.is_main_process:  # a resumed run writes the lines after its checkpoint again
+            kept = [line for line in read_metrics(options.output_dir) if line["step"] <= state.steps and state.steps]
+            write_file(self.path, "".join(json.dumps(line) + "\n" for line in kept))
+            write_run_page(self.path.parent)
+        self.progress = tqdm(total=options.max_train_steps, initial=state.steps, desc="training", unit="step",
+            disable=not self.accelerator.is_main_process)  # fmt: skip
+        self.start(state.steps)
+
+    def start(self, step):
+        self.values, self.waited, self.since, self.step = defaultdict(list), 0.0, time.perf_counter(), step
+        if self.accelerator.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+
+    def add(self, values):
+        """Device scalars by name; a line holds the mean of those since the last one."""
+        for name, value in values.items():
+            self.values[name].append(value)
+
+    def step_done(self, step, write):
+        """Counts a step; with `write`, a line of the means since the last one."""
+        if not self.state.freed_early:
+            self.add({"grad_norm": self.state.grad_norm})
+        if write:
+            self.write(step)
+        self.progress.update()
+
+    def write(self, step):
+        reduce, elapsed = self.accelerator.reduce, time.perf_counter() - self.since
+        means = {name: reduce(sum(given) / len(given), "mean").item() for name, given in self.values.items()}
+        line = {"step": step, **means, "learning_rate": self.state.lr_scheduler.get_last_lr()[0]}
+        line["seconds_per_step"] = round(elapsed / (step - self.step), 4)
+        line["data_wait_share"] = round(self.waited / elapsed, 4)
+        shown = {"loss": f"{means['loss_v']:.4f}", "lr": f"{line['learning_rate']:.1e}"}
+        if self.accelerator.device.type == "cuda":
+            line["peak_memory_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
+            line["peak_reserved_gib"] = round(torch.cuda.max_memory_reserved() / 2**30, 2)
+            shown["mem"] = f"{line['peak_memory_gib']:.1f}G"
+        self.append(line)
+        self.progress.set_postfix(shown, refresh=False)
+        self.start(step)
+
+    def append(self, line):
+        """Adds a line of numbers to metrics.jsonl and to --report_to."""
+        line = finite(line)
+        if self.accelerator.is_main_process:
+            with open(self.path, "a") as file:
+                file.write(json.dumps(line) + "\n")
+        numbers = {name: value for name, value in line.items() if name != "step" and value is not None}
+        self.accelerator.log(numbers, step=line["step"])
+
+    def scores(self, metrics):
+        """Writes and shows what a validation gave, and keeps the weights where they are the best so far."""
+        if metrics:
+            keep_best(metrics, self.state)  # before the line, without which a resumed run does all of this again
+            self.append({"step": self.state.steps, **{f"validation_{name}": v for name, v in metrics.items()}})
+            report_scores(metrics, self.state)
+            self.send_videos()
+            write_run_page(self.path.parent)
+        self.start(self.state.steps)
+
+    def has_scores(self, step):
+        return any(line["step"] == step and "validation_loss_v" in line for line in read_metrics(self.path.parent))
+
+    def send_videos(self):
+        """The side-by-side videos of a validation, to --report_to."""
+        step, kind = self.state.steps, self.state.options.report_to
+        for path in sorted(self.path.parent.glob(f"validation/step-{step:06d}/*.mp4")) if kind else ():
+            tracker, name = self.accelerator.get_tracker(kind, unwrap=True), printable(path.stem)
+            if kind == "wandb":
+                import wandb
+
+                tracker.log({name: wandb.Video(str(path), format="mp4")}, step=step)
+            else:  # as a GIF, which its page plays; torch's add_video would need moviepy 1
+                from tensorboard.compat.proto.summary_pb2 import Summary
+
+                frames, data = [Image.fromarray(frame) for frame in common.read_video(path)], io.BytesIO()
+                frames[0].save(data, "gif", save_all=True, append_images=frames[1:], duration=250, loop=0)
+                width, height = frames[0].size
+                image = Summary.Image(width=width, height=height, encoded_image_string=data.getvalue())
+                tracker.file_writer.add_summary(Summary(value=[Summary.Value(tag=name, image=image)]), step)

@@ -1,0 +1,163 @@
+"""What is done in a prepared dataset: records, metadata.jsonl and preview.jpg."""
+
+import contextlib
+import io
+import itertools
+import json
+import os
+import re
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import svd_common as common
+from svd_parts.dataset import list_frames
+from svd_parts.ffmpeg import Failure
+from svd_parts.files import UserError, natural_key, read_lines, write_file
+
+# What .prepare/*.json says of a video, and of each of its clips, by kind: who edits one may get it wrong.
+NUMBER = (int, float)
+RECORD = {"source": str, "size": int, "mtime_ns": int, "options": dict, "clips": list, "dropped": dict}
+CLIP = {"directory": str, "num_frames": int, "width": int, "height": int, "duration": NUMBER, "fps": NUMBER}
+CLIP |= {"motion": NUMBER, "motion_bucket_id": NUMBER, "problems": list, "notes": list}
+CLIP_OPTIONS = "max_frames width height fps clip_frames clip_stride min_frames min_motion split_scenes image_format"
+CLIP_OPTIONS = CLIP_OPTIONS.split()
+
+
+def clip_options(options):
+    """The options that decide what a clip's files are: a dataset is of one kind."""
+    return {name: getattr(options, name) for name in CLIP_OPTIONS}
+
+
+def read_records(state):
+    """What was finished so far: `{source: record}` of .prepare/*.json; a damaged one is passed over."""
+    records = {}
+    for path in state.glob("*.json"):
+        with contextlib.suppress(ValueError, RecursionError, FileNotFoundError):
+            record = json.loads(path.read_text(encoding="utf-8"))
+            if is_of_kind(record, RECORD) and all(is_of_kind(clip, CLIP) for clip in record["clips"]):
+                record = {key: record[key] for key in RECORD}
+                records[record["source"]] = record
+    return records
+
+
+def is_of_kind(found, kinds):
+    """Whether this is a dict that has every field of `kinds`, {name: type}, each of its type; lists hold no numbers."""
+    if not isinstance(found, dict) or not all(isinstance(found.get(name), kind) for name, kind in kinds.items()):
+        return False
+    return not any(isinstance(item, NUMBER) for name, kind in kinds.items() if kind is list for item in found[name])
+
+
+def is_complete(record, output):
+    """Whether every folder that the record promises is there with all its frames, none empty, as a power cut leaves it.
+
+    Raises `Failure` for a folder that holds images of others.
+    """
+    for clip in record["clips"]:
+        folder, count = output / clip["directory"], clip["num_frames"]
+        try:
+            frames = list_frames(folder) if folder.is_dir() else []
+        except UserError as error:
+            raise Failure(str(error)) from None
+        if len(frames) > count:
+            raise Failure(f"{folder} holds more images than the {count} of the clip: move away {frames[-1].name}")
+        if len(frames) < count or not all(frame.stat().st_size for frame in frames):
+            return False
+    return True
+
+
+def refuse_others(folder, num_frames):
+    """Raises `Failure` where the folder of a clip that is to be made again is none, or holds what others put there."""
+    ours = re.compile(r"\d{5,}\.(png|jpg)|\..*|thumbs\.db|desktop\.ini|@eadir", re.IGNORECASE)  # and what systems leave
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else [""] * os.path.lexists(folder)
+    for name in names:
+        if not ours.fullmatch(name) or (name[:5].isdecimal() and int(Path(name).stem) >= num_frames):
+            raise Failure(f"{folder / name} is not of this program, and the clip is to be made again: move it away")
+
+
+def dump_line(record):
+    text = json.dumps(record, ensure_ascii=False)
+    not_utf8 = re.search("[\ud800-\udfff]", text)  # in the name of a source
+    return (json.dumps(record) if not_utf8 else text) + "\n"
+
+
+def read_clip_lines(output, name="metadata.jsonl"):
+    """A file of clips as it is: `{directory: line}`, and the lines of other kinds.
+
+    Raises `UserError` for a line that is no JSON object, but for a last one that a killed run has not written whole.
+    """
+    lines, others = {}, []
+    for _, line in read_lines(output / name, "not a JSON object; repair or delete it", cut_off=True):
+        if isinstance(directory := line.get("directory"), str):
+            lines[directory] = {**lines.get(directory, {}), **line}
+        else:
+            others.append(line)
+    return lines, others
+
+
+def by_name(directory):
+    return natural_key(directory), directory
+
+
+def write_metadata(output):
+    """metadata.jsonl from all records, in name order. Returns the records.
+
+    Lines and fields that somebody else wrote stay, and so do changes of ours: a value that is not what was written here
+    last, as `.prepare/written.jsonl` knows, until its clip is made again and it has another one.
+    """
+    path, records = output / "metadata.jsonl", read_records(output / ".prepare")
+    written, _ = read_clip_lines(
+        output / ".prepare", "written.jsonl"
+    )  # first: else another part's line would seem a change
+    lines, others = read_clip_lines(output)
+    clips = {clip["directory"]: clip for record in records.values() for clip in record["clips"]}
+    merged = []
+    for directory in sorted({*lines, *clips}, key=by_name):
+        line, clip, before = (found.get(directory, {}) for found in (lines, clips, written))
+        if clip or str(line.get("source")) not in records:
+            ours = {key: value for key, value in clip.items() if key not in line or before.get(key) != value}
+            merged.append({**line, **ours})
+    text = "".join(map(dump_line, [*merged, *others]))
+    if text.encode() != (path.read_bytes() if path.exists() else b""):
+        write_file(path, text)
+    write_file(output / ".prepare" / "written.jsonl", "".join(map(dump_line, clips.values())))
+    return records
+
+
+FONTS = "NotoSansCJK-Regular.ttc wqy-zenhei.ttc wqy-microhei.ttc DroidSansFallbackFull.ttf msyh.ttc PingFang.ttc"
+
+
+def write_preview(output, clips):
+    """preview.jpg: a row for each clip, for up to forty of them: name, fps, motion, and four of its frames."""
+    from PIL import Image, ImageDraw, ImageFont, ImageOps
+
+    high, wide, left, font = 80, 144, 300, ImageFont.load_default(12)
+    for name in FONTS.split():  # fonts that show Chinese names, where the system has one
+        with contextlib.suppress(OSError):
+            font = ImageFont.truetype(name, 12)
+            break
+    clips = [clips[i * len(clips) // min(40, len(clips))] for i in range(min(40, len(clips)))]
+    sheet = Image.new("RGB", (left + 4 * wide, high * len(clips)), "white")
+    draw = ImageDraw.Draw(sheet)
+
+    def thumbnails(clip):
+        try:
+            paths = list_frames(output / clip["directory"])
+            frames = [common.read_frame(paths[place * (len(paths) - 1) // 3]) for place in range(4 if paths else 0)]
+        except (OSError, UserError):  # deleted since, or not only ours any more: no reason to end here
+            return []
+        small = [Image.fromarray(frame[:: max(1, len(frame) // 160), :: max(1, len(frame) // 160)]) for frame in frames]
+        return [ImageOps.pad(image, (wide - 2, high - 2), color="white", centering=(0, 0)) for image in small]
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for top, clip, pictures in zip(itertools.count(0, high), clips, pool.map(thumbnails, clips)):
+            name = clip["directory"][:120]
+            length = 40 if name.isascii() else 22  # letters that fit in a line
+            lines = [name[i : i + length] for i in range(0, len(name), length)][:3]
+            lines += [f"{clip['num_frames']} frames, {clip['fps']:g} fps"]
+            lines += [f"motion {clip['motion']:g}, bucket {clip['motion_bucket_id']}"]
+            draw.multiline_text((4, top + 2), "\n".join(lines), "black", font, spacing=2)
+            for place, picture in enumerate(pictures):
+                sheet.paste(picture, (left + place * wide, top))
+    data = io.BytesIO()
+    sheet.save(data, "JPEG", quality=90)
+    write_file(output / "preview.jpg", data.getvalue())

@@ -1,0 +1,180 @@
+"""What a training step sees: windows of clips, with all random numbers drawn; held-out clips."""
+
+import itertools
+import math
+import time
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+
+import svd_common as common
+from svd_parts.dataset import clip_group, list_clips
+from svd_parts.files import UserError, is_named, listed, names_of_nothing, pattern_names
+from svd_parts.latent_cache import cure_named, read_cached
+from svd_parts.objective import random_generator, sample_sigmas, shuffled
+from svd_parts.weights import latent_factor
+
+# A sample is a function of (seed, index), nothing else; index = step * global batch + place in the batch. So a resumed
+# run draws what an unbroken one would have drawn, at no cost, and there is no random state to save.
+NOISE_AUG_MEAN, NOISE_AUG_STD = -3.0, 0.5  # ln of noise_aug_strength; median 0.05 (Blattmann et al. 2023, appendix D)
+
+
+class ClipDataset:
+    """Random windows of consecutive frames, with every random number of a training step already drawn.
+
+    `dataset[index]`, any index >= 0: each clip once an epoch, in an order shuffled by (seed, epoch).
+    Shapes, without the batch axis: latents and noise (T, 4, h, w); sigmas (); conditioning_image (3, H, W), the first
+    frame in [-1, 1] with its noise; image_embeddings (1, D); added_time_ids (3,); keep (), 0 where both image
+    conditions are dropped. Without a cache: pixel_values (T, 3, H, W) and posterior_noise instead of latents.
+    """
+
+    def __init__(self, clips, options, vae_config, cached):
+        self.clips, self.options, self.cached = clips, options, cached
+        factor = latent_factor(vae_config)
+        self.scaling_factor = vae_config.scaling_factor
+        self.latent_shape = (vae_config.latent_channels, options.height // factor, options.width // factor)
+
+    def clip_of(self, index):
+        """The clip that `dataset[index]` is cut from."""
+        epoch, place = divmod(index, len(self.clips))
+        return self.clips[shuffled(len(self.clips), self.options.seed, "order", epoch)[place]]
+
+    def __getitem__(self, index):
+        """Raises `UserError` that names the clip where a file of it cannot be read any more."""
+        clip, generator = self.clip_of(index), random_generator(self.options.seed, "sample", index)
+        last_start = len(clip["frames"]) - self.options.num_frames
+        with cure_named(clip):
+            return self.sample(clip, int(torch.randint(last_start + 1, (), generator=generator)), generator)
+
+    def sample(self, clip, start, generator):
+        """The window of `clip` from frame `start`, with everything random drawn from `generator`."""
+        options = self.options
+        normal = torch.randn(3, generator=generator)
+        noise_aug_strength = math.exp(NOISE_AUG_MEAN + NOISE_AUG_STD * normal[1].item())
+        keep = torch.rand((), generator=generator) >= options.conditioning_dropout_prob
+        shape = (options.num_frames, *self.latent_shape)
+        posterior_noise = torch.randn(shape, generator=generator)
+        sample = {
+            "noise": torch.randn(shape, generator=generator),
+            "sigmas": sample_sigmas(normal[0], options.P_mean, options.P_std),
+            "keep": keep.float(),
+            "added_time_ids": torch.tensor([clip["fps"] - 1, clip["motion_bucket_id"], noise_aug_strength]),
+        }
+        frames = clip["frames"][start : start + (1 if self.cached else options.num_frames)]
+        pixels = common.to_pixels(common.read_frames(frames, options.width, options.height)).contiguous()
+        noise = torch.randn(pixels.shape[1:], generator=generator)
+        sample["conditioning_image"] = pixels[0] + noise_aug_strength * noise
+        if self.cached:
+            mean, std, embedding = read_cached(clip["cache"], start, options.num_frames)
+            sample["latents"] = (mean + std * posterior_noise) * self.scaling_factor
+            sample["image_embeddings"] = embedding
+        else:
+            sample |= {"pixel_values": pixels, "posterior_noise": posterior_noise}
+        return sample
+
+
+def batches(dataset, index_batches, pin_memory, num_workers):
+    """Yields a batch on the CPU for each list of B indices: ClipDataset's samples, stacked: {name: (B, ...)}.
+
+    num_workers: threads that prepare batches ahead, two for each; pin_memory: whether a GPU will fetch them. Threads,
+    since OpenCV, safetensors and torch release the GIL, and a forked worker would deadlock in OpenCV. An error of a
+    sample is raised in its turn.
+    """
+
+    def load(indices):
+        samples = [dataset[index] for index in indices]
+        batch = {key: torch.stack([sample[key] for sample in samples]) for key in samples[0]}
+        return {key: value.pin_memory() for key, value in batch.items()} if pin_memory else batch
+
+    torch.zeros(()).exp()  # MKL's very first exp, if several threads call it at once, is now and then off by 7e-5
+    with ThreadPoolExecutor(num_workers) as pool:
+        jobs = (pool.submit(load, indices) for indices in index_batches)
+        ahead = deque(itertools.islice(jobs, 2 * num_workers))
+        while ahead:
+            batch = ahead.popleft().result()
+            ahead.extend(itertools.islice(jobs, 1))
+            yield batch
+
+
+def index_batches(state):
+    """For each micro-batch of this process from `state.steps` on, the sample indices in it."""
+    options, ranks, rank = state.options, state.accelerator.num_processes, state.accelerator.process_index
+    size, total = options.train_batch_size, state.settings["global_batch_size"]
+    for step in range(state.steps, options.max_train_steps):
+        for micro in range(options.gradient_accumulation_steps):
+            first = step * total + (micro * ranks + rank) * size
+            yield list(range(first, first + size))
+
+
+def take(loader, count, log):
+    """The next `count` batches, and the error that came in their place or None; the time counts as waiting."""
+    start = time.perf_counter()
+    try:
+        return [next(loader) for _ in range(count)], None
+    except (UserError, OSError) as error:
+        return [], error
+    finally:
+        log.waited += time.perf_counter() - start
+
+
+def load_clips(dataset_dir, num_frames, fps, motion_bucket_id):
+    """The clips that can be trained on, with `fps` and `motion_bucket_id` filled in; short ones are named.
+
+    Raises `UserError` where none is as long as --num_frames, and as `dataset.list_clips` does.
+    """
+    found = list_clips(dataset_dir)
+    clips = [clip for clip in found if len(clip["frames"]) >= num_frames]
+    if not clips:
+        longest = max(len(clip["frames"]) for clip in found)
+        what = f"no clip is that long; the longest has {longest} frames ({dataset_dir})"
+        raise UserError(f"--num_frames {num_frames}: {what}")
+    short = [clip for clip in found if len(clip["frames"]) < num_frames]
+    if short:
+        named = listed([f"{clip['directory']} has {len(clip['frames'])} frames" for clip in short])
+        print(f"left out: {named}; --num_frames is {num_frames}")
+    generated = sum(bool(clip.get("generated")) for clip in clips)
+    if generated:
+        print(f"{generated} of {len(clips)} clips are generated by a model, not recorded")
+    unknown = sum("fps" not in clip for clip in clips)
+    if unknown:
+        print(f"{unknown} clips without metadata: --fps {fps:g}, --motion_bucket_id {motion_bucket_id:g}")
+    return [{"fps": fps, "motion_bucket_id": motion_bucket_id, **clip} for clip in clips]
+
+
+def hold_out(clips, num_validation_videos, seed, known=None):
+    """(training clips, held-out clips): whole episodes are held out, so that no camera of one is on the other side.
+
+    known: names of those that the run being resumed held out; then it is these, whatever has come or gone meanwhile.
+    """
+    if known is not None:
+        held_out = [clip for clip in clips if clip["directory"] in known]
+        if known and not held_out:
+            print(f"warning: no clip is there that this run held out ({listed(known)}): nothing is validated any more")
+        return [clip for clip in clips if clip["directory"] not in known], held_out
+    groups = {}
+    for clip in clips:
+        groups.setdefault(clip_group(clip), []).append(clip)
+    names = list(groups)
+    drawn = [names[place] for place in shuffled(len(names), seed, "held out")]
+    before = itertools.accumulate((len(groups[name]) for name in drawn), initial=0)
+    held_out = {name for name, videos in zip(drawn, before) if videos < num_validation_videos}
+    if len(held_out) == len(groups):
+        raise UserError(f"--num_validation_videos {num_validation_videos}: no episode would be left to train on")
+    validation = [clip for name in names if name in held_out for clip in groups[name]][:num_validation_videos]
+    return [clip for clip in clips if clip_group(clip) not in held_out], validation
+
+
+def leave_out(sides, patterns):
+    """Both sides without the clips that --exclude names; says how many, and which names are no clip's.
+
+    This comes after `hold_out`, so that the other clips stay on the side where they are without it.
+    """
+    left = [[clip for clip in clips if not is_named(patterns, clip["directory"])] for clips in sides]
+    for name in names_of_nothing(patterns, [(clip["directory"],) for clips in sides for clip in clips]):
+        print(f"warning: --exclude {name}: no clip that would be used is called so")
+    if not left[0]:
+        raise UserError(f"--exclude {' '.join(pattern_names(patterns)[:5])}: no clip is left to train on")
+    if patterns:
+        print(f"--exclude: {sum(map(len, sides)) - sum(map(len, left))} of {sum(map(len, sides))} clips left out")
+    return left

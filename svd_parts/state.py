@@ -1,0 +1,120 @@
+"""What is being trained, and how one step changes it."""
+
+import contextlib
+import math
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel
+from safetensors.torch import load_file
+
+from svd_parts.checkpoints import checkpoint_step, checkpoints_of, save_checkpoint, unflatten_state
+from svd_parts.optimizers import OPTIMIZERS, build_optimizer, gradients_freed_early, step_in_backward
+from svd_parts.page import write_run_page
+from svd_parts.unet import trained_parameters
+
+
+class TrainingState:
+    """What is trained, and all that a checkpoint holds: fp32 parameters, optimizer, schedule, average, scaler.
+
+    unet: as `prepare_unet` leaves it, on its device. `self.unet` is what to call: several processes wrap it.
+    clips: {directory: digest, fps and motion} of what is trained on, for a resumption to compare.
+    """
+
+    def __init__(self, unet, options, accelerator, settings, clips):
+        self.options, self.accelerator, self.settings, self.clips = options, accelerator, settings, clips
+        self.bare_unet, self.trained, self.steps = unet, trained_parameters(unet), 0
+        self.take_step = OPTIMIZERS[options.optimizer].step
+        self.freed_early = gradients_freed_early(options, accelerator.num_processes)
+        self.optimizer = build_optimizer(options, self.trained.values(), self.freed_early)
+        steps = {"num_warmup_steps": options.lr_warmup_steps, "num_training_steps": options.max_train_steps}
+        self.lr_scheduler = get_scheduler(options.lr_scheduler, self.optimizer, **steps)
+        self.ema = EMAModel(self.trained.values(), decay=options.ema_decay) if options.use_ema else None
+        self.unet, self.scaled_optimizer = accelerator.prepare(unet, self.optimizer)
+        unet.__dict__.pop("forward", None)  # with fp16, accelerate's fp32 outputs would break the stock pipeline
+        self.scaler = accelerator.scaler
+        # A loss or gradient that is not finite sets `bad`, on the device: to look at every step would stall the GPU.
+        self.bad = torch.zeros((), dtype=torch.bool, device=accelerator.device)
+        self.bad_step = torch.full((), -1, dtype=torch.int64, device=accelerator.device)  # the first of them
+        self.whole = True  # not in the middle of a step that changes weights as it goes
+        if self.freed_early:
+            step_in_backward(self.optimizer, self.take_step, self.bad)
+
+    def load(self, folder, saved):
+        """Puts a checkpoint's weights, optimizer, schedule, average and scaler in place."""
+        for name, tensor in load_file(folder / "trained.safetensors").items():
+            self.trained[name].data.copy_(tensor)
+        unflatten_state(self.optimizer, self.trained, load_file(folder / "optimizer.safetensors"), saved["optimizer"])
+        for _ in range(saved["step"]):  # the schedule is a function of the step
+            self.lr_scheduler.step()
+        if self.ema:
+            average = load_file(folder / "ema.safetensors")
+            self.ema.shadow_params = [average[name].to(self.accelerator.device) for name in self.trained]
+            self.ema.optimization_step = saved["ema_step"]
+        if self.scaler:
+            self.scaler.load_state_dict(saved["scaler"])
+        self.steps = saved["step"]
+
+    def synchronized(self, last):
+        """A context for each micro-batch of a step: processes exchange gradients in the last one alone."""
+        return contextlib.nullcontext() if last else self.accelerator.no_sync(self.unet)
+
+    def backward(self, loss):
+        """Adds the gradients of `loss`; where each is used at once, that is the update too."""
+        bad = ~torch.isfinite(loss.detach())
+        if self.scaler and self.accelerator.num_processes > 1:  # there no gradient norm tells the others of it
+            bad = self.accelerator.reduce(bad.float()) > 0
+        torch.logical_or(self.bad, bad, out=self.bad)
+        self.whole = not self.freed_early
+        self.accelerator.backward(loss)
+
+    def update(self, look):
+        """One optimizer step with the gradients that are there. Returns False if a step was bad, which only shows
+        when the CPU may wait for the GPU to `look`; the weights are then those before it, and so is `self.steps`."""
+        if not self.freed_early:
+            norm = self.accelerator.clip_grad_norm_(self.trained.values(), self.options.max_grad_norm or math.inf)
+            if not self.scaler:  # with fp16 an overflow is the scaler's business: it skips that step
+                torch.logical_or(self.bad, ~torch.isfinite(norm), out=self.bad)
+            self.grad_norm = norm
+        self.bad_step = torch.where(self.bad & (self.bad_step < 0), self.steps, self.bad_step)
+        if self.scaler:
+            self.scaled_optimizer.step()
+        elif not self.freed_early:
+            self.take_step(self.optimizer, self.optimizer.param_groups, self.bad)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.whole = True
+        if look and (bad_step := self.bad_step.item()) >= 0:
+            self.steps = bad_step
+            return False
+        if look and self.overflows():
+            return False
+        self.lr_scheduler.step()
+        if self.ema:
+            self.ema.optimization_step += 1  # its own step() would hold a copy of all weights for a moment
+            decay = self.ema.get_decay(self.ema.optimization_step)
+            torch._foreach_lerp_(self.ema.shadow_params, [p.data for p in self.trained.values()], 1 - decay)
+        self.steps += 1
+        return True
+
+    def overflows(self):
+        """Whether fp16's scaler has fallen so low that no step gets through; waits for the GPU."""
+        return bool(self.scaler) and self.scaler.get_scale() < 2**-14
+
+    def save(self):
+        """Writes `checkpoint-<steps>/`; only then goes the oldest beyond --checkpoints_total_limit."""
+        if self.steps:
+            output = Path(self.options.output_dir)
+            if not (output / f"checkpoint-{self.steps}").exists():
+                save_checkpoint(output / f"checkpoint-{self.steps}", self)
+            self.prune()
+            write_run_page(output)
+
+    def prune(self):
+        """Removes the oldest checkpoints beyond --checkpoints_total_limit, renamed first: none is ever half there."""
+        done = [path for path in checkpoints_of(self.options.output_dir) if checkpoint_step(path) <= self.steps]
+        for old in done[: -self.options.checkpoints_total_limit]:
+            os.replace(old, gone := old.with_name(f".{old.name}.gone"))
+            shutil.rmtree(gone)

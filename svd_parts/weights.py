@@ -1,0 +1,294 @@
+"""Finds a model's folder, checks it, tells its weights from others, and says what is wrong with it."""
+
+import contextlib
+import difflib
+import errno
+import hashlib
+import json
+import sys
+from pathlib import Path
+
+from svd_parts.files import UserError, natural_key, read_json, replacing
+
+PARTS = ("unet", "vae", "image_encoder", "scheduler", "feature_extractor")
+MODEL_PARTS = PARTS[:3]
+CLIP_CONFIG = {"hidden_size": 1280, "num_hidden_layers": 32, "num_attention_heads": 16, "intermediate_size": 5120}
+VAE_CONFIG = {"block_out_channels": [128, 256, 512, 512], "latent_channels": 4, "layers_per_block": 2}
+SVD_XT_CONFIG = {  # as published, where it differs from the classes' defaults; a plan needs nothing else
+    "unet": {"block_out_channels": [320, 640, 1280, 1280], "cross_attention_dim": 1024, "num_frames": 25},
+    "vae": {"down_block_types": ["DownEncoderBlock2D"] * 4, **VAE_CONFIG},
+    "image_encoder": {"patch_size": 14, "projection_dim": 1024, **CLIP_CONFIG},
+}
+SVD_NAMES = [f"stabilityai/stable-video-diffusion-img2vid{kind}" for kind in ("", "-xt", "-xt-1-1")]
+CHECKPOINT_STATE = "training_state.json"  # what makes a folder a checkpoint of train_svd.py
+SETTINGS = "training_settings.json"  # beside every result: what it was trained with
+HUB_HELP = """{what}. Three ways to get the weights:
+  1. accept the licence at https://huggingface.co/{name} , then: pip install -U huggingface_hub && hf auth login
+  2. in mainland China: export HF_ENDPOINT=https://hf-mirror.com HF_TOKEN=hf_... , then run the same command again
+  3. download the folder on another machine (hf download {name} --exclude "svd*.safetensors"), copy it here whole,
+     and give the folder's path in place of the name (infer_svd.py, for a checkpoint: as --base_model)"""
+NEEDED = (
+    "what is needed is a whole diffusers folder of Stable Video Diffusion (model_index.json, unet/, vae/, ...): hf"
+    " download stabilityai/stable-video-diffusion-img2vid-xt --exclude 'svd*.safetensors' --local-dir svd"
+)
+
+
+def resolve_model(name):
+    """A hub name or local folder -> the local folder of a complete diffusers pipeline in safetensors.
+
+    Raises `UserError` that says exactly what is missing and how to get it. Never reads pickled weights.
+    """
+    folder = local_folder(name) or download_model(str(name))
+    for part in PARTS:
+        if part in MODEL_PARTS:
+            read_config(folder, part)
+            weight_files(folder, part)
+        elif not list((folder / part).glob("*.json")):
+            raise UserError(f"{folder}: {part}/ has no configuration (.json); copy the folder again, whole")
+        for file in (folder / part).glob("*.json"):
+            read_json(file)
+    return folder
+
+
+def resolve_config(name):
+    """A model name -> a folder (or, for SVD itself, a dict) with the configuration of its parts; needs no weights."""
+    from huggingface_hub import hf_hub_download
+
+    if folder := local_folder(name):
+        return folder
+    known = str(name) in SVD_NAMES  # what the cache has, or what we know: no network needed to plan
+    try:
+        with hub_errors(name):
+            paths = [hf_hub_download(str(name), f"{part}/config.json", local_files_only=known) for part in MODEL_PARTS]
+        return Path(paths[0]).parent.parent
+    except UserError:
+        if known:
+            return SVD_XT_CONFIG
+        raise
+
+
+def local_folder(name):
+    """The pipeline folder that `name` is, or None for a name of the hub. Raises `UserError` for any other thing."""
+    path = Path(name)
+    looks_local = path.is_absolute() or str(name).startswith((".", "~")) or len(path.parts) != 2
+    if not (looks_local or path.exists() or path.parent.is_dir()):
+        return None
+    if not (path / "model_index.json").is_file():
+        raise UserError(f"{path}: {describe(path)}")
+    check_pipeline(path / "model_index.json", path)
+    return path
+
+
+def check_pipeline(index, name):
+    """Refuses the model_index.json of another pipeline (Stable Diffusion 1.5, SDXL, ...)."""
+    found = read_json(index).get("_class_name") or "pipeline without a name"
+    if not str(found).startswith("StableVideoDiffusion"):
+        raise UserError(f"{name}: a {found}, no StableVideoDiffusionPipeline; {NEEDED}")
+
+
+def describe(path):
+    """What a path that is no pipeline folder is, and what to give instead."""
+    if not path.exists():
+        return "no such model folder (and not a hub name, which has the form owner/name)"
+    if (path / CHECKPOINT_STATE).is_file():
+        return "a checkpoint of train_svd.py, not a whole model; go on from it with --resume_from_checkpoint"
+    patterns = ("*", "snapshots/*", "*/snapshots/*")  # the latter two: the hub's cache
+    for index in sorted(found for pattern in patterns for found in path.glob(f"{pattern}/model_index.json")):
+        return f"no pipeline, but there is one in it: give {index.parent}"
+    if (path.resolve().parent / "model_index.json").is_file():
+        return f"one part of a pipeline; give the whole folder, {path.parent}"
+    for newest in sorted(path.glob("checkpoint-*"), key=lambda folder: natural_key(folder.name))[-1:]:
+        return f"no finished diffusers pipeline here (model_index.json is missing); its newest checkpoint is {newest}"
+    files = [path] if path.is_file() else [f for pattern in ("*", "*/*", "*/*/*") for f in sorted(path.glob(pattern))]
+    weights = [file for file in files if file.suffix in (".safetensors", ".ckpt", ".pt", ".pth", ".bin")]
+    if not weights:
+        return f"no diffusers pipeline here (model_index.json is missing); {NEEDED}"
+    if weights[0].suffix != ".safetensors":
+        return f"pickled weights ({weights[0].name}), which are never loaded: unpickling runs code; {NEEDED}"
+    names, what = "".join(safetensors_header(weights[0])), "the weights of one part of a model"
+    if "lora" in names:
+        what = "a LoRA, which adds to a model and is none: infer_svd.py takes it as --lora"
+    elif "diffusion_model." in names:
+        what = "weights in one file, as ComfyUI takes them"
+    return f"{what} ({weights[0].name}); {NEEDED}"
+
+
+def download_model(name):
+    """Downloads (or finds in the cache) a pipeline of the hub: full precision, or fp16 if it has no other."""
+    from huggingface_hub import hf_hub_download
+
+    with hub_errors(name):
+        check_pipeline(Path(hf_hub_download(name, "model_index.json")), name)  # before gigabytes of another model
+        from diffusers import DiffusionPipeline
+
+        try:
+            return Path(DiffusionPipeline.download(name, use_safetensors=True))
+        except OSError as error:
+            if "safetensors" not in str(error):
+                raise
+            return Path(DiffusionPipeline.download(name, variant="fp16", use_safetensors=True))
+
+
+@contextlib.contextmanager
+def hub_errors(name):
+    """Makes what goes wrong at the hub a `UserError` that says what to do; a full or read-only disk stays what it is.
+
+    The hub's own errors are among Python's, those of its httpx are not.
+    """
+    from huggingface_hub import errors
+
+    try:
+        yield
+    except (OSError, ValueError, getattr(sys.modules.get("httpx"), "HTTPError", OSError)) as error:
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EROFS, errno.EACCES):
+            raise
+        near = difflib.get_close_matches(str(name), SVD_NAMES, n=1, cutoff=0.8)
+        unknown = "no folder here and no model of the hub, or a private one and no login"
+        gated = "the weights are gated: no login, or its licence is not accepted yet"
+        away = f"the hub cannot be reached, and the model is not in the cache ({type(error).__name__})"
+        for kind, text in (
+            (errors.GatedRepoError, HUB_HELP.format(name=name, what=gated)),
+            (errors.RepositoryNotFoundError, unknown + (f"; is it {near[0]}?" if near else "")),
+            (errors.LocalEntryNotFoundError, HUB_HELP.format(name=name, what=away)),
+            (errors.EntryNotFoundError, f"on the hub, but no diffusers pipeline; {NEEDED}"),
+            (ValueError, "not usable from the hub ({})".format(str(error).partition("\n")[0])),
+            (Exception, HUB_HELP.format(name=name, what=away)),
+        ):
+            if isinstance(error, kind):
+                raise UserError(f"{name}: {text}") from None
+
+
+def read_config(folder, part):
+    """`<folder>/<part>/config.json` as a dict, readable before any weight is loaded."""
+    if isinstance(folder, dict):
+        return folder[part]
+    try:
+        config = read_json(Path(folder) / part / "config.json")
+    except FileNotFoundError:
+        raise UserError(f"{folder}: {part}/config.json is missing; copy the model folder again, whole") from None
+    if part in ("unet", "vae") and not isinstance(config.get("block_out_channels"), list):
+        raise UserError(f"{folder}: {part}/config.json is not whole; copy the model folder again")
+    return config
+
+
+def weight_files(folder, part):
+    """The safetensors files of a part, full precision first, the fp16 files where the folder has only those.
+
+    Raises `UserError` for missing, pickled-only, git-lfs-pointer and cut-off files.
+    """
+    folder, stem = Path(folder) / part, "model" if part == "image_encoder" else "diffusion_pytorch_model"
+    for variant in ("", ".fp16"):
+        single, index = f"{stem}{variant}.safetensors", folder / f"{stem}.safetensors.index{variant}.json"
+        files = [folder / single] if (folder / single).exists() else []
+        if index.exists():
+            names = read_json(index, "download it again").get("weight_map")
+            files = [folder / name for name in sorted(set(map(str, names.values())))] if isinstance(names, dict) else []
+        for file in files:
+            safetensors_header(file)
+        if files:
+            return files
+    pickled = [file.name for file in folder.glob("*.bin")]
+    why = f"only pickled weights ({pickled[0]}), which are never loaded: unpickling runs code" if pickled else "no"
+    raise UserError(f"{folder}: {why} {stem}.safetensors or {stem}.fp16.safetensors; download it into this folder")
+
+
+def safetensors_header(file):
+    """The header of a safetensors file: `{tensor name: {dtype, shape, data_offsets}}`, offsets from the file's start.
+
+    Raises `UserError` where the file is missing, a git-lfs pointer, damaged, or shorter than its header says.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with open(file, "rb") as opened:
+            size = int.from_bytes(opened.read(8), "little")
+            if size.to_bytes(8, "little") == b"version ":
+                raise UserError(f"{file}: a git-lfs pointer, not the weights; run `git lfs pull`, or download the file")
+            with safe_open(file, "np"):  # checks the whole header, and the file's length against it
+                header = json.loads(opened.read(size))
+    except FileNotFoundError:
+        raise UserError(f"{file}: missing; download it into this folder") from None
+    except SafetensorError as error:
+        raise UserError(f"{file}: cut off or damaged ({error}); download it again") from None
+    header.pop("__metadata__", None)
+    for tensor in header.values():
+        tensor["data_offsets"] = [8 + size + offset for offset in tensor["data_offsets"]]
+    return header
+
+
+def weights_fingerprint(folder, part):
+    """A hash that tells two sets of weights apart, without reading gigabytes: the head of every tensor.
+
+    The bytes are read by their offsets, for safetensors has no bf16 without torch, and a refusal need not wait for it.
+    """
+    digest = hashlib.sha256()
+    for file in weight_files(folder, part):
+        with open(file, "rb") as opened:
+            for name, tensor in sorted(safetensors_header(file).items()):
+                start, end = tensor["data_offsets"]
+                opened.seek(start)
+                digest.update(f"{name} {tensor['dtype']} {tensor['shape']}".encode())
+                digest.update(opened.read(min(end - start, 4096)))
+    return digest.hexdigest()[:16]
+
+
+def latent_factor(vae_config):
+    """How many pixels a latent's side stands for: 8 for SVD."""
+    return 2 ** (len(vae_config["block_out_channels"]) - 1)
+
+
+def size_multiple(folder):
+    """What width and height must be multiples of: the VAE's factor times the UNet's downsampling; 64 for SVD."""
+    return latent_factor(read_config(folder, "vae")) * 2 ** (len(read_config(folder, "unet")["block_out_channels"]) - 1)
+
+
+def check_sizes(options, folder):
+    """Refuses `--width` and `--height` that the model cannot take, from its configuration alone."""
+    multiple = size_multiple(folder)
+    for flag, value in (("--width", options.width), ("--height", options.height)):
+        if value > 16384:
+            raise UserError(f"{flag} must be at most 16384, got {value}")
+        if value % multiple:
+            near = max(multiple, round(value / multiple) * multiple)
+            takes = f"must be a multiple of {multiple} for this model, got {value}; the nearest is {near}"
+            raise UserError(f"{flag} {takes}")
+
+
+# checkpoint-N/: trained.safetensors, optimizer.safetensors, ema.safetensors, training_state.json; nothing pickled.
+def write_tensors(path, tensors, metadata=None):
+    """A safetensors file, whole or as it was. Raises `OSError` for a full disk, which safetensors calls otherwise."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    try:
+        with replacing(path) as aside:
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, aside, metadata)
+    except SafetensorError as error:
+        raise OSError(errno.ENOSPC, f"cannot be written ({error})", str(path)) from error
+
+
+def encoders_fingerprint(base):
+    """Tells the frozen parts that the cache is made by from others."""
+    return "-".join(weights_fingerprint(base, part)[:8] for part in ("vae", "image_encoder"))
+
+
+SETTINGS_EXAMPLE = {"width": 512, "height": 320, "num_frames": 14, "median_fps": 7, "median_motion_bucket_id": 127}
+SETTINGS_EXAMPLE |= {"motion_bucket_id_range": [0, 255], "pretrained_model_name": "", "base_fingerprint": ""}
+SETTINGS_EXAMPLE |= {"use_ema": False, "lora_rank": 0, "lora_alpha": 0}
+
+
+def read_settings(path, cure):
+    """What a model was trained with, beside a result or in a checkpoint; raises `UserError` for what none writes."""
+
+    def kind(value):
+        return [kind(one) for one in value] if isinstance(value, list) else {int: float}.get(type(value), type(value))
+
+    settings = read_json(path, cure)
+    if path.name == CHECKPOINT_STATE:  # what is needed to find its base must be there
+        found, needed = settings.get("settings"), ("pretrained_model_name", "base_fingerprint", "use_ema")
+        settings = {"step": settings.get("step"), **dict.fromkeys(needed), **(found if isinstance(found, dict) else {})}
+    for field in settings.keys() & SETTINGS_EXAMPLE:
+        if kind(settings[field]) != kind(SETTINGS_EXAMPLE[field]):
+            value = json.dumps(settings[field])[:60]
+            raise UserError(f"{path}: damaged, its {field} is {value}; {cure}")
+    return settings
