@@ -32,7 +32,7 @@ from tqdm.auto import tqdm
 
 import svd_common as common
 from svd_parts.clip_set import CARRIED, OPTIONS, PIPELINE_OPTIONS, ClipSet, clip_settings, is_file
-from svd_parts.console import run_script
+from svd_parts.console import Parser, number, run_script
 from svd_parts.dataset import find_folders, list_clips, read_metadata
 from svd_parts.files import UserError, file_digest, natural_key, parse_shard, same_name
 from svd_parts.formats import FORMATS
@@ -59,31 +59,44 @@ Model = namedtuple("Model", "name base settings trained adapters", defaults=[()]
 
 
 def build_parser():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    advice = {"--prompt": "SVD takes no text: the image and --motion_bucket_id say what happens"}
+    stray = 'quote a pattern, and a name with spaces: --input_image "images/*.png"; several numbers have spaces between'
+    parser = Parser(description=__doc__, advice=advice, stray=stray)
+    count, pixels, guidance = number(int, 1), number(int, 8), number(float, 0, 100)
     add = parser.add_argument_group("in and out").add_argument
     add("--model_dir", required=True, help="fine-tuned folder, checkpoint-N of a run, base folder or hub name")
     add("--base_model", metavar="FOLDER_OR_NAME", help="what a checkpoint was trained from, where that has moved")
     add("--lora", nargs="+", default=[], metavar="DIR", help="lay these LoRAs over it: folders as OUTPUT_DIR/lora")
-    add("--lora_scale", type=float, help="strength of the LoRAs (default 1.0)")
+    add("--lora_scale", type=number(float, -100, 100), help="strength of the LoRAs (default 1.0)")
     add("--input_image", required=True, help="an image, a folder of them, a prepared dataset or a quoted pattern")
     add("--output_video", required=True, help="one clip: the .mp4, .gif or .webp to write; any number: a folder")
     add("--output_format", choices=list(FORMATS), help="of a folder; frames: for train_svd.py (default mp4)")
     add("--task", metavar="TEXT", help="what the robot does, for lerobot (default: what the real clip's metadata says)")
     add("--shard", metavar="I/N", help="make part I of N of a set (default: RANK/WORLD_SIZE, where they are set)")
-    add("--num_videos_per_image", type=int, default=1, help="clips of each, with seeds SEED, SEED+1, ... (default 1)")
+    add("--num_videos_per_image", type=count, default=1, help="clips of each, seeds SEED, SEED+1, ... (default 1)")
 
     add = parser.add_argument_group("what to make").add_argument
-    add("--width", type=int, help="pixels (default: what the model was trained at, or 1024)")
-    add("--height", type=int, help="pixels (default: what the model was trained at, or 576)")
-    add("--num_frames", type=int, help="frames to make (default: what the model was trained at)")
-    add("--fps", type=float, help="frames a second, conditioning and video (default: the training data's, or 7)")
-    add("--motion_bucket_id", type=int, nargs="+", help="0..255, each makes a clip (default: the training's, or 127)")
-    add("--noise_aug_strength", type=float, default=0.02, help="noise on the first frame, 0..10 (default 0.02)")
-    add("--num_inference_steps", type=int, default=25, help="denoising steps (default 25)")
-    add("--min_guidance_scale", type=float, default=1.0, help="guidance at the first frame (default 1.0)")
-    add("--max_guidance_scale", type=float, default=3.0, help="guidance at the last frame (default 3.0)")
-    add("--seed", type=int, default=0, help="of the noise (default 0)")
-    add("--num_segments", type=int, default=1, help="go on from the last frame so many times in all (default 1)")
+    add("--width", type=pixels, help="pixels (default: what the model was trained at, or 1024)")
+    add("--height", type=pixels, help="pixels (default: what the model was trained at, or 576)")
+    add("--num_frames", type=number(int, 2), help="frames to make (default: what the model was trained at)")
+    add("--fps", type=number(float, 1, 240), help="frames a second (default: the training data's, or 7)")
+    add(
+        "--motion_bucket_id",
+        type=number(int, 0, 255),
+        nargs="+",
+        help="0..255, a clip each (default: training's, or 127)",
+    )
+    add(
+        "--noise_aug_strength",
+        type=number(float, 0, 10),
+        default=0.02,
+        help="noise on the image, more moves more (default 0.02)",
+    )
+    add("--num_inference_steps", type=number(int, 1, 1000), default=25, help="denoising steps (default 25)")
+    add("--min_guidance_scale", type=guidance, default=1.0, help="guidance at the first frame (default 1.0)")
+    add("--max_guidance_scale", type=guidance, default=3.0, help="guidance at the last frame (default 3.0)")
+    add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="of the noise (default 0)")
+    add("--num_segments", type=count, default=1, help="clips in a row, each from the last frame (default 1)")
     yes_no = argparse.BooleanOptionalAction
     add("--color_correction", action=yes_no, default=True, help="keep the colours from segment to segment (default)")
 
@@ -92,7 +105,7 @@ def build_parser():
     add("--reference", metavar="DIR", help="prepared dataset with the real clips of these images: metrics.json")
 
     add = parser.add_argument_group("memory and speed").add_argument
-    add("--decode_chunk_size", type=int, help="frames decoded at once (default: all, no flicker; 4 with --low_vram)")
+    add("--decode_chunk_size", type=count, help="frames decoded at once (default: all; 4 with --low_vram)")
     add("--low_vram", action="store_true", help="parts of the model on the GPU only while they work: slower")
     add("--compile", action="store_true", help="torch.compile the blocks: minutes to start, for long runs on a GPU")
     add("--dry_run", action="store_true", help="print the clips and the GPU memory that they need; loads no weights")
@@ -102,22 +115,8 @@ def build_parser():
 def parse_args(argv=None):
     """Parses the command line and refuses what cannot work before anything is loaded."""
     parser = build_parser()
-    args, leftover = parser.parse_known_args(argv)
-    if leftover:
-        quote = '; quote a pattern, and a name with spaces: --input_image "images/*.png"'
-        shown = " ".join(leftover[:3]) + (f" ... ({len(leftover)})" if len(leftover) > 3 else "")
-        parser.error(f"unrecognized arguments: {shown}" + (quote if not leftover[0].startswith("-") else ""))
+    args = parser.parse_args(argv)
     args.motion_bucket_id = args.motion_bucket_id and list(dict.fromkeys(args.motion_bucket_id))
-    for flag, low, high in (
-        ("width", 8, None), ("height", 8, None), ("num_frames", 2, None), ("fps", 1, 240), ("motion_bucket_id", 0, 255),
-        ("noise_aug_strength", 0, 10), ("num_inference_steps", 1, 1000), ("decode_chunk_size", 1, None),
-        ("min_guidance_scale", 0, 100), ("max_guidance_scale", 0, 100), ("seed", 0, 2**63 - 1),
-        ("num_videos_per_image", 1, 1_000_000), ("num_segments", 1, 1000), ("lora_scale", -100, 100),
-    ):  # fmt: skip
-        given = getattr(args, flag)
-        for value in given if isinstance(given, list) else [given]:
-            if value is not None and not (low <= value <= (high or value)):
-                parser.error(f"--{flag} must be {f'{low}..{high}' if high else f'at least {low}'}, got {value}")
     if args.min_guidance_scale > args.max_guidance_scale:
         low, high = args.min_guidance_scale, args.max_guidance_scale
         parser.error(f"--min_guidance_scale {low:g} must not be over --max_guidance_scale {high:g}: guidance rises")

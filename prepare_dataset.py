@@ -17,7 +17,6 @@ os.environ["OPENCV_FFMPEG_CAPTURE_OPTIONS"] = "protocol_whitelist;file"
 
 import svd_common as common  # isort: skip  (first: it says what to do where OpenCV cannot be loaded)
 
-import argparse
 import collections
 import contextlib
 import dataclasses
@@ -37,7 +36,7 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
-from svd_parts.console import run_script
+from svd_parts.console import Parser, number, run_script
 from svd_parts.cuts import average_fps, cut_clips, place_episodes
 from svd_parts.dataset import SYSTEM_FOLDERS, find_folders, list_frames
 from svd_parts.decode import DecodeAgain, Decoded, find_damage, hear_opencv, read_ffmpeg, read_opencv
@@ -464,23 +463,8 @@ def summarize(records, failures, unfinished, twins, gone):
     return not (failures or flawed)
 
 
-def number(kind, least):
-    """An argparse type: a number of at least `least`."""
-
-    def parse(text):
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not least <= value < math.inf:
-            raise argparse.ArgumentTypeError(f"must be a number of at least {least}, got {text}")
-        return value
-
-    return parse
-
-
 def build_parser():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    parser = Parser(description=__doc__.split("\n\n")[0])
     add, count = parser.add_argument, number(int, 1)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     add("--video_dir", required=True, help="folder of videos, searched with its subfolders; never written to")

@@ -13,19 +13,17 @@ Read it from top to bottom: the objective, the data, one step, memory, checkpoin
 import argparse
 import contextlib
 import importlib.util
-import math
 import os
 import platform
 import shutil
 import statistics
 import sys
 import warnings
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
 from svd_parts.checkpoints import checkpoints_of
-from svd_parts.console import run_script
+from svd_parts.console import Parser, number, run_script
 from svd_parts.dataset import DEFAULT_BUCKET, DEFAULT_FPS
 from svd_parts.files import UserError, frozen, lock_file, pattern_names, printable, read_patterns
 from svd_parts.optimizers import OPTIMIZERS
@@ -36,19 +34,8 @@ SCHEDULES = "linear cosine cosine_with_restarts polynomial constant constant_wit
 
 
 def build_parser():
-    wide = partial(argparse.RawDescriptionHelpFormatter, width=110)
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=wide)
-
-    def positive(text):
-        if int(text) < 1:
-            raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
-        return int(text)
-
-    def at_least_zero(text):
-        if not float(text) >= 0 or math.isinf(float(text)):
-            raise argparse.ArgumentTypeError(f"must be a number of at least 0, got {text}")
-        return float(text)
-
+    parser = Parser(description=__doc__, advice={"--prompt": "SVD takes no text"})
+    positive, at_least_zero = number(int, 1), number(float, 0)
     add = parser.add_argument_group("model and data").add_argument
     add("--pretrained_model_name", required=True, help="hub name or local diffusers folder to start from")
     add("--base_model_name", metavar="OWNER/NAME", help="its name on the hub, for the model card, where it is a folder")

@@ -88,7 +88,11 @@ class Parser(argparse.ArgumentParser):
         self.advice, self.stray = advice or {}, stray
 
     def parse_args(self, args=None, namespace=None):
-        found, unknown = self.parse_known_args(args, namespace)
+        words = sys.argv[1:] if args is None else list(args)
+        flags = [word for word in words if word.startswith("--")]  # first: a mistyped option is also a missing one
+        if unknown := [word for word in flags if word.partition("=")[0] not in self._option_string_actions]:
+            self.error(self.describe_unknown(unknown))
+        found, unknown = self.parse_known_args(words, namespace)
         if unknown:
             self.error(self.describe_unknown(unknown))
         return found
@@ -123,10 +127,21 @@ def number(kind, least, most=math.inf):
     return parse
 
 
+class Lines:
+    """Standard error without what only a terminal understands: a bar's carriage returns, and its empty last line."""
+
+    def write(self, text):
+        text = text.replace("\r", "")
+        return sys.stderr.write(text) if text.strip() else len(text)
+
+    def flush(self):
+        sys.stderr.flush()
+
+
 def progress_bar(desc, unit, total=None, **options):
     """A tqdm bar on a terminal; in a log file, which is no terminal, a line now and then."""
     from tqdm import tqdm
 
     if not sys.stderr.isatty():
-        options |= {"bar_format": LOG_LINE, "delay": 10, "mininterval": 10, "miniters": 1}
+        options |= {"bar_format": LOG_LINE, "delay": 10, "mininterval": 10, "miniters": 1, "file": Lines()}
     return tqdm(desc=desc, unit=unit, total=total, dynamic_ncols=True, **options)

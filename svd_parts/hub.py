@@ -7,6 +7,7 @@ from pathlib import Path
 
 import huggingface_hub
 import yaml
+from huggingface_hub.utils import validate_repo_id
 
 from svd_parts.files import UserError, read_json
 from svd_parts.weights import SVD_NAMES, read_config
@@ -21,7 +22,7 @@ def hub_name(path, kind):
 def is_hub_name(name):
     """Whether this is OWNER/NAME as the hub takes it."""
     with contextlib.suppress(ValueError):
-        huggingface_hub.utils.validate_repo_id(name)
+        validate_repo_id(name)
         return "/" in str(name)
     return False
 

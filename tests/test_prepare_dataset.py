@@ -127,9 +127,6 @@ def test_what_others_wrote_into_the_dataset_stays(tmp_path):
 
     saved, whole = record.read_text(), metadata.read_text("utf-8")
     old = json.loads(saved)
-    del old["options"]["split_scenes"]  # an older version had no such option
-    record.write_text(json.dumps(old))
-    prepare(*flags)
     kinds = [{"source": 3}, {"dropped": None}, {"clips": ["a"]}, {"clips": [{**old["clips"][0], "fps": "25"}]}]
     for damaged in ('{"source": "x.mp4"}', "[]", "", "[" * 100_000, *(json.dumps({**old, **kind}) for kind in kinds)):
         record.write_text(damaged)

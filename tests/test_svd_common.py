@@ -4,19 +4,16 @@ import http.server
 import io
 import json
 import shutil
-import subprocess
-import sys
 import threading
 
 import cv2
 import imageio_ffmpeg
 import numpy as np
 import pytest
-from conftest import ROOT, TINY, moving_square, run, write_clip
+from conftest import TINY, moving_square, run, write_clip
 from PIL import Image
 
 import svd_common as common
-from svd_parts.console import run_script
 from svd_parts.dataset import list_clips, list_frames, read_metadata, sort_frames
 from svd_parts.files import UserError, natural_key, replacing, write_file
 from svd_parts.metrics import optical_flow, ssim, video_metrics
@@ -251,24 +248,6 @@ def test_an_opencv_that_cannot_be_loaded_is_one_line(script, tmp_path):
     assert done.stdout.count("\n") == 1 and "libGL" in done.stdout and "opencv-python-headless" in done.stdout
 
 
-@pytest.mark.parametrize(
-    "body, status, message",
-    [
-        ("raise OSError(30, 'Read-only file system', '/data/x')", 1, "error: /data/x: Read-only file system"),
-        ("raise PermissionError(13, 'Permission denied', 'out')", 1, "error: out: Permission denied"),
-        ("raise OSError('two\\nlines')", 1, "error: two lines"),
-        ("raise UserError('\u89c6\u9891\\udcff')", 2, r"error: \u89c6\u9891\udcff"),
-        ("print('\u89c6\u9891\\udcff')", 0, r"\u89c6\u9891\udcff"),
-    ],
-)
-def test_errors_and_names_that_no_terminal_shows_are_one_line(body, status, message, tmp_path):
-    script = f"from svd_parts import console, files as common\ndef main():\n    {body}\nconsole.run_script(main)\n"
-    (tmp_path / "script.py").write_text(script, encoding="utf-8")
-    env = {"PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "ascii"}
-    done = run(tmp_path / "script.py", ok=not status, env=env)
-    assert (done.returncode, done.stdout) == (status, message + "\n")
-
-
 # ----------------------------------------------------------------------------------------------------------- models
 
 
@@ -409,19 +388,3 @@ def test_frames_become_the_pipelines_pixels(tmp_path):
     assert frames.shape == (3, 64, 96, 3) and np.array_equal(frames, moving_square(3, 120, 64)[:, :, 12:108])
     pixels = VaeImageProcessor(do_resize=False).preprocess([Image.fromarray(frame) for frame in frames])
     assert common.to_pixels(frames).equal(pixels)
-
-
-def test_ctrl_c_while_the_scripts_import_is_one_line():
-    code = "import svd_common; raise KeyboardInterrupt"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert done.returncode != 0 and done.stderr.strip() == "stopped; run the same command again to go on"
-
-
-def test_the_home_folder_is_found_where_the_shell_leaves_it(monkeypatch, tmp_path):
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setenv("USERPROFILE", str(tmp_path))
-    monkeypatch.setattr(sys, "argv", ["x", "--output_dir=~/out", "@~/list", "~/a", "--task", "a ~ b", "~no-such/x"])
-    with pytest.raises(SystemExit):
-        run_script(lambda: 0)
-    home = str(tmp_path)
-    assert sys.argv[1:] == [f"--output_dir={home}/out", f"@{home}/list", f"{home}/a", "--task", "a ~ b", "~no-such/x"]

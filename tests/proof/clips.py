@@ -28,10 +28,10 @@ VIDEOS = Path("videos", "chunk-000", "observation.images.front")
 # Layouts
 
 
-def make_clips(folder, seed, episodes, pictures=None, cameras=("front",)):
+def make_clips(folder, seed, episodes, pictures=None, cameras=("front",), task="push"):
     """Simulates what is not there yet; without cameras nothing is rendered, with pictures=1 first frames alone."""
     if len(list((folder / "states").glob("*.json"))) < episodes:
-        args = render.build_parser().parse_args(["--task", "push", "--output_dir", str(folder)])
+        args = render.build_parser().parse_args(["--task", task, "--output_dir", str(folder)])
         args.seed, args.episodes, args.pictures, args.frames, args.cameras = seed, episodes, pictures, FRAMES, cameras
         render.main(args)
 

@@ -87,26 +87,32 @@ def in_processes(function, jobs):
 # Inverse dynamics
 
 
-def train_labeller(seed, clips, paths, videos, steps, batch=16):
-    """Learns from clips (N, T, H, W, 3) uint8 with paths (N, T, 3); labels each of `videos` (M, T, H, W, 3).
+def train_labeller(seed, sources, videos, steps, batch=16):
+    """Learns from `sources` and labels each of `videos`, (M, T, H, W, 3) uint8.
+
+    sources: [(clips (N, T, H, W, 3) uint8, paths (N, T, 3))]; each batch is drawn from all of them alike.
 
     Returns displacements since frame 0, in metres, a list of (M, T - 1, 3). One network says for each of two frames
     where the hand is; the difference is trained to be the displacement, so two frames are all it ever compares.
     """
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
-    frames, paths = to_tensor(clips), torch.from_numpy(paths).float()
-    count, length = paths.shape[:2]
-    scale = paths.std((0, 1))
+    sources = [(to_tensor(clips), torch.from_numpy(paths).float()) for clips, paths in sources]
+    length, scale = sources[0][1].shape[1], sources[0][1].std((0, 1))
     model = PointNet(points=8, known=0, outputs=3)
     nothing = torch.zeros(2 * batch, 0)
 
     def loss_of_batch():
-        clip, i, j = (torch.randint(0, n, (batch,), generator=generator) for n in (count, length, length))
-        pairs = torch.cat([frames[clip, i], frames[clip, j]], 1)  # both frames of a pair move and brighten alike
+        pairs, moves = [], []
+        for frames, paths in sources:
+            size = (batch // len(sources),)
+            clip, i, j = (torch.randint(0, n, size, generator=generator) for n in (len(paths), length, length))
+            pairs.append(torch.cat([frames[clip, i], frames[clip, j]], 1))  # both move and brighten alike
+            moves.append((paths[clip, j] - paths[clip, i]) / scale)
+        pairs, moves = torch.cat(pairs), torch.cat(moves)
         pairs = vary(pairs, LABEL_SHIFT, generator).view(batch, 2, 3, *pairs.shape[2:]).transpose(0, 1).flatten(0, 1)
         before, after = model(soften(pairs, generator), nothing).chunk(2)
-        return F.mse_loss(after - before, (paths[clip, j] - paths[clip, i]) / scale)
+        return F.mse_loss(after - before, moves)
 
     train(model, loss_of_batch, steps)
     with torch.no_grad():

@@ -28,7 +28,7 @@ from svd_parts.files import write_file
 
 TINY, BUNDLED = clips.ROOT / "tests" / "tiny_svd", clips.ROOT / "tests" / "data" / "robot_push"
 GENERATING = "--output_format frames --num_inference_steps 4 --max_guidance_scale 1.0 --fps 4 --motion_bucket_id 126"
-LABELLED, SEEDS = 10, {"new": 7001, "judged": 7002, "development": 7003}
+LABELLED, SEEDS = 10, {"new": 7001, "more": 7006, "aimless": 7005, "judged": 7102, "development": 7003}
 ARMS = {
     "a": "10 real clips",
     "b": "+ clips of the fine-tuned model, pseudo-labelled",
@@ -37,7 +37,10 @@ ARMS = {
     "e": "+ real video of the same layouts, pseudo-labelled",
     "f": "+ the same layouts with true paths",
     "g": "+ the bundled videos, pseudo-labelled, nothing generated",
+    "h": "+ (g) and (b): the bundled videos and the generated clips",
+    "i": "+ (g), (b) and clips generated for more new scenes",
 }
+DIFFERENCES = ("hg", "ig", "ba", "bc", "bd", "bg", "ea", "fa")
 COLORS = {"true": (20, 200, 60), "a": (235, 150, 20), "b": (230, 20, 40), "c": (40, 80, 235), "f": (150, 60, 200)}
 
 
@@ -50,7 +53,9 @@ def build_parser():
     add("--arms", default="".join(ARMS), help="which, e.g. abc")
     add("--new", type=int, default=100, help="clips to generate")
     add("--videos", type=int, default=192, help="bundled clips, the labelled ones included")
-    add("--layouts", type=int, default=64, help="to judge on")
+    add("--more", type=int, default=300, help="clips to generate for arm i")
+    add("--aimless", type=int, default=320, help="clips of aimless motion that the inverse dynamics learns from too")
+    add("--layouts", type=int, default=128, help="to judge on")
     add("--seeds", type=int, default=5, help="policies of an arm")
     add("--labellers", type=int, default=4, help="inverse dynamics networks, averaged")
     add("--label_steps", type=int, default=400)
@@ -98,6 +103,11 @@ def write_table(results, path):
         lines.append(f"| {arm}: {ARMS[arm]} | {success} | {r['fingertip_error_cm']:.1f} cm | {' | '.join(label)} |")
     for name, r in results["differences"].items():
         lines += ["", f"{name}: {100 * r['mean']:+.1f} points ({100 * r['low']:+.1f} to {100 * r['high']:+.1f})"]
+    for name, r in results["ratios"].items():
+        lines += ["", f"{name}: {100 * r['mean']:.0f} % ({100 * r['low']:.0f} to {100 * r['high']:.0f})"]
+    alone = results["demonstrations_alone"]
+    lines += ["", "Label error with the 10 demonstrations alone, without aimless motion: "
+        + ", ".join(f"{arm} {r['label_error_cm']:.1f} cm" for arm, r in alone.items())]  # fmt: skip
     path.write_text("\n".join(lines) + "\n")
     print("\n" + path.read_text())
 
@@ -158,14 +168,20 @@ def main(args):
     # Layouts: true clips, true paths, first frames
     clips.make_clips(out / "bundled", 1, args.videos, cameras=())
     clips.make_clips(out / "new", SEEDS["new"], args.new)
+    clips.make_clips(out / "more", SEEDS["more"], args.more, pictures=1)
+    clips.make_clips(out / "aimless", SEEDS["aimless"], args.aimless, task="reach")
     clips.make_clips(out / args.judge_on, seed, args.layouts, pictures=1)
     paths = {name: clips.read_paths(out / name, n) for name, n in
-        (("bundled", args.videos), ("new", args.new), (args.judge_on, args.layouts))}  # fmt: skip
+        (("bundled", args.videos), ("new", args.new), ("more", args.more), ("aimless", args.aimless),
+        (args.judge_on, args.layouts))}  # fmt: skip
     bundled, new = clips.read_clips(BUNDLED, args.videos), clips.read_clips(out / "new", args.new)
     test = clips.read_clips(out / args.judge_on, args.layouts)[:, 0], paths[args.judge_on][:, 0]
-    (out / "first_frames").mkdir(exist_ok=True)
-    for i, clip in enumerate(new):
-        write_file(out / "first_frames" / f"episode_{i:06d}.png", common.encode_png(clip[0]))
+    aimless, more = clips.read_clips(out / "aimless", args.aimless), clips.read_clips(out / "more", args.more)[:, :1]
+    first_frames = {"first_frames": new, "more_first_frames": more}
+    for name, videos in first_frames.items():
+        (out / name).mkdir(exist_ok=True)
+        for i, clip in enumerate(videos):
+            write_file(out / name / f"episode_{i:06d}.png", common.encode_png(clip[0]))
     done("rendered")
 
     # Generated video
@@ -173,14 +189,19 @@ def main(args):
     running = [generate(model, out / "first_frames", out / f"generated_{arm}") for arm, model in models.items()]
     if any([process.wait() for process in running]):
         sys.exit("error: infer_svd.py failed, see above")
+    if generate(args.model_dir, out / "more_first_frames", out / "generated_more").wait():
+        sys.exit("error: infer_svd.py failed, see above")
     done("generated")
 
     # Pseudo-labels
     videos = {arm: read_generated(out / f"generated_{arm}") for arm in models}
     videos |= {"d": np.repeat(new[:, :1], clips.FRAMES, 1), "e": new, "g": bundled[LABELLED:]}
-    labels = learn.pseudo_label(args.labellers, clips=bundled[:LABELLED], paths=paths["bundled"][:LABELLED],
-        videos=list(videos.values()), steps=args.label_steps)  # fmt: skip
-    labels = dict(zip(videos, labels))
+    videos["more"] = read_generated(out / "generated_more")
+    demonstrations = bundled[:LABELLED], paths["bundled"][:LABELLED]
+    sources = [demonstrations, (aimless, paths["aimless"])]
+    options = {"videos": list(videos.values()), "steps": args.label_steps}
+    labels = dict(zip(videos, learn.pseudo_label(args.labellers, sources=sources, **options)))
+    alone = dict(zip(videos, learn.pseudo_label(args.labellers, sources=sources[:1], **options)))
     done("labelled")
 
     # Policies
@@ -193,6 +214,9 @@ def main(args):
     rest = slice(LABELLED, None)
     added = {arm: samples("new", labels[arm]) for arm in "bcde"} | {"g": samples("bundled", labels["g"], rest)}
     added |= {"a": None, "f": samples("new", moved["new"])}
+    added["h"] = [np.concatenate(both) for both in zip(added["g"], added["b"])]
+    further = more[:, 0], paths["more"][:, 0], labels["more"]
+    added["i"] = [np.concatenate(both) for both in zip(added["h"], further)]
     real = samples("bundled", moved["bundled"][:LABELLED], slice(LABELLED))
     jobs = [(arm, policy) for arm in args.arms for policy in range(args.seeds)]
     train = partial(learn.train_policy, real=real, steps=args.policy_steps, test=test)
@@ -207,19 +231,25 @@ def main(args):
     print(f"\nthe judge: true path {success[-2].mean():.1%}, standing still {success[-1].mean():.1%}")
     success = dict(zip(args.arms, success[:-2].reshape(len(args.arms), args.seeds, args.layouts).astype(float)))
     draws = bootstrap(success)
-    results = {"judged_on": args.judge_on, "arms": {}, "differences": {}}
+    results = {"judged_on": args.judge_on, "arms": {}, "differences": {}, "ratios": {}}
+    true_moves = {"g": moved["bundled"][rest], **dict.fromkeys("bcde", moved["new"])}
+    results["demonstrations_alone"] = {arm: label_quality(alone[arm], true_moves[arm]) for arm in "beg"}
     for arm, answer in answers.items():
         error = np.linalg.norm(answer - true, axis=3)[:, :, 1:].mean() * 100
         row = {"success": success[arm].mean(), "success_interval": np.percentile(draws[arm], [2.5, 97.5]).tolist()}
         row |= {"fingertip_error_cm": error, "success_of_each_seed": success[arm].mean(1).tolist()}
-        if arm in labels:
-            row |= label_quality(labels[arm], moved["bundled"][rest] if arm == "g" else moved["new"])
+        if arm in true_moves:
+            row |= label_quality(labels[arm], true_moves[arm])
         results["arms"][arm] = row
-    for pair in ("ba", "bc", "bd", "bg", "ea", "fa"):
+    for pair in DIFFERENCES:
         if set(pair) <= set(args.arms):
             low, high = np.percentile(draws[pair[0]] - draws[pair[1]], [2.5, 97.5])
             mean = success[pair[0]].mean() - success[pair[1]].mean()
             results["differences"][f"{pair[0]} - {pair[1]}"] = {"mean": mean, "low": low, "high": high}
+    if set("abe") <= set(args.arms):
+        low, high = np.percentile((draws["b"] - draws["a"]) / (draws["e"] - draws["a"]), [2.5, 97.5])
+        mean = (success["b"].mean() - success["a"].mean()) / (success["e"].mean() - success["a"].mean())
+        results["ratios"]["(b - a) / (e - a)"] = {"mean": mean, "low": low, "high": high}
     done("judged")
 
     write_clips(out / "clips.png", {"real": new, "fine-tuned": videos["b"], "base": videos["c"]},
