@@ -31,7 +31,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 import svd_common as common
-from svd_parts.clip_set import CARRIED, OPTIONS, PIPELINE_OPTIONS, ClipSet, clip_settings, is_file
+from svd_parts.clip_set import CARRIED, OPTIONS, PIPELINE_OPTIONS, ClipSet, SingleClip, clip_settings, is_file
 from svd_parts.console import Parser, number, run_script
 from svd_parts.dataset import find_folders, list_clips, read_metadata
 from svd_parts.files import UserError, file_digest, natural_key, parse_shard, same_name
@@ -140,11 +140,12 @@ def parse_args(argv=None):
         args.shard = parse_shard(rank, "RANK/WORLD_SIZE of the environment")
     if args.shard.parts > 1 and is_file(output):
         parser.error(f"--output_video {output}: one clip cannot be shared among processes; give a folder")
-    if (args.compare_with or args.reference) and args.output_format in ("gif", "webp"):
+    chosen = FORMATS[args.output_format]
+    if (args.compare_with or args.reference) and not chosen.read:
         parser.error(f"--output_format {args.output_format} cannot be compared: its colours are not exact; use mp4")
-    if args.output_format == "lerobot" and not find_spec("pyarrow"):
-        parser.error("--output_format lerobot writes Parquet files: pip install pyarrow")
-    if args.output_format in ("frames", "webp"):  # which are images
+    if chosen.package and not find_spec(chosen.package):
+        parser.error(f"--output_format {args.output_format} needs: pip install {chosen.package}")
+    if chosen.is_image:
         for flag, given in (("input_image", args.input_image), ("reference", args.reference)):
             inside, folder = output.resolve(), Path(given or "").resolve()
             if given and (folder == inside or (folder in inside.parents and has_clips(folder))):
@@ -422,6 +423,8 @@ def make_all(sets, settings, failed):
     if device == "cuda" and "LOCAL_RANK" in os.environ:  # a launcher starts a process for each GPU
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
     why = "no CUDA GPU found" if torch.version.cuda else "this torch is built for CPUs; pytorch.org has it for CUDA"
+    if not todo:
+        return print(sets[0].describe_done())
     where = "the GPU in fp16" if device == "cuda" else f"the CPU in fp32 ({why})"
     print(f"{settings.model_dir} on {where}" + ("" if sets[0].single else f", {todo} clips to make"))
     if device == "cuda" and todo:
@@ -470,7 +473,10 @@ def main(argv=None):
     real_clips = find_real_clips(settings, images) if settings.reference else {}
     # .compare is hidden: neither train_svd.py nor datasets takes it for a part of the set
     folders = [Path(settings.output_video), Path(settings.output_video) / ".compare"]
-    sets = [ClipSet(settings, model, folder, images) for model, folder in zip(models, folders)]
+    if is_file(settings.output_video):
+        sets = [SingleClip(settings, models[0], images)]
+    else:
+        sets = [ClipSet(settings, model, folder, images) for model, folder in zip(models, folders)]
     with contextlib.ExitStack() as locks:
         for clips in sets:
             locks.enter_context(clips.locked(settings))

@@ -26,6 +26,7 @@ from svd_parts.checkpoints import checkpoints_of
 from svd_parts.console import Parser, number, run_script
 from svd_parts.dataset import DEFAULT_BUCKET, DEFAULT_FPS
 from svd_parts.files import UserError, frozen, lock_file, pattern_names, printable, read_patterns
+from svd_parts.metrics import METRICS
 from svd_parts.optimizers import OPTIMIZERS
 from svd_parts.unet import DTYPES, RECOMPUTED, TRAINABLE, trained_layers
 from svd_parts.weights import PARTS, SETTINGS, encoders_fingerprint, weights_fingerprint
@@ -92,7 +93,7 @@ def build_parser():
     add("--validation_dir", help="prepared folder of held-out clips")
     add("--num_validation_videos", type=int, default=0, help="else: hold out so many clips, whole episodes (default 0)")
     add("--validation_steps", type=positive, default=500, help="steps from one to the next (default 500)")
-    metrics = ["psnr_moving", "loss_v", "flow_error", "ssim", "psnr"]
+    metrics = [name for name, metric in METRICS.items() if metric.picks_best]
     best = "the best step by this is kept in OUTPUT_DIR/best (default psnr_moving)"
     add("--validation_metric", default="psnr_moving", choices=metrics, help=best)
 

@@ -107,12 +107,13 @@ class Parser(argparse.ArgumentParser):
         return f"unrecognized arguments: {flag}" + (f"; {hint}" if hint else "")
 
     def error(self, message):
+        message = re.sub(r"^argument ([^:]+): must ", r"\1 must ", message)  # said by `number`
         self.exit(2, f"error: {message} (all options: python {self.prog} --help)\n")
 
 
 def number(kind, least, most=math.inf):
     """An argparse type: an int or a float from `least` to `most`."""
-    wanted = f"of at least {least}" if most == math.inf else f"from {least} to {most}"
+    wanted = f"at least {least}" if most == math.inf else f"{least}..{most}"
 
     def parse(text):
         try:
@@ -121,7 +122,7 @@ def number(kind, least, most=math.inf):
             value = math.nan
         if not (least <= value <= most and value < math.inf):
             spaces = "; give several with spaces between them" if "," in text else ""
-            raise argparse.ArgumentTypeError(f"must be a number {wanted}, got {text}{spaces}")
+            raise argparse.ArgumentTypeError(f"must be {wanted}, got {text}{spaces}")
         return value
 
     return parse

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import sys
 import unicodedata
 from collections import namedtuple
 from pathlib import Path
@@ -105,6 +106,20 @@ def write_file(path, data):
     """Writes bytes or text: the file is whole or as it was."""
     with replacing(path) as aside:
         aside.write_bytes(data.encode() if isinstance(data, str) else data)
+
+
+def write_json(path, value):
+    """Writes an object as JSON, one field a line: the file is whole or as it was."""
+    write_file(path, json.dumps(value, indent=1))
+
+
+def tidy(leftovers):
+    """Removes files and folders that a killed run left. What cannot be removed is named, and no reason to stop."""
+    for path in leftovers:
+        try:
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
+        except OSError as error:
+            print(f"warning: {path}: cannot be removed ({error.strerror}); it stays", file=sys.stderr)
 
 
 @contextlib.contextmanager
@@ -245,3 +260,12 @@ def read_lines(path, damaged, cut_off=False):
 def pattern_names(patterns):
     """What --exclude holds as one list of text: its patterns, and the lines of its lists."""
     return [name for pattern in patterns for name in ([pattern] if isinstance(pattern, str) else sorted(pattern))]
+
+
+def is_of_kind(found, kinds):
+    """Whether this is a dict that has every field of `kinds`, {name: type}, each of its type; lists hold no numbers."""
+    if not isinstance(found, dict) or not all(isinstance(found.get(name), kind) for name, kind in kinds.items()):
+        return False
+    return not any(
+        isinstance(item, (int, float)) for name, kind in kinds.items() if kind is list for item in found[name]
+    )

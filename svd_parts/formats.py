@@ -1,4 +1,7 @@
-"""One table of output formats: how a clip is written and read."""
+"""One table of output formats: how a clip is written and read. A new format is a new entry."""
+
+from functools import partial
+from typing import Callable, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -7,30 +10,50 @@ import svd_common as common
 from svd_parts.dataset import list_frames
 from svd_parts.files import replacing, write_file
 
-FORMATS = {"mp4": ".mp4", "gif": ".gif", "webp": ".webp", "frames": "", "lerobot": ".mp4"}
+
+def write_mp4(path, frames, fps, *options):
+    common.write_video(path, frames, fps, *options)
 
 
-def write_clip(path, frames, fps, output_format):
-    """Writes (T, H, W, 3) uint8 RGB as mp4, gif, webp or a folder of PNG; whole or not at all."""
-    if output_format == "mp4":
-        common.write_video(path, frames, fps)
-    elif output_format == "lerobot":  # as lerobot encodes: others cannot be joined to its own; also quick to seek in
-        common.write_video(path, frames, fps, "-g", "2")
-    elif output_format == "frames":
-        with replacing(path, folder=True) as aside:
-            for index, frame in enumerate(frames):
-                write_file(aside / f"{index:05d}.png", common.encode_png(frame))
-    else:  # whole milliseconds, hundredths in a GIF: spread so that the frame rate is right on the whole
-        unit = 10 if output_format == "gif" else 1
-        ends = [round(1000 * t / fps / unit) * unit for t in range(len(frames) + 1)]
-        first, *rest = (Image.fromarray(frame) for frame in frames)
-        options = {"save_all": True, "append_images": rest, "duration": np.diff(ends).tolist(), "loop": 0}
-        with replacing(path) as aside:
-            first.save(aside, output_format, quality=90, **options)
+def write_frames(path, frames, fps):
+    with replacing(path, folder=True) as aside:
+        for index, frame in enumerate(frames):
+            write_file(aside / f"{index:05d}.png", common.encode_png(frame))
 
 
-def read_clip(path):
-    """What `write_clip` wrote as mp4 or frames."""
-    if not path.is_dir():
-        return common.read_video(path)
+def read_frames(path):
     return np.stack([common.read_image(frame) for frame in list_frames(path)])
+
+
+def write_animation(path, frames, fps, kind, unit):
+    """A GIF or WebP. Its frames last whole `unit`s of milliseconds, spread so that the rate is right on the whole."""
+    ends = [round(1000 * t / fps / unit) * unit for t in range(len(frames) + 1)]
+    first, *rest = (Image.fromarray(frame) for frame in frames)
+    options = {"save_all": True, "append_images": rest, "duration": np.diff(ends).tolist(), "loop": 0}
+    with replacing(path) as aside:
+        first.save(aside, kind, quality=90, **options)
+
+
+class Format(NamedTuple):
+    """One entry of the table of formats."""
+
+    suffix: str  # of a clip's file; empty for a folder
+    write: Callable  # (path, (T, H, W, 3) uint8 RGB, fps): whole or not at all
+    read: Callable = (
+        None  # path -> (T, H, W, 3) uint8; none where the colours are not exact, so nothing can be compared
+    )
+    is_file: bool = True  # --output_video may name one file of it
+    is_image: bool = False  # a folder of images would take its clips for its own
+    package: str = ""  # what it needs beside requirements.txt
+
+
+FORMATS = {
+    "mp4": Format(".mp4", write_mp4, common.read_video),
+    "gif": Format(".gif", partial(write_animation, kind="gif", unit=10)),
+    "webp": Format(".webp", partial(write_animation, kind="webp", unit=1), is_image=True),
+    "frames": Format("", write_frames, read_frames, is_file=False, is_image=True),
+    # as lerobot encodes: others cannot be joined to its own; also quick to seek in
+    "lerobot": Format(
+        ".mp4", lambda p, f, fps: write_mp4(p, f, fps, "-g", "2"), common.read_video, False, False, "pyarrow"
+    ),
+}

@@ -7,8 +7,8 @@ import numpy as np
 
 import svd_common as common
 from svd_parts.files import write_file
-from svd_parts.formats import read_clip
-from svd_parts.metrics import video_metrics
+from svd_parts.formats import FORMATS
+from svd_parts.metrics import table_metrics, video_metrics
 
 
 def judge(settings, sets, real_clips):
@@ -26,7 +26,7 @@ def judge(settings, sets, real_clips):
     for jobs in zip(*(s.jobs for s in sets)):
         if not all(job["target"].exists() for job in jobs):  # a clip that failed
             continue
-        videos = dict(zip(labels, (read_clip(job["target"]) for job in jobs)))
+        videos = dict(zip(labels, (FORMATS[settings.output_format].read(job["target"]) for job in jobs)))
         if real_clips:
             paths = real_clips[jobs[0]["image"]]["frames"][: len(videos[labels[0]])]
             real = common.read_frames(paths, settings.width, settings.height)
@@ -66,9 +66,9 @@ def bootstrap(scores, draws=2000):
 
 
 def print_table(table, count):
-    names = {"psnr": "PSNR dB", "ssim": "SSIM", "psnr_moving": "PSNR moving dB", "motion_ratio": "motion ratio"}
-    names["flow_error"] = "flow error px"
-    print(f"\n{count} real clips, 95 % intervals" + "".join(f"  {name:>20s}" for name in names.values()))
+    """Prints {label: {metric: {mean, low, high}}} of so many real clips, a row a label."""
+    names = table_metrics()
+    print(f"\n{count} real clips, 95 % intervals" + "".join(f"  {heading:>20s}" for heading in names.values()))
     for label, scores in table.items():
         cells = (scores.get(name) for name in names)
         texts = (f"{c['mean']:.2f} [{c['low']:.2f}, {c['high']:.2f}]" if c else "-" for c in cells)

@@ -1,8 +1,10 @@
 """How much a clip moves, how a generated clip is scored, and reading a run's metrics.jsonl."""
 
 import contextlib
+import functools
 import math
 from pathlib import Path
+from typing import Callable, NamedTuple
 
 import cv2
 import numpy as np
@@ -79,37 +81,91 @@ def psnr(squared_error):
     return float(10 * np.log10(255**2 / squared_error)) if squared_error > 0 else float("inf")
 
 
-def video_metrics(generated, real):
-    """Scores a generated continuation against the real one of the same first frame, frames 1..T-1.
+class Pair:
+    """A generated continuation beside the real one of the same first frame; what several metrics need, made once."""
 
-    generated, real: (T, H, W, 3) uint8 RGB. Returns
-      psnr, ssim     over whole frames: a static background wins these, they prove little alone
-      psnr_moving    dB over moving pixels (|real - frame 0| > 20 of 255 in any channel, dilated 3x3)
-      motion_ratio   mean |frame difference|, generated over real: 0 is a frozen video, 1 moves as much
-      flow_error     end-point error of DIS flow on moving pixels, pixels a frame; flow_cosine its direction
-    Values are None where the real clip does not move.
+    def __init__(self, generated, real):
+        self.length = min(len(generated), len(real))
+        self.generated, self.real = np.asarray(generated)[: self.length], np.asarray(real)[: self.length]
+        self.error = (self.generated[1:].astype(np.float64) - self.real[1:]) ** 2
+
+    @functools.cached_property
+    def moving(self):
+        """Where the real clip moves: |real - frame 0| > 20 of 255 in any channel, dilated 3x3, (T - 1, H, W) bool."""
+        moving = np.abs(self.real[1:].astype(np.int16) - self.real[0]).max(axis=3) > 20
+        return np.stack([cv2.dilate(m.astype(np.uint8), np.ones((3, 3), np.uint8)) > 0 for m in moving])
+
+    @functools.cached_property
+    def flows(self):
+        """DIS flow of the moving pixels, of the generated and of the real clip: two arrays (N, 2), pixels a frame."""
+        steps, moving = range(self.length - 1), self.moving
+        videos = self.generated, self.real
+        return [np.concatenate([optical_flow(v[t], v[t + 1])[moving[t]] for t in steps]) for v in videos]
+
+
+def ssim_of_frames(pair):
+    return float(np.mean([ssim(g, r) for g, r in zip(pair.generated[1:], pair.real[1:])]))
+
+
+def motion_ratio(pair):
+    step, real = (np.abs(np.diff(v.astype(np.float64), axis=0)).mean() for v in (pair.generated, pair.real))
+    return float(step / real) if real > 0 else None
+
+
+def flow_error(pair):
+    flow, truth = pair.flows
+    return float(np.linalg.norm(flow - truth, axis=1).mean())
+
+
+def flow_cosine(pair):
+    flow, truth = pair.flows
+    dot, norms = (flow * truth).sum(1), np.linalg.norm(flow, axis=1) * np.linalg.norm(truth, axis=1)
+    return float(dot.sum() / max(norms.sum(), 1e-9))
+
+
+class Metric(NamedTuple):
+    """One entry of the table of metrics: a new metric is a new entry, and shown everywhere by itself."""
+
+    title: str
+    unit: str
+    better: str  # higher, lower, or "near 1"
+    note: str  # on the page
+    compute: Callable = None  # Pair -> number or None; none for the loss, which validation computes
+    needs_motion: bool = False  # None where the real clip does not move
+    in_tables: bool = True  # the tables of infer_svd.py and of a validation
+    picks_best: bool = True  # --validation_metric may name it
+
+
+METRICS = {
+    "loss_v": Metric("held-out loss", "", "lower", "mean over the noise levels, lower is better", in_tables=False),
+    "psnr": Metric("PSNR", "dB", "higher", "over whole frames: a still background wins",
+        lambda p: psnr(p.error.mean())),
+    "ssim": Metric("SSIM", "", "higher", "over whole frames, at most 1", ssim_of_frames),
+    "psnr_moving": Metric("PSNR moving", "dB", "higher", "where it moves, higher is better",
+        lambda p: psnr(p.error[p.moving].mean()), needs_motion=True),
+    "motion_ratio": Metric("motion ratio", "", "near 1", "generated over real: 0 is frozen, 1 moves as much",
+        motion_ratio, picks_best=False),
+    "flow_error": Metric("flow error", "px", "lower", "pixels a frame where it moves, lower is better",
+        flow_error, needs_motion=True),
+    "flow_cosine": Metric("direction of motion", "", "higher", "cosine to the real flow where it moves, 1 is right",
+        flow_cosine, needs_motion=True, in_tables=False, picks_best=False),
+}  # fmt: skip
+
+
+def table_metrics():
+    """{name: heading} of what the printed tables show: `PSNR moving dB`."""
+    return {name: f"{metric.title} {metric.unit}".strip() for name, metric in METRICS.items() if metric.in_tables}
+
+
+def video_metrics(generated, real):
+    """{metric: number} of a generated clip against the real one, (T, H, W, 3) uint8 RGB each, over frames 1..T-1.
+
+    Whole-frame PSNR and SSIM prove little alone: a static background wins them. None where the real clip does not move.
     """
-    length = min(len(generated), len(real))
-    generated, real = np.asarray(generated)[:length], np.asarray(real)[:length]
-    error = (generated[1:].astype(np.float64) - real[1:]) ** 2
-    moving = np.abs(real[1:].astype(np.int16) - real[0]).max(axis=3) > 20
-    moving = np.stack([cv2.dilate(m.astype(np.uint8), np.ones((3, 3), np.uint8)) > 0 for m in moving])
-    step, real_step = (np.abs(np.diff(video.astype(np.float64), axis=0)).mean() for video in (generated, real))
-    scores = dict.fromkeys(("psnr", "ssim", "psnr_moving", "motion_ratio", "flow_error", "flow_cosine"))
-    scores["psnr"] = psnr(error.mean())
-    scores["ssim"] = float(np.mean([ssim(g, r) for g, r in zip(generated[1:], real[1:])]))
-    if real_step > 0:
-        scores["motion_ratio"] = float(step / real_step)
-    if moving.any():
-        flow, truth = (
-            np.concatenate([optical_flow(video[t], video[t + 1])[moving[t]] for t in range(length - 1)])
-            for video in (generated, real)
-        )
-        dot, norms = (flow * truth).sum(1), np.linalg.norm(flow, axis=1) * np.linalg.norm(truth, axis=1)
-        scores["psnr_moving"] = psnr(error[moving].mean())
-        scores["flow_error"] = float(np.linalg.norm(flow - truth, axis=1).mean())
-        scores["flow_cosine"] = float(dot.sum() / max(norms.sum(), 1e-9))
-    return scores
+    pair = Pair(generated, real)
+    moves = pair.moving.any()
+    compute = {name: metric for name, metric in METRICS.items() if metric.compute}
+    return {name: m.compute(pair) if moves or not m.needs_motion else None for name, m in compute.items()}
 
 
 def sharpness(frame):
@@ -117,28 +173,43 @@ def sharpness(frame):
     return float(cv2.Laplacian(cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY), cv2.CV_64F).var())
 
 
-def clip_measures(frames, image, fps):
-    """Measures of a generated clip (T, H, W, 3) RGB that need no real one; image: its input, at the clip's size.
+def sharpness_ratio(frames):
+    """`sharpness`, mean of the last quarter of the frames over frame 0; None where frame 0 is of one colour."""
+    start, end = sharpness(frames[0]), np.mean([sharpness(frame) for frame in frames[-max(1, len(frames) // 4) :]])
+    return round(float(end / start), 4) if start else None
 
-    motion            as `clip_motion`; measured_motion_bucket_id is its bucket
-    sharpness_ratio   `sharpness`, mean of the last quarter of the frames over frame 0: below 1 it blurs
-    psnr_first_frame  dB of frame 0 to the image; at most 100, which stands for equal
-    flicker           mean |change| of a frame's mean brightness to the next, in levels of 255; what only moves within
-                      the picture hardly changes that mean, so motion is not compensated
-    """
-    motion, start = clip_motion(frames, fps), sharpness(frames[0])
-    end = np.mean([sharpness(frame) for frame in frames[-max(1, len(frames) // 4) :]])
+
+def flicker(frames):
+    """Mean |change| of a frame's mean brightness to the next, levels of 255. Motion within it hardly counts."""
     brightness = [cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY).mean() for frame in frames]
-    return {
-        "motion": round(motion, 4),
-        "measured_motion_bucket_id": motion_bucket(motion),
-        "sharpness_ratio": round(float(end / start), 4) if start else None,  # none where frame 0 is of one colour
-        "psnr_first_frame": round(min(psnr(((frames[0] - image.astype(np.float64)) ** 2).mean()), 100.0), 2),
-        "flicker": round(float(np.abs(np.diff(brightness)).mean()), 4),
-    }
+    return round(float(np.abs(np.diff(brightness)).mean()), 4)
 
 
-LOWER_IS_BETTER = ("loss_v", "flow_error")
+class Measure(NamedTuple):
+    """One entry of the table of measures, which need no real clip."""
+
+    title: str
+    note: str  # on the page
+    compute: Callable  # (frames (T, H, W, 3), input image (H, W, 3), motion as `clip_motion`) -> number or None
+
+
+MEASURES = {
+    "motion": Measure("motion", "mean optical flow, % of the longer side a second", lambda f, i, m: round(m, 4)),
+    "measured_motion_bucket_id": Measure("bucket", "the measured motion as a motion bucket, 0 to 255",
+        lambda f, i, m: motion_bucket(m)),
+    "sharpness_ratio": Measure("sharpness", "last quarter of the frames over the first frame: below 1 it blurs",
+        lambda f, i, m: sharpness_ratio(f)),
+    "psnr_first_frame": Measure("first frame dB", "PSNR of frame 0 to the input image; 100 stands for equal",
+        lambda f, i, m: round(min(psnr(((f[0] - i.astype(np.float64)) ** 2).mean()), 100.0), 2)),
+    "flicker": Measure("flicker", "mean change of the mean brightness from frame to frame, levels of 255",
+        lambda f, i, m: flicker(f)),
+}  # fmt: skip
+
+
+def clip_measures(frames, image, fps):
+    """{measure: number} of a generated clip (T, H, W, 3) RGB, without a real one; image: its input, same size."""
+    motion = clip_motion(frames, fps)
+    return {name: measure.compute(frames, image, motion) for name, measure in MEASURES.items()}
 
 
 def mean_scores(scores):

@@ -7,7 +7,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 from svd_parts.files import write_file
-from svd_parts.metrics import read_metrics
+from svd_parts.metrics import MEASURES, METRICS, read_metrics
 
 
 def write_page(path, data):
@@ -25,8 +25,16 @@ def write_run_page(output):
     """Writes index.html of a run: the loss and the scores by step, and the validation's videos."""
     videos = [path.relative_to(output) for path in sorted(output.glob("validation/step-*/*.mp4"))]
     shown = [{"step": p.parent.name[5:], "name": p.stem, "url": as_url(p)} for p in videos]
-    run = {"title": output.absolute().name, "lines": read_metrics(output), "videos": shown}
+    metrics = {name: [metric.title, metric.note] for name, metric in METRICS.items()}
+    run = {"title": output.absolute().name, "lines": read_metrics(output), "videos": shown, "metrics": metrics}
     write_page(output / "index.html", run)
+
+
+def write_clips_page(folder, clips):
+    """Writes index.html of a generated set; clips: what `page_entry` gives of each."""
+    measures = {name: [measure.title, measure.note] for name, measure in MEASURES.items()}
+    measures["asked_motion_bucket_id"] = ["bucket asked", "the --motion_bucket_id that the clip was made with"]
+    write_page(folder / "index.html", {"title": folder.absolute().name, "clips": clips, "measures": measures})
 
 
 def as_url(path):
@@ -37,7 +45,7 @@ def as_url(path):
 def page_entry(name, record):
     """What index.html shows of a clip."""
     bucket = record.get("motion_bucket_id")  # in a set of frames, the measured one
-    fields = "motion sharpness_ratio psnr_first_frame flicker seed fps task width height".split()
+    fields = [*MEASURES, *"seed fps task width height".split()]
     entry = {field: record.get(field) for field in fields}
     entry["measured_motion_bucket_id"] = record.get("measured_motion_bucket_id", bucket)
     entry["asked_motion_bucket_id"] = record.get("requested", {}).get("motion_bucket_id", bucket)

@@ -12,7 +12,7 @@ from pathlib import Path
 import svd_common as common
 from svd_parts.dataset import list_frames
 from svd_parts.ffmpeg import Failure
-from svd_parts.files import UserError, natural_key, read_lines, write_file
+from svd_parts.files import UserError, is_of_kind, natural_key, read_lines, write_file
 
 # What .prepare/*.json says of a video, and of each of its clips, by kind: who edits one may get it wrong.
 NUMBER = (int, float)
@@ -38,13 +38,6 @@ def read_records(state):
                 record = {key: record[key] for key in RECORD}
                 records[record["source"]] = record
     return records
-
-
-def is_of_kind(found, kinds):
-    """Whether this is a dict that has every field of `kinds`, {name: type}, each of its type; lists hold no numbers."""
-    if not isinstance(found, dict) or not all(isinstance(found.get(name), kind) for name, kind in kinds.items()):
-        return False
-    return not any(isinstance(item, NUMBER) for name, kind in kinds.items() if kind is list for item in found[name])
 
 
 def is_complete(record, output):

@@ -15,7 +15,7 @@ import svd_common as common
 from svd_parts.checkpoints import save_checkpoint
 from svd_parts.files import UserError, name_digest, plain_name
 from svd_parts.latent_cache import frames_to_decode, read_cached
-from svd_parts.metrics import LOWER_IS_BETTER, finite, mean_scores, read_metrics, video_metrics
+from svd_parts.metrics import METRICS, finite, mean_scores, read_metrics, video_metrics
 from svd_parts.objective import random_generator, training_loss
 from svd_parts.samples import ClipDataset
 from svd_parts.unet import compute_dtype
@@ -140,7 +140,7 @@ def report_scores(metrics, state):
 def keep_best(metrics, state):
     """Keeps the weights of the best step by --validation_metric in `best/`, to generate with."""
     folder, name = Path(state.options.output_dir) / "best", state.options.validation_metric
-    sign, best = -1 if name in LOWER_IS_BETTER else 1, None
+    sign, best = -1 if METRICS[name].better == "lower" else 1, None
     with contextlib.suppress(FileNotFoundError, ValueError, KeyError):  # of this run, or of before it was resumed
         best = json.loads((folder / CHECKPOINT_STATE).read_text())["metrics"].get(name)
     if metrics.get(name) is not None and (best is None or sign * metrics[name] > sign * best):

@@ -128,13 +128,13 @@ def test_a_killed_run_is_gone_on_with_and_added_clips_come_after(made, real, tmp
     assert json.loads((folder / "meta/info.json").read_text())["splits"] == {"train": "0:6"}
 
     (folder / lines_of(folder)[1]["file_name"]).unlink()  # a person did not like it
-    assert "0 clips to make" in infer(capsys, *flags, 3)
+    assert "nothing to make: all " in infer(capsys, *flags, 3)
     episodes = parquet.read_table(folder / "meta/episodes/chunk-000/file-000.parquet").to_pylist()
     assert [episode["episode_index"] for episode in episodes] == [0, 1, 2, 3, 4]
     assert [episode[f"videos/{CAMERA}/file_index"] for episode in episodes] == [0, 2, 3, 4, 5]
     for path in folder.glob("videos/*/*/*.mp4"):
         path.unlink()
-    assert "0 clips to make" in infer(capsys, *flags, 3)
+    assert "nothing to make: all " in infer(capsys, *flags, 3)
     assert not lines_of(folder) and not (folder / "meta").exists() and not (folder / "data").exists()
 
 

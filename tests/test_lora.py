@@ -124,9 +124,7 @@ def test_lora_that_does_not_fit_is_refused(adapted, dataset, tmp_path):
 
 def test_wrong_lora_options_are_refused(dataset, tmp_path):
     arguments = train_arguments(dataset, tmp_path / "out")
-    assert (
-        "--lora_rank: must be at least 1, got 0" in run("train_svd.py", *arguments, "--lora_rank", 0, ok=False).stdout
-    )
+    assert "--lora_rank must be at least 1, got 0" in run("train_svd.py", *arguments, "--lora_rank", 0, ok=False).stdout
     for option in (["--lora_alpha", 4], ["--no-save_merged"]):
         assert "give --lora_rank too" in run("train_svd.py", *arguments, *option, ok=False).stdout
     assert "--lora_alpha must be over 0" in run("train_svd.py", *arguments, *LORA, "--lora_alpha", 0, ok=False).stdout

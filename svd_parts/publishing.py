@@ -1,0 +1,116 @@
+"""What a generated set shows of itself, all of it from the records: metadata.jsonl, the page, LeRobot's tables."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+from svd_parts.files import UserError, is_of_kind, natural_key, read_json, read_lines, tidy, write_file, write_json
+from svd_parts.lerobot_writer import DEFAULT_CAMERA, EPISODES_A_FOLDER, LEROBOT_FILE, write_lerobot
+from svd_parts.page import page_entry, write_clips_page
+
+DAMAGED = "damaged, or not UTF-8; repair or delete it"
+LEROBOT_FIELDS = {"stats": dict, "task": str, "height": int, "width": int, "fps": (int, float)}
+
+
+def record_name(where, record):
+    """The clip's name in a record as `ClipSet` writes it; raises `UserError` for any other object."""
+    name = record.get("directory", record.get("file_name"))
+    inside = isinstance(name, str) and name and not Path(name).is_absolute() and ".." not in Path(name).parts
+    kinds = {key: kind for key, kind in (("requested", dict), ("segments", list)) if key in record}
+    kinds |= LEROBOT_FIELDS if record.get("output_format") == "lerobot" else {}
+    if not inside or not is_of_kind(record, kinds):
+        raise UserError(f"{where}: {DAMAGED}")
+    return name
+
+
+def is_of_format(record, output_format):
+    return record.get("output_format", output_format) == output_format
+
+
+class Publisher:
+    """Reads and writes the records of a set in `folder`, and writes from them all that others read.
+
+    records: {name: record} of all clips ever made here; listed: what metadata.jsonl has of them.
+    """
+
+    def __init__(self, folder, output_format):
+        self.folder, self.hidden, self.lerobot = folder, folder / ".infer", output_format == "lerobot"
+        self.records, self.listed = {}, {}
+
+    def number_clips(self, jobs, reserve=False):
+        """Names the clips of a LeRobot set by number: the place of a line in .infer/episodes.txt, or, not reserved yet,
+        after them. Lines are only ever added, by one write: no number changes, and all processes agree."""
+        path, titles = self.hidden / "episodes.txt", [json.dumps(job["title"]) for job in jobs]
+        lines = path.read_text().splitlines() if path.exists() else []
+        if reserve and set(titles) - set(lines):
+            with open(path, "ab", buffering=0) as file:
+                file.write("\n".join(["", *titles, ""]).encode())
+                os.fsync(file.fileno())
+            lines = path.read_text().splitlines()
+        numbers = {title: number for number, title in enumerate(dict.fromkeys(filter(None, [*lines, *titles])))}
+        for job, title in zip(jobs, titles):
+            chunk, file = divmod(numbers[title], EPISODES_A_FOLDER)
+            place = LEROBOT_FILE.format(chunk_index=chunk, file_index=file)
+            job["name"] = f"videos/{job['camera'] or DEFAULT_CAMERA}/{place}.mp4"
+            job["target"] = self.folder / job["name"]
+
+    def reserve(self, jobs):
+        """Gives the clips of a LeRobot set their numbers for good."""
+        if self.lerobot:
+            self.number_clips(jobs, reserve=True)
+
+    def read(self, jobs):
+        """Reads the records of all clips, and metadata.jsonl; returns the names of those of `jobs` that are there."""
+        path, self.listed = self.folder / "metadata.jsonl", {}
+        for where, record in read_lines(path, DAMAGED):
+            self.listed[record_name(where, record)] = record
+            if "generated" not in record:
+                raise UserError(f"{path}: not written by infer_svd.py (real clips?); give another --output_video")
+        if self.lerobot:
+            self.number_clips(jobs)
+        # the clips before the records, which are written first: other processes are making clips meanwhile
+        there = {job["name"] for job in jobs if os.path.lexists(job["target"])}
+        self.records = {}
+        walk = os.walk(self.hidden)  # which bears that others move folders away; `rglob` does not
+        for path in (Path(folder, file) for folder, _, files in walk for file in files if file.endswith(".json")):
+            name = path.relative_to(self.hidden).as_posix().removesuffix(".json")
+            record_name(path, record := read_json(path, "repair or delete it"))
+            self.records[name] = {**self.listed.get(name, {}), **record}
+        return there
+
+    def write_record(self, name, record):
+        path = self.hidden / f"{name}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, record)
+        self.records[name] = record
+
+    def publish(self):
+        """Writes metadata.jsonl, the page and LeRobot's tables: the records of the clips that are there."""
+        path, lines, made, shown = self.folder / "metadata.jsonl", "", [], []
+        for name in sorted(self.records, key=natural_key):
+            record = self.records[name]
+            if (self.folder / name).exists():
+                made.append(record)
+                lines += json.dumps({key: value for key, value in record.items() if key != "deleted"}) + "\n"
+                shown.append(page_entry(name, record))
+                self.listed[name] = record
+            elif name in self.listed and not record.get("deleted"):
+                self.write_record(name, {**record, "deleted": True})
+        if not lines and not path.exists():
+            return
+        write_file(path, lines)
+        write_clips_page(self.folder, shown)
+        if self.lerobot and made:
+            write_lerobot(self.folder, made)
+        elif self.lerobot:  # all its clips have been deleted
+            for left in ("meta", "data"):
+                shutil.rmtree(self.folder / left, ignore_errors=True)
+
+    def tidy(self):
+        """Removes what killed processes left half written; called where no other process is at work on the set."""
+        ours = [".metadata.jsonl.*.part", ".index.html.*.part", ".metrics.json.*.part", "side_by_side/.*.part"]
+        ours += ["meta/**/.*.part", "data/**/.*.part"] * self.lerobot
+        for pattern in ours:
+            tidy(self.folder.glob(pattern))
+        tidy([*self.hidden.glob(".making-*"), *self.hidden.rglob(".*.part")])
