@@ -15,7 +15,6 @@ import contextlib
 import importlib.util
 import os
 import platform
-import shutil
 import statistics
 import sys
 import warnings
@@ -25,7 +24,7 @@ from pathlib import Path
 from svd_parts.checkpoints import checkpoints_of
 from svd_parts.console import Parser, number, run_script
 from svd_parts.dataset import DEFAULT_BUCKET, DEFAULT_FPS
-from svd_parts.files import UserError, frozen, lock_file, pattern_names, printable, read_patterns
+from svd_parts.files import UserError, frozen, lock_file, pattern_names, printable, read_patterns, tidy
 from svd_parts.metrics import METRICS
 from svd_parts.optimizers import OPTIMIZERS
 from svd_parts.unet import DTYPES, RECOMPUTED, TRAINABLE, trained_layers
@@ -210,12 +209,16 @@ def check_output_dir(options):
         raise UserError(f"--output_dir {output} already holds a run; give another, or --resume_from_checkpoint latest")
 
 
-def describe_run(options, base, clips, held_out, num_processes):
-    """The settings that every checkpoint and the result carry."""
+def describe_run(options, base, clips, held_out, before, num_processes):
+    """The settings that every checkpoint and the result carry.
+
+    before: those of the checkpoint that the run goes on from; what it was trained on and held out stays named.
+    """
     from svd_parts.hub import find_base_name
 
     name, local = options.pretrained_model_name, Path(options.pretrained_model_name).is_dir()
     fps, buckets = ([clip[key] for clip in clips] for key in ("fps", "motion_bucket_id"))
+    trained_on, kept_out = ({clip["directory"]: clip.get("digest") for clip in side} for side in (clips, held_out))
     versions = {"python": platform.python_version(), **{name: version(name) for name in ("torch", "diffusers")}}
     return {
         **options._asdict(),
@@ -225,13 +228,19 @@ def describe_run(options, base, clips, held_out, num_processes):
         "base_model_name": find_base_name(options, base),
         "base_fingerprint": weights_fingerprint(base, "unet"),
         "encoders_fingerprint": encoders_fingerprint(base),
-        "held_out": held_out if options.num_validation_videos and not options.validation_dir else [],
+        "trained_on": {**before.get("trained_on", {}), **trained_on},
+        "held_out": {**(known_held_out(before) if not options.validation_dir else {}), **kept_out},
         "num_clips": len(clips),
         "median_fps": statistics.median(fps),
         "median_motion_bucket_id": statistics.median(buckets),
         "motion_bucket_id_range": [min(buckets), max(buckets)],
         "versions": versions,
     }
+
+
+def known_held_out(before):
+    """{directory: digest} of the dataset's clips that an earlier run with these settings held out."""
+    return {} if before["validation_dir"] else before["held_out"]
 
 
 def main(argv=None):
@@ -271,8 +280,9 @@ def train(options, device):
     Everything that can be refused is refused before a weight is loaded.
     """
     from svd_parts.checkpoints import check_resume, find_checkpoint, put_aside_newer, put_aside_other_run
+    from svd_parts.dataset import add_digests
     from svd_parts.hub import push_to_hub
-    from svd_parts.latent_cache import add_digests, load_frozen
+    from svd_parts.latent_cache import load_frozen
     from svd_parts.log import start_trackers
     from svd_parts.memory import why_no_cuda
     from svd_parts.plan import warn_of_disk
@@ -286,13 +296,12 @@ def train(options, device):
     base = resolve_model(options.pretrained_model_name)
     check_sizes(options, base)
     folder, saved = find_checkpoint(options)
-    known = saved["settings"]["held_out"] if saved else None
-    sides = choose_sides(options, known)
-    known = [clip["directory"] for clip in sides[1]] if known is None else known
+    before = saved["settings"] if saved else {"validation_dir": None, "held_out": {}}
+    sides = choose_sides(options, known_held_out(before) if saved else None)
     clips, held_out = leave_out(sides, options.exclude)
     add_digests([*clips, *held_out])
     accelerator = build_accelerator(options, device)
-    settings = describe_run(options, base, clips, known, accelerator.num_processes)
+    settings = describe_run(options, base, clips, sides[1], before, accelerator.num_processes)
     frames = {clip["directory"]: f"{clip['digest']} {clip['fps']:g} {clip['motion_bucket_id']:g}" for clip in clips}
     if saved:
         check_resume(settings, frames, saved, folder)
@@ -472,12 +481,12 @@ def lock_output(options, accelerator):
     with lock_file(output / ".lock", f"--output_dir {output}: another run is at work on it"):
         check_output_dir(options)
         for left in [*output.glob(".checkpoint-*.*"), *output.glob(".best.*")]:  # what a killed run left
-            if left.suffix == ".old" and not (whole := output / left.stem[1:]).exists():
+            if left.suffix == ".old" and not (whole := output / left.name.split(".")[1]).exists():
                 os.replace(left, whole)  # it was to be replaced, and what was to replace it is not whole
             else:
-                shutil.rmtree(left)
+                tidy(left)
         for left in filter(Path.is_file, output.glob(".*.part")):
-            left.unlink()
+            tidy(left)
         yield
 
 

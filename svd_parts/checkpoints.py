@@ -5,11 +5,10 @@ import itertools
 import json
 import os
 import re
-import shutil
 import sys
 from pathlib import Path
 
-from svd_parts.files import UserError, file_digest, listed, read_json, replacing, write_file
+from svd_parts.files import UserError, file_digest, listed, read_json, replacing, tidy, write_file
 from svd_parts.weights import CHECKPOINT_STATE, write_tensors
 
 
@@ -53,11 +52,10 @@ def save_checkpoint(folder, state, resumable=True, **more):
             saved |= {"ema_step": state.ema.optimization_step if state.ema else None, "clips": state.clips}
             saved["files"] = {file.name: file_digest(file) for file in aside.glob("*.safetensors")}
         write_file(aside / CHECKPOINT_STATE, json.dumps(saved, indent=1))
-        old = folder.with_name(f".{folder.name}.old")
-        shutil.rmtree(old, ignore_errors=True)
+        old = folder.with_name(f".{folder.name}.{os.urandom(4).hex()}.old")
         if folder.exists():
             os.replace(folder, old)
-    shutil.rmtree(old, ignore_errors=True)
+    tidy(old)
 
 
 def checkpoint_step(folder):
@@ -126,7 +124,7 @@ MAY_DIFFER_ON_RESUME = frozenset(
 checkpoints_total_limit cache_latents cache_dir dataloader_num_workers logging_steps report_to compile dry_run exclude
 gradient_checkpointing gradient_accumulation_steps train_batch_size max_train_steps push_to_hub
 base_model_name versions step num_clips median_fps median_motion_bucket_id motion_bucket_id_range validation_dir
-validation_steps validation_metric held_out""".split()
+validation_steps validation_metric trained_on held_out save_merged""".split()
 )
 
 

@@ -1,9 +1,11 @@
 """A dataset's folder: its clips, their frames in order, and metadata.jsonl."""
 
+import hashlib
 import json
 import os
 import re
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 
 import svd_common as common
@@ -175,6 +177,29 @@ def list_clips(dataset_dir):
     if not clips:
         raise UserError(f"{root}: holds no folder of frames; expected <video>/00000.png, from prepare_dataset.py")
     return clips
+
+
+def add_digests(clips):
+    """Fills `clip["digest"]`, which tells its frames from others, wherever they lie: sizes and last 4 KB of the files.
+
+    No file is read whole: a PNG ends with a checksum of its pixels, and other compressed files change in length. Of
+    those the first 4 KB count too, where EXIF turns a picture. Only a BMP is read whole. Raises `OSError` where a file
+    cannot be read.
+    """
+
+    def digest(clip):
+        hashed = hashlib.sha256()
+        for path in clip["frames"]:
+            with open(path, "rb") as file:
+                size = os.fstat(file.fileno()).st_size
+                head = file.read(4096) if path.suffix.lower() not in (".png", ".bmp") else b""
+                file.seek(0 if path.suffix.lower() == ".bmp" else max(0, size - 4096))
+                hashed.update(head + size.to_bytes(8, "little") + file.read())
+        return hashed.hexdigest()[:16]
+
+    with ThreadPoolExecutor(16) as pool:
+        for clip, found in zip(clips, pool.map(digest, clips)):
+            clip["digest"] = found
 
 
 def clip_group(clip):

@@ -2,11 +2,8 @@
 
 import contextlib
 import gc
-import hashlib
-import os
 import shlex
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -29,30 +26,6 @@ def cure_named(clip):
         what = error if isinstance(error, UserError) else f"{clip['root'] / clip['directory']}: {error}"
         cure = f"mend it, or go on without this clip: --exclude {shlex.quote(clip['directory'])}"
         raise UserError(f"{what}; {cure}") from error
-
-
-# Cache: the frozen VAE's posterior and CLIP's embedding of every frame, one file a clip, computed once.
-def add_digests(clips):
-    """Fills `clip["digest"]`, which tells its frames from others, wherever they lie: sizes and last 4 KB of the files.
-
-    So they are not read whole: a PNG ends with a checksum of its pixels, other compressed files change in length. Of
-    these the first 4 KB count too, where EXIF turns a picture. A BMP is read whole. Raises `OSError` where a file
-    cannot be read.
-    """
-
-    def digest(clip):
-        hashed = hashlib.sha256()
-        for path in clip["frames"]:
-            with open(path, "rb") as file:
-                size = os.fstat(file.fileno()).st_size
-                head = file.read(4096) if path.suffix.lower() not in (".png", ".bmp") else b""
-                file.seek(0 if path.suffix.lower() == ".bmp" else max(0, size - 4096))
-                hashed.update(head + size.to_bytes(8, "little") + file.read())
-        return hashed.hexdigest()[:16]
-
-    with ThreadPoolExecutor(16) as pool:
-        for clip, found in zip(clips, pool.map(digest, clips)):
-            clip["digest"] = found
 
 
 def frames_at_once(options):

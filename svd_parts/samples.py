@@ -145,13 +145,15 @@ def load_clips(dataset_dir, num_frames, fps, motion_bucket_id):
 def hold_out(clips, num_validation_videos, seed, known=None):
     """(training clips, held-out clips): whole episodes are held out, so that no camera of one is on the other side.
 
-    known: names of those that the run being resumed held out; then it is these, whatever has come or gone meanwhile.
+    known: the names that the run being resumed held out; these stay held out, whatever has come or gone meanwhile.
     """
     if known is not None:
-        held_out = [clip for clip in clips if clip["directory"] in known]
-        if known and not held_out:
-            print(f"warning: no clip is there that this run held out ({listed(known)}): nothing is validated any more")
-        return [clip for clip in clips if clip["directory"] not in known], held_out
+        there = {clip["directory"]: clip for clip in clips}
+        validation = [there[name] for name in known if name in there]
+        if known and not validation:
+            what = listed(list(known))
+            print(f"warning: no clip is there that this run held out ({what}): nothing is validated any more")
+        return clips_of_other_groups(clips, validation), validation
     groups = {}
     for clip in clips:
         groups.setdefault(clip_group(clip), []).append(clip)
@@ -162,7 +164,17 @@ def hold_out(clips, num_validation_videos, seed, known=None):
     if len(held_out) == len(groups):
         raise UserError(f"--num_validation_videos {num_validation_videos}: no episode would be left to train on")
     validation = [clip for name in names if name in held_out for clip in groups[name]][:num_validation_videos]
-    return [clip for clip in clips if clip_group(clip) not in held_out], validation
+    return clips_of_other_groups(clips, validation), validation
+
+
+def clips_of_other_groups(clips, held_out):
+    """The clips that share no episode with those that are held out; says how many of them are used for nothing."""
+    groups = {clip_group(clip) for clip in held_out}
+    training = [clip for clip in clips if clip_group(clip) not in groups]
+    if unused := len(clips) - len(training) - len(held_out):
+        what = f"{unused} more clips of the held-out episodes are used for nothing"
+        print(f"{what}; --num_validation_videos {unused + len(held_out)} would validate them too")
+    return training
 
 
 def leave_out(sides, patterns):

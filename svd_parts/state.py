@@ -2,8 +2,6 @@
 
 import contextlib
 import math
-import os
-import shutil
 from pathlib import Path
 
 import torch
@@ -12,6 +10,7 @@ from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file
 
 from svd_parts.checkpoints import checkpoint_step, checkpoints_of, save_checkpoint, unflatten_state
+from svd_parts.files import tidy
 from svd_parts.optimizers import OPTIMIZERS, build_optimizer, gradients_freed_early, step_in_backward
 from svd_parts.page import write_run_page
 from svd_parts.unet import trained_parameters
@@ -113,8 +112,7 @@ class TrainingState:
             write_run_page(output)
 
     def prune(self):
-        """Removes the oldest checkpoints beyond --checkpoints_total_limit, renamed first: none is ever half there."""
+        """Removes the oldest checkpoints beyond --checkpoints_total_limit."""
         done = [path for path in checkpoints_of(self.options.output_dir) if checkpoint_step(path) <= self.steps]
         for old in done[: -self.options.checkpoints_total_limit]:
-            os.replace(old, gone := old.with_name(f".{old.name}.gone"))
-            shutil.rmtree(gone)
+            tidy(old)

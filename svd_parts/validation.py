@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 import svd_common as common
 from svd_parts.checkpoints import save_checkpoint
-from svd_parts.files import UserError, name_digest, plain_name
+from svd_parts.files import UserError, name_digest, plain_name, tidy
 from svd_parts.latent_cache import frames_to_decode, read_cached
 from svd_parts.metrics import METRICS, finite, mean_scores, read_metrics, video_metrics
 from svd_parts.objective import random_generator, training_loss
@@ -92,7 +92,7 @@ class Validation:
             target = Path(self.options.output_dir) / "validation" / f"step-{state.steps:06d}"
             target.mkdir(parents=True, exist_ok=True)
             for left in target.glob(".*.part"):  # of a killed run
-                left.unlink()
+                tidy(left)
             for clip in self.clips:
                 real = common.read_frames(
                     clip["frames"][: self.options.num_frames], self.options.width, self.options.height

@@ -26,9 +26,10 @@ from safetensors.torch import load_file, save_file
 import svd_common as common
 import train_svd
 from svd_parts.checkpoints import checkpoint_step, checkpoints_of
+from svd_parts.dataset import add_digests, list_clips
 from svd_parts.files import UserError, read_patterns
 from svd_parts.forecast import forecast, memory_tracker
-from svd_parts.latent_cache import add_digests, add_latents
+from svd_parts.latent_cache import add_latents
 from svd_parts.log import Log
 from svd_parts.objective import loss_weight, sample_sigmas, scalings, training_loss, v_target
 from svd_parts.samples import ClipDataset, hold_out, leave_out, load_clips
@@ -408,7 +409,7 @@ def test_validation_scores_held_out_episodes_and_changes_nothing(dataset, tmp_pa
     # as a kill leaves it within the last validation, within the change of best/, and while a checkpoint goes
     whole = sorted(path.name for path in output.iterdir())
     (output / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines if line != scored[-1]))
-    os.replace(output / "best", output / ".best.old")
+    os.replace(output / "best", output / ".best.1a2b3c4d.old")
     (output / ".checkpoint-1.gone").mkdir()
     (output / "validation" / "step-000004" / ".clip9.mp4.0.part").write_bytes(b"")
     (output / "model_index.json").unlink()
@@ -454,7 +455,15 @@ def test_a_resumed_run_holds_out_what_it_held_out_before(dataset, tmp_path):
     arguments = [*train_arguments(clips, tmp_path / "out"), "--num_validation_videos", 2, "--validation_steps", 99]
     run("train_svd.py", *arguments, "--max_train_steps", 1)
     state = json.loads((tmp_path / "out/checkpoint-1/training_state.json").read_text())
-    held_out, trained_on = state["settings"]["held_out"], sorted(state["clips"])
+    settings = json.loads((tmp_path / "out/training_settings.json").read_text())
+    assert (
+        settings["trained_on"].keys() == state["clips"].keys() and state["settings"]["held_out"] == settings["held_out"]
+    )
+    found = list_clips(clips)
+    add_digests(found)
+    digests = {clip["directory"]: clip["digest"] for clip in found}
+    assert {**settings["trained_on"], **settings["held_out"]} == digests
+    held_out, trained_on = list(settings["held_out"]), sorted(state["clips"])
     assert len(held_out) == 2 and len(trained_on) == 4
     shutil.rmtree(clips / trained_on[0])
     shutil.rmtree(clips / held_out[0])
@@ -491,7 +500,7 @@ def test_frames_that_were_turned_are_other_frames(tmp_path):
     assert digests[0][0] == digests[1][0] > 4096 and digests[0][1] != digests[1][1]
 
 
-def test_all_cameras_of_an_episode_fall_on_one_side():
+def test_all_cameras_of_an_episode_fall_on_one_side(capsys):
     clips = [
         {
             "directory": f"{camera}_{episode}",
@@ -503,6 +512,12 @@ def test_all_cameras_of_an_episode_fall_on_one_side():
     training, held_out = hold_out(clips, num_validation_videos=4, seed=0)
     episodes = [{clip["source"][-10:] for clip in side} for side in (training, held_out)]
     assert len(held_out) == 4 and len(episodes[1]) == 2 and not episodes[0] & episodes[1]
+    assert "used for nothing" not in capsys.readouterr().out
+    training, held_out = hold_out(clips, num_validation_videos=3, seed=0)  # the other camera of the second episode
+    assert len(held_out) == 3 and len(training) == 8
+    assert "1 more clips of the held-out episodes are used for nothing" in capsys.readouterr().out
+    known = {clip["directory"]: "digest" for clip in held_out}
+    assert hold_out(clips, num_validation_videos=3, seed=0, known=known) == (training, held_out)
 
 
 # ------------------------------------------------------------------------------------------------ users' mistakes
