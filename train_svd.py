@@ -484,9 +484,8 @@ def lock_output(options, accelerator):
             if left.suffix == ".old" and not (whole := output / left.name.split(".")[1]).exists():
                 os.replace(left, whole)  # it was to be replaced, and what was to replace it is not whole
             else:
-                tidy(left)
-        for left in filter(Path.is_file, output.glob(".*.part")):
-            tidy(left)
+                tidy([left])
+        tidy(filter(Path.is_file, output.glob(".*.part")))
         yield
 
 

@@ -55,7 +55,7 @@ def save_checkpoint(folder, state, resumable=True, **more):
         old = folder.with_name(f".{folder.name}.{os.urandom(4).hex()}.old")
         if folder.exists():
             os.replace(folder, old)
-    tidy(old)
+    tidy([old])
 
 
 def checkpoint_step(folder):

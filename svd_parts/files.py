@@ -102,24 +102,6 @@ def replacing(path, folder=False):
         shutil.rmtree(aside, ignore_errors=True) if folder else aside.unlink(missing_ok=True)
 
 
-def tidy(path):
-    """Removes a leftover: a file, a link, or a folder, which gets another name first, so that none is ever half there.
-
-    What cannot be removed stays, with a warning: no run ends for it.
-    """
-    try:
-        if path.is_dir() and not path.is_symlink():
-            if not path.name.startswith("."):
-                path = path.rename(path.with_name(f".{path.name}.gone"))
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
-    except FileNotFoundError:  # another process was faster
-        pass
-    except OSError as error:
-        print(f"warning: {path} cannot be removed ({error.strerror}); delete it yourself", file=sys.stderr)
-
-
 def write_file(path, data):
     """Writes bytes or text: the file is whole or as it was."""
     with replacing(path) as aside:
@@ -132,10 +114,20 @@ def write_json(path, value):
 
 
 def tidy(leftovers):
-    """Removes files and folders that a killed run left. What cannot be removed is named, and no reason to stop."""
+    """Removes files, links and folders. A folder gets another name first, so that none is ever half there.
+
+    What cannot be removed stays, with a warning: no run ends for it.
+    """
     for path in leftovers:
         try:
-            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
+            if path.is_dir() and not path.is_symlink():
+                if not path.name.startswith("."):
+                    path = path.rename(path.with_name(f".{path.name}.gone"))
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+        except FileNotFoundError:  # another process was faster
+            pass
         except OSError as error:
             print(f"warning: {path}: cannot be removed ({error.strerror}); it stays", file=sys.stderr)
 

@@ -115,4 +115,4 @@ class TrainingState:
         """Removes the oldest checkpoints beyond --checkpoints_total_limit."""
         done = [path for path in checkpoints_of(self.options.output_dir) if checkpoint_step(path) <= self.steps]
         for old in done[: -self.options.checkpoints_total_limit]:
-            tidy(old)
+            tidy([old])

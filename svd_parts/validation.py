@@ -91,8 +91,7 @@ class Validation:
             metrics, scores, copied = self.losses(state.bare_unet, device), [], []
             target = Path(self.options.output_dir) / "validation" / f"step-{state.steps:06d}"
             target.mkdir(parents=True, exist_ok=True)
-            for left in target.glob(".*.part"):  # of a killed run
-                tidy(left)
+            tidy(target.glob(".*.part"))  # of a killed run
             for clip in self.clips:
                 real = common.read_frames(
                     clip["frames"][: self.options.num_frames], self.options.width, self.options.height
