@@ -75,6 +75,10 @@ def build_parser():
     add("--P_mean", type=float, default=0.7, help="mean of ln sigma (default 0.7; 1.0 favours motion)")
     add("--P_std", type=at_least_zero, default=1.6, help="standard deviation of ln sigma (default 1.6)")
     add("--conditioning_dropout_prob", type=at_least_zero, default=0.1, help="for guidance (default 0.1)")
+    acts = "learn to follow the clips' actions.npy, from prepare_dataset.py: a world model for infer_svd.py --actions"
+    add("--condition_on", choices=["actions"], help=acts)
+    dropped = "how often a clip is trained without its actions, so that the model works without, too (default 0.1)"
+    add("--action_dropout_prob", type=at_least_zero, help=dropped)
     add("--use_ema", action="store_true", help="average the trained weights; the result is the average")
     add("--ema_decay", type=at_least_zero, default=0.9999, help="of the average, reached by warm-up (default 0.9999)")
     add("--seed", type=int, default=0, help="everything drawn is a function of it and the step (default 0)")
@@ -117,6 +121,7 @@ def parse_args(argv=None):
         ("fps", 0 < args.fps <= 240, "over 0 and at most 240"),
         ("motion_bucket_id", args.motion_bucket_id <= 255, "0..255"),
         ("conditioning_dropout_prob", args.conditioning_dropout_prob <= 1, "0..1"),
+        ("action_dropout_prob", (args.action_dropout_prob or 0) <= 1, "0..1"),
         ("lr_warmup_steps", 0 <= args.lr_warmup_steps <= args.max_train_steps, f"0..{args.max_train_steps}"),
         ("ema_decay", args.ema_decay < 1, "under 1"),
         ("num_validation_videos", args.num_validation_videos >= 0, "at least 0"),
@@ -129,6 +134,9 @@ def parse_args(argv=None):
             parser.error(f"--{name} must be {wanted}, got {getattr(args, name)}")
     if (args.validation_dir or args.num_validation_videos) and not args.cache_latents:
         parser.error("validation reads the latent cache: leave out --no-cache_latents")
+    if args.action_dropout_prob is not None and not args.condition_on:
+        parser.error("--action_dropout_prob is of --condition_on actions: give that too")
+    args.action_dropout_prob = 0.1 if args.action_dropout_prob is None else args.action_dropout_prob
     if args.lr_warmup_steps and args.lr_scheduler == "constant":
         args.lr_scheduler = "constant_with_warmup"  # diffusers' `constant` would ignore the warm-up
     if args.learning_rate is None:
@@ -279,6 +287,7 @@ def train(options, device):
 
     Everything that can be refused is refused before a weight is loaded.
     """
+    from svd_parts.actions import prepare_actions
     from svd_parts.checkpoints import check_resume, find_checkpoint, put_aside_newer, put_aside_other_run
     from svd_parts.dataset import add_digests
     from svd_parts.hub import push_to_hub
@@ -302,6 +311,8 @@ def train(options, device):
     add_digests([*clips, *held_out])
     accelerator = build_accelerator(options, device)
     settings = describe_run(options, base, clips, sides[1], before, accelerator.num_processes)
+    if options.condition_on:
+        settings["actions"] = prepare_actions(clips, held_out, saved["settings"].get("actions") if saved else None)
     frames = {clip["directory"]: f"{clip['digest']} {clip['fps']:g} {clip['motion_bucket_id']:g}" for clip in clips}
     if saved:
         check_resume(settings, frames, saved, folder)
@@ -313,7 +324,7 @@ def train(options, device):
         start_trackers(options, accelerator)
         pipe, vae, decoder = load_frozen([*clips, *held_out], options, base, accelerator)
         dataset = ClipDataset(clips, options, vae.config, cached=not pipe)
-        unet, checkpointing = load_unet(options, base, accelerator.device)
+        unet, checkpointing = load_unet(options, base, accelerator.device, settings.get("actions"))
         vae.to(accelerator.device)
         state = TrainingState(unet, options, accelerator, settings, frames)
         if saved:
@@ -359,11 +370,15 @@ def choose_sides(options, known):
     return clips, load_clips(folder, *defaults)[: options.num_validation_videos or None]
 
 
-def load_unet(options, base, device):
-    """The UNet as the run trains it, on the device, and the mode of recomputation that was chosen for it."""
+def load_unet(options, base, device, actions=None):
+    """The UNet as the run trains it, on the device, and the mode of recomputation that was chosen for it.
+
+    actions: what `prepare_actions` gave.
+    """
     import torch
 
     import svd_common as common
+    from svd_parts.actions import add_encoder
     from svd_parts.forecast import choose_checkpointing
     from svd_parts.lora import add_adapters
     from svd_parts.memory import usable_memory
@@ -376,6 +391,8 @@ def load_unet(options, base, device):
     unet = common.load_part(base, "unet", torch.float32)
     if options.lora_rank:
         add_adapters(unet, options, random_generator(options.seed, "adapters"))
+    if actions:
+        add_encoder(unet, actions["count"], random_generator(options.seed, "actions"))
     prepare_unet(unet, options.trainable, weight_dtype, mode)
     if options.compile:
         compile_blocks(unet)

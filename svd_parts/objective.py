@@ -5,6 +5,8 @@ import hashlib
 
 import torch
 
+from svd_parts.actions import acting
+
 
 def random_generator(*key):
     """A CPU generator that depends on `key` alone: the same numbers on every machine, in every order."""
@@ -64,12 +66,13 @@ def training_loss(unet, vae, batch, weight_dtype, loss="v"):
     image_latents = image_latents[:, None].expand_as(latents) * keep
 
     noisy_latents = latents + sigmas * noise
-    model_pred = unet(
-        torch.cat([noisy_latents * c_in, image_latents], dim=2).to(weight_dtype),
-        c_noise.flatten(),
-        encoder_hidden_states=(batch["image_embeddings"] * keep[:, 0, 0]).to(weight_dtype),
-        added_time_ids=batch["added_time_ids"],
-    ).sample
+    with acting(unet, batch.get("actions"), batch.get("keep_actions")):
+        model_pred = unet(
+            torch.cat([noisy_latents * c_in, image_latents], dim=2).to(weight_dtype),
+            c_noise.flatten(),
+            encoder_hidden_states=(batch["image_embeddings"] * keep[:, 0, 0]).to(weight_dtype),
+            added_time_ids=batch["added_time_ids"],
+        ).sample
 
     errors = (model_pred.float() - v_target(latents, noise, sigmas)).square().mean((1, 2, 3, 4))  # (B,)
     losses = {name: (loss_weight(batch["sigmas"], name) * errors).mean() for name in ("v", "noise")}

@@ -7,6 +7,8 @@ from pathlib import Path
 
 from safetensors.torch import load_file
 
+from svd_parts.actions import FOLDER as ACTIONS
+from svd_parts.actions import save_encoder, split_actions
 from svd_parts.files import printable, write_file
 from svd_parts.hub import card_data
 from svd_parts.lora import load_trained_weights, save_adapter
@@ -26,12 +28,16 @@ def save_result(state, base):
     """
     output, options = Path(state.options.output_dir), state.options
     weights = dict(zip(state.trained, state.ema.shadow_params)) if state.ema else state.trained
+    weights, encoder = split_actions(weights)
     aside = output / ".result.part"
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir()
     if options.lora_rank:
         save_adapter(aside / "lora", state, weights)
         write_file(aside / "lora" / "README.md", model_card(state, base, "adapter"))
+    if encoder:
+        for folder in [aside, aside / "lora"][: 1 + bool(options.lora_rank)]:
+            save_encoder(folder / ACTIONS, encoder, state.settings["actions"])
     for part in PARTS if options.save_merged else ():
         (aside / part).mkdir(parents=True)
         stored = weight_files(base, part) if part in MODEL_PARTS else []

@@ -26,7 +26,8 @@ class ClipDataset:
     `dataset[index]`, any index >= 0: each clip once an epoch, in an order shuffled by (seed, epoch).
     Shapes, without the batch axis: latents and noise (T, 4, h, w); sigmas (); conditioning_image (3, H, W), the first
     frame in [-1, 1] with its noise; image_embeddings (1, D); added_time_ids (3,); keep (), 0 where both image
-    conditions are dropped. Without a cache: pixel_values (T, 3, H, W) and posterior_noise instead of latents.
+    conditions are dropped. Without a cache: pixel_values (T, 3, H, W) and posterior_noise instead of latents. With
+    actions: these, scaled (T, A), and keep_actions (), 0 where they are dropped.
     """
 
     def __init__(self, clips, options, vae_config, cached):
@@ -71,6 +72,10 @@ class ClipDataset:
             sample["image_embeddings"] = embedding
         else:
             sample |= {"pixel_values": pixels, "posterior_noise": posterior_noise}
+        if options.condition_on:  # drawn last: all else is as it is without
+            sample["actions"] = clip["scaled_actions"][start : start + options.num_frames]
+            keep = torch.rand((), generator=generator) >= options.action_dropout_prob
+            sample["keep_actions"] = keep.float()
         return sample
 
 

@@ -3,6 +3,7 @@
 torch is imported inside the functions, so that the command line can list the tables without it.
 """
 
+from svd_parts.actions import PREFIX
 from svd_parts.lora import adapter_forward
 from svd_parts.shortcuts import SingleTokenAttention, avoid_conv3d, convolve
 
@@ -81,7 +82,8 @@ def prepare_unet(unet, trainable, weight_dtype, checkpointing):
 
     has_adapters = any("lora_" in name for name, _ in unet.named_parameters())
     for name, parameter in unet.named_parameters():
-        parameter.requires_grad_("lora_" in name if has_adapters else is_trained(name, trainable))
+        chosen = "lora_" in name if has_adapters else is_trained(name, trainable)
+        parameter.requires_grad_(chosen or name.startswith(PREFIX))
         parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else weight_dtype)
     avoid_conv3d(unet)
     for module in unet.modules():

@@ -1,0 +1,187 @@
+"""Actions, one row of numbers a frame: read, scaled, and added to the time embedding of their frame by an encoder."""
+
+import contextlib
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+
+from svd_parts.files import UserError, listed, read_json, write_file
+from svd_parts.weights import write_tensors
+
+FILE = "actions.npy"  # in the folder of a clip, beside its frames
+FOLDER, SETTINGS, WEIGHTS = "actions", "actions.json", "encoder.safetensors"  # of a trained model
+PREFIX = "actions."  # of the encoder's parameters in the UNet: they train, average and resume as all others do
+
+
+# The numbers
+
+
+def read_actions(path):
+    """An .npy or .csv file -> (T, A) float32. One line of names may begin a .csv. Raises `UserError`."""
+    path = Path(path)
+    try:
+        if path.suffix.lower() == ".csv":
+            lines = [line for line in path.read_text("utf-8-sig").splitlines() if line.strip()]
+            with contextlib.suppress(ValueError):  # numbers at once
+                actions = np.loadtxt(lines, delimiter=",", ndmin=2)
+                lines = None
+            actions = actions if lines is None else np.loadtxt(lines[1:], delimiter=",", ndmin=2)
+        else:
+            actions = np.load(path, allow_pickle=False)
+        actions = np.asarray(actions, np.float32)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file of actions") from None
+    except (OSError, ValueError, EOFError, TypeError) as error:
+        raise UserError(f"{path}: no table of actions, .npy or .csv ({str(error).splitlines()[0][:100]})") from None
+    if actions.ndim != 2 or not actions.size:
+        raise UserError(
+            f"{path}: has the shape {actions.shape}; actions are a table of T rows, one a frame, and A columns"
+        )
+    if not np.isfinite(actions).all():
+        row, column = np.argwhere(~np.isfinite(actions))[0]
+        raise UserError(f"{path}: row {row}, column {column} is {actions[row, column]}; every action must be a number")
+    return actions
+
+
+def add_actions_of_clips(clips):
+    """Fills `clip["actions"]`, (frames, A). Raises `UserError` that names a clip without, or with another kind."""
+    for clip in clips:
+        path = clip["root"] / clip["directory"] / FILE
+        if not path.is_file():
+            cure = f"prepare a LeRobot set that has them, put {FILE} beside the frames, or --exclude the clip"
+            raise UserError(f"--condition_on actions: {path} is missing; {cure}")
+        clip["actions"], count = read_actions(path), len(clip["frames"])
+        if len(clip["actions"]) != count:
+            raise UserError(f"{path}: {len(clip['actions'])} rows for {count} frames; one row a frame is needed")
+    kinds = {}
+    for clip in clips:
+        names = clip.get("action_names")
+        kinds.setdefault((clip["actions"].shape[1], tuple(names or ())), clip["directory"])
+    if len(kinds) > 1:
+        found = [
+            f"{name} has {count} ({', '.join(names) or 'without names'})" for (count, names), name in kinds.items()
+        ]
+        raise UserError(f"the actions of all clips must be of one kind: {listed(found)}; --exclude the others")
+
+
+def describe_actions(clips):
+    """What a model keeps of the training clips' actions: {count, names or None, low, high}: what becomes -1 and 1."""
+    rows = np.concatenate([clip["actions"] for clip in clips])
+    low, high = np.percentile(rows.astype(np.float64), (1, 99), axis=0).round(6)
+    names = clips[0].get("action_names")
+    return {"count": rows.shape[1], "names": names, "low": low.tolist(), "high": high.tolist()}
+
+
+def scale_actions(actions, described):
+    """(T, A) -> float32 tensor in which the training clips' 1st and 99th percentile are -1 and 1; a constant is 0."""
+    import torch
+
+    low, high = np.array(described["low"]), np.array(described["high"])
+    half = np.where(high > low, high - low, np.inf) / 2
+    return torch.from_numpy(((actions - (low + high) / 2) / half).astype(np.float32))
+
+
+def prepare_actions(clips, held_out, before=None):
+    """Fills `clip["scaled_actions"]` of all clips. Returns what the numbers mean, as `describe_actions` does.
+
+    before: what the run being resumed had; where clips have gone since, its scale stays.
+    """
+    add_actions_of_clips([*clips, *held_out])
+    described = describe_actions(clips)
+    if before and [before["count"], before["names"]] == [described["count"], described["names"]]:
+        described = before
+    for clip in [*clips, *held_out]:
+        clip["scaled_actions"] = scale_actions(clip["actions"], described)
+    return described
+
+
+def column_names(described):
+    return described["names"] or [f"column {place}" for place in range(described["count"])]
+
+
+def check_actions(actions, described, path):
+    """Raises `UserError` where a model cannot take these actions; warns of values far outside of its training's."""
+    if actions.shape[1] != described["count"]:
+        wanted = f"{described['count']} ({', '.join(column_names(described))})"
+        raise UserError(f"--actions {path}: has {actions.shape[1]} columns, the model was trained with {wanted}")
+    far = np.abs(scale_actions(actions, described).numpy()).max(0)
+    for name, low, high, column, value in zip(
+        column_names(described), described["low"], described["high"], actions.T, far
+    ):
+        if value > 2 or (low == high and np.abs(column - low).max() > 1e-6):
+            given = f"{column.min():g} to {column.max():g}"
+            print(f"warning: --actions {path}: {name} is {given}; the model was trained on {low:g} to {high:g}")
+
+
+# The encoder
+
+
+def add_encoder(unet, count, generator=None):
+    """Gives a stock UNet an encoder of `count` numbers a frame, in place: Linear, SiLU, Linear, the last one at zero.
+
+    So its output is at first bit for bit what it was. `acting` says which actions hold. generator: of the first layer.
+    """
+    import torch
+
+    width = 4 * unet.config.block_out_channels[0]  # the time embedding's
+    encoder = torch.nn.Sequential(torch.nn.Linear(count, width), torch.nn.SiLU(), torch.nn.Linear(width, width))
+    start = torch.nn.init.kaiming_uniform_(torch.empty(width, count), math.sqrt(5), generator=generator)
+    encoder[0].weight = torch.nn.Parameter(start)
+    for tensor in (encoder[0].bias, *encoder[2].parameters()):
+        torch.nn.init.zeros_(tensor)
+    encoder.vectors, unet.actions = None, encoder
+
+    def add_vectors(block, inputs, known):
+        if encoder.vectors is None:
+            return None
+        rows, temb = encoder.vectors.flatten(0, 1), known["temb"]  # (N * T, C), (B * T, C); guidance doubles B
+        rows = rows.to(temb.device, temb.dtype).repeat(len(temb) // len(rows), 1)
+        return inputs, {**known, "temb": temb + rows}
+
+    for block in (*unet.down_blocks, unet.mid_block, *unet.up_blocks):
+        block.register_forward_pre_hook(add_vectors, with_kwargs=True)
+    return encoder
+
+
+@contextlib.contextmanager
+def acting(unet, actions, keep=None):
+    """While this lasts, the UNet's forward passes follow `actions`, (B, T, A), scaled; None: none, as the base.
+
+    keep: (B,), 0 where they are dropped. Recomputing activations is safe: the blocks are handed the sum.
+    """
+    if actions is None:
+        yield
+        return
+    encoder = getattr(unet, "module", unet).actions  # DDP wraps the UNet
+    vectors = encoder(actions)  # (B, T, C)
+    encoder.vectors = vectors if keep is None else vectors * keep.view(-1, 1, 1)
+    try:
+        yield
+    finally:
+        encoder.vectors = None
+
+
+# On disk
+
+
+def split_actions(weights):
+    """Trained tensors -> (those of the UNet, those of the encoder, by the encoder's own names)."""
+    ours = {name.removeprefix(PREFIX): tensor for name, tensor in weights.items() if name.startswith(PREFIX)}
+    return {name: tensor for name, tensor in weights.items() if not name.startswith(PREFIX)}, ours
+
+
+def save_encoder(folder, tensors, described):
+    """Writes the encoder and what its numbers mean; plain diffusers passes over the folder."""
+    write_tensors(folder / WEIGHTS, {name: tensor.detach().cpu() for name, tensor in tensors.items()})
+    write_file(folder / SETTINGS, json.dumps(described, indent=1))
+
+
+def load_encoder(unet, folder):
+    """Gives a UNet the encoder that `save_encoder` wrote. Returns what its numbers mean."""
+    from safetensors.torch import load_file
+
+    described = read_json(folder / SETTINGS, "copy the model again")
+    add_encoder(unet, described["count"]).load_state_dict(load_file(folder / WEIGHTS))
+    return described
