@@ -311,8 +311,7 @@ def train(options, device):
     add_digests([*clips, *held_out])
     accelerator = build_accelerator(options, device)
     settings = describe_run(options, base, clips, sides[1], before, accelerator.num_processes)
-    if options.condition_on:
-        settings["actions"] = prepare_actions(clips, held_out, saved["settings"].get("actions") if saved else None)
+    settings |= prepare_actions(options.condition_on, clips, held_out, before)
     frames = {clip["directory"]: f"{clip['digest']} {clip['fps']:g} {clip['motion_bucket_id']:g}" for clip in clips}
     if saved:
         check_resume(settings, frames, saved, folder)
@@ -333,28 +332,29 @@ def train(options, device):
             put_aside_other_run(state)
             state.prune()
             warn_of_disk(state, base)
-        validation = None
-        if held_out and accelerator.is_main_process:
-            validation = Validation(options, base, held_out, vae, decoder)
+        scored = held_out if accelerator.is_main_process else []
+        validation = Validation(options, base, scored, vae, decoder) if scored else None
         data = f"{len(clips)} clips" + (f" and {len(held_out)} held out" if held_out else "")
         steps = f"{options.max_train_steps} steps of {settings['global_batch_size']}"
-        count = sum(p.numel() for p in state.trained.values()) / 1e6
-        trained = f"{count:.1f} M parameters trained ({trained_layers(options)})"
-        how = f"{options.mixed_precision} on {device.type}, recomputed: {checkpointing}"
-        accelerator.print(f"{data}, {steps}; {trained}, {how}")
+        count = sum(p.numel() for p in state.trained.values())
+        trained = f"{count / 1e6:.1f} M parameters trained ({trained_layers(options)})"
+        where = f"{options.mixed_precision} on {device.type}"
+        accelerator.print(f"{data}, {steps}; {trained}, {where}, recomputed: {checkpointing}")
         with saved_on_error(state):
             status = run_steps(state, dataset, pipe, vae, validation)
         if not status and accelerator.is_main_process:
             save_result(state, base)
-            output = options.output_dir
-            if options.save_merged:
-                print(f"done: {output} is a diffusers pipeline; python infer_svd.py --model_dir {output} ...")
-            else:
-                print(f"done: python infer_svd.py --model_dir {options.pretrained_model_name} --lora {output}/lora ...")
+            print(f"done: {describe_result(options)}")
         end_processes(state)
         if options.push_to_hub and not status and accelerator.is_main_process:
             push_to_hub(options)
         return status
+
+
+def describe_result(options):
+    if options.save_merged:
+        return f"{options.output_dir} is a diffusers pipeline; python infer_svd.py --model_dir {options.output_dir} ..."
+    return f"python infer_svd.py --model_dir {options.pretrained_model_name} --lora {options.output_dir}/lora ..."
 
 
 def choose_sides(options, known):

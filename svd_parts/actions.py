@@ -83,18 +83,20 @@ def scale_actions(actions, described):
     return torch.from_numpy(((actions - (low + high) / 2) / half).astype(np.float32))
 
 
-def prepare_actions(clips, held_out, before=None):
-    """Fills `clip["scaled_actions"]` of all clips. Returns what the numbers mean, as `describe_actions` does.
+def prepare_actions(condition_on, clips, held_out, settings):
+    """Fills `clip["scaled_actions"]` of all clips. Returns {"actions": what they mean}, or {}.
 
-    before: what the run being resumed had; where clips have gone since, its scale stays.
+    settings: of the run that is resumed. Where clips have gone since, its scale stays.
     """
+    if not condition_on:
+        return {}
     add_actions_of_clips([*clips, *held_out])
-    described = describe_actions(clips)
+    described, before = describe_actions(clips), settings.get("actions")
     if before and [before["count"], before["names"]] == [described["count"], described["names"]]:
         described = before
     for clip in [*clips, *held_out]:
         clip["scaled_actions"] = scale_actions(clip["actions"], described)
-    return described
+    return {"actions": described}
 
 
 def column_names(described):
