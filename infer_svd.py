@@ -28,11 +28,10 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from tqdm.auto import tqdm
 
 import svd_common as common
 from svd_parts.clip_set import CARRIED, OPTIONS, PIPELINE_OPTIONS, ClipSet, SingleClip, clip_settings, is_file
-from svd_parts.console import Parser, number, run_script
+from svd_parts.console import Parser, number, progress_bar, run_script
 from svd_parts.dataset import find_folders, list_clips, read_metadata
 from svd_parts.files import UserError, file_digest, natural_key, parse_shard, same_name
 from svd_parts.formats import FORMATS
@@ -44,7 +43,9 @@ from svd_parts.shortcuts import avoid_conv3d, move_to_device, wrap_unet
 from svd_parts.weights import check_sizes, latent_factor, read_config, resolve_config, size_multiple
 
 Image.MAX_IMAGE_PIXELS = None  # a panorama is no attack
-IMAGE_SUFFIXES = (*common.IMAGE_SUFFIXES, ".tif", ".tiff")
+OTHER_SUFFIXES = (".tif", ".tiff", ".jfif", ".avif", ".jp2", ".ppm", ".pgm", ".tga")  # PIL opens these, too
+IMAGE_SUFFIXES = tuple(dict.fromkeys((*common.IMAGE_SUFFIXES, *OTHER_SUFFIXES)))
+VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".avi", ".webm", ".m4v", ".mpg", ".mpeg", ".ts", ".wmv", ".flv")
 
 
 # The command line, resolved: no size and no conditioning is None any more. It never changes: a smaller memory mode is
@@ -80,18 +81,10 @@ def build_parser():
     add("--height", type=pixels, help="pixels (default: what the model was trained at, or 576)")
     add("--num_frames", type=number(int, 2), help="frames to make (default: what the model was trained at)")
     add("--fps", type=number(float, 1, 240), help="frames a second (default: the training data's, or 7)")
-    add(
-        "--motion_bucket_id",
-        type=number(int, 0, 255),
-        nargs="+",
-        help="0..255, a clip each (default: training's, or 127)",
-    )
-    add(
-        "--noise_aug_strength",
-        type=number(float, 0, 10),
-        default=0.02,
-        help="noise on the image, more moves more (default 0.02)",
-    )
+    buckets = "how much moves, 0..255; several make a clip each (default: the training data's, or 127)"
+    add("--motion_bucket_id", type=number(int, 0, 255), nargs="+", help=buckets)
+    noise = "noise added to the image: more lets more move and keeps less of the image (default 0.02)"
+    add("--noise_aug_strength", type=number(float, 0, 10), default=0.02, help=noise)
     add("--num_inference_steps", type=number(int, 1, 1000), default=25, help="denoising steps (default 25)")
     add("--min_guidance_scale", type=guidance, default=1.0, help="guidance at the first frame (default 1.0)")
     add("--max_guidance_scale", type=guidance, default=3.0, help="guidance at the last frame (default 3.0)")
@@ -127,7 +120,7 @@ def parse_args(argv=None):
         if args.output_format not in (None, suffix[1:]) or many:
             parser.error(f"--output_video {output}: a file for one clip alone; give a folder for what you ask")
         args.output_format = suffix[1:]
-    elif suffix in (*IMAGE_SUFFIXES, ".avi", ".mov", ".mkv", ".webm", ".m4v") and not output.is_dir():
+    elif suffix in (*IMAGE_SUFFIXES, *VIDEO_SUFFIXES) and not output.is_dir():
         parser.error(f"--output_video must end in .mp4, .gif or .webp, or be a folder's name, got {output}")
     args.output_format = args.output_format or "mp4"
     if not args.lora and args.lora_scale is not None:
@@ -189,13 +182,26 @@ def resolve(args, base, trained):
             print(f"warning: --motion_bucket_id {value}: the model was fine-tuned on clips of {low:g} to {high:g}")
     if "median_fps" in trained and not fps / 2 <= settings["fps"] <= fps * 2:
         print(f"warning: --fps {args.fps:g}: the model was fine-tuned on clips of about {fps:g} frames a second")
+    if settings["fps"] > (most := FORMATS[args.output_format].most_fps):
+        left_out = f"at most {most} fps: frames are left out, the length stays; webp and mp4 keep all frames"
+        print(f"warning: browsers play a {args.output_format} of {left_out}")
     return Settings(**{**vars(args), **settings})
+
+
+def is_image(path):
+    return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
 
 
 def images_in(folder):
     """The images directly in a folder, without hidden ones."""
-    files = (p for p in folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith("."))
-    return [file for file in files if not file.is_dir()]
+    return [path for path in folder.iterdir() if is_image(path) and not path.is_dir()]
+
+
+def say_left_out(files):
+    """Prints once which kinds of files are not taken for images, and how many of each."""
+    kinds = Counter(file.suffix.lower() or "without a suffix" for file in files if not file.name.startswith("."))
+    if kinds:
+        print("left out, for they are no images: " + ", ".join(f"{n} {kind}" for kind, n in sorted(kinds.items())))
 
 
 def has_clips(folder):
@@ -210,11 +216,16 @@ def find_images(given):
         files, root = images_in(path), path
         if has_clips(path):
             return {clip["directory"]: clip["frames"][0] for clip in list_clips(path)}
+        say_left_out(file for file in path.iterdir() if not is_image(file) and file.is_file())
     elif glob.has_magic(given) and not path.exists():
         root, files = expand_pattern(path)
-        files = [file for file in files if file.suffix.lower() in IMAGE_SUFFIXES]
+        say_left_out(file for file in files if not is_image(file))
+        files = [file for file in files if is_image(file)]
         if not files:
             raise UserError(f"--input_image {given}: no image matches")
+    elif path.suffix.lower() in VIDEO_SUFFIXES and path.exists():
+        cure = f"prepare_dataset.py --video_dir {path.parent} --include {path.name} gives its frames"
+        raise UserError(f"--input_image {given} is a video; {cure}, or: ffmpeg -i {path.name} -frames:v 1 first.png")
     else:
         return {path.stem: path}
     files.sort(key=lambda file: natural_key(file))
@@ -430,7 +441,7 @@ def make_all(sets, settings, failed):
     if device == "cuda" and todo:
         settings = fit_memory(settings, sets[0].model.base)
     steps = todo * settings.num_inference_steps * settings.num_segments
-    with tqdm(total=steps, desc="generating", unit="step") as progress:
+    with progress_bar("generating", "step", steps) as progress:
         for clips in sets:
             gc.collect()
             torch.cuda.empty_cache()  # the model before has cycles, by which it would stay beside this one

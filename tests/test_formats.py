@@ -28,3 +28,11 @@ def test_a_new_format_is_one_entry(monkeypatch, tmp_path):
     monkeypatch.setitem(formats.FORMATS, "numpy", new)
     command = ["--model_dir", "m", "--input_image", "i", "--output_video", str(tmp_path / "set")]
     assert infer_svd.parse_args([*command, "--output_format", "numpy"]).output_format == "numpy"
+
+
+@pytest.mark.parametrize("fps, count", [(60, 11), (120, 5), (50, 14), (7, 14)])
+def test_no_frame_of_a_gif_is_shorter_than_browsers_play(fps, count, tmp_path):
+    formats.FORMATS["gif"].write(tmp_path / "a.gif", moving_square(14), fps)
+    with Image.open(tmp_path / "a.gif") as image:
+        lengths = [image.seek(index) or image.info["duration"] for index in range(image.n_frames)]
+    assert len(lengths) == count and min(lengths) >= 20 and abs(sum(lengths) / 1000 - 14 / fps) < 0.02

@@ -521,6 +521,18 @@ def test_names_come_from_the_path_so_that_nothing_collides(tmp_path, dataset):
     }
 
 
+def test_images_of_other_formats_are_read_and_what_is_no_image_is_counted(tmp_path, capsys):
+    picture = Image.fromarray(moving_square(1)[0])
+    for name, kind in (("a.png", "PNG"), ("b.jfif", "JPEG"), ("c.jp2", "JPEG2000"), ("d.TIF", "TIFF")):
+        picture.save(tmp_path / name, kind)
+    for name in ("x.txt", "y.txt", "z", ".hidden.txt"):
+        (tmp_path / name).write_text("no image")
+    assert set(infer_svd.find_images(str(tmp_path))) == {"a", "b", "c", "d"}
+    assert capsys.readouterr().out == "left out, for they are no images: 2 .txt, 1 without a suffix\n"
+    assert set(infer_svd.find_images(str(tmp_path / "?.*"))) == {"a", "b", "c", "d"}
+    assert "2 .txt" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("output_format", ["gif", "webp"])
 def test_gif_and_webp_play_at_the_true_rate(output_format, picture, tmp_path, capsys):
     target = tmp_path / f"clip.{output_format}"
@@ -765,6 +777,10 @@ def test_combinations_that_cannot_work_are_refused_before_the_model_is_loaded(
     assert "cannot be compared" in refused("--reference", dataset, "--output_format", "gif")
     assert "no image matches" in refused(image=tmp_path / "*.png")
     assert "no readable image" in refused(image=images / "*.jpg")
+    common.write_video(tmp_path / "clip.mp4", moving_square(4), 7)
+    assert "is a video; prepare_dataset.py --video_dir" in refused(image=tmp_path / "clip.mp4")
+    assert "SVD takes no text" in refused("--prompt", "a robot arm")
+    assert "with spaces between them" in refused("--motion_bucket_id", "60,120,180")
     (tmp_path / "empty").mkdir()
     assert "no folder of frames" in refused(image=tmp_path / "empty")
     assert "--num_segments must be" in refused("--num_segments", 0)
