@@ -33,7 +33,7 @@ import svd_common as common
 from svd_parts.clip_set import CARRIED, OPTIONS, PIPELINE_OPTIONS, ClipSet, SingleClip, clip_settings, is_file
 from svd_parts.console import Parser, number, progress_bar, run_script
 from svd_parts.dataset import find_folders, list_clips, read_metadata
-from svd_parts.files import UserError, file_digest, natural_key, parse_shard, same_name
+from svd_parts.files import UserError, count_kinds, file_digest, natural_key, parse_shard, same_name
 from svd_parts.formats import FORMATS
 from svd_parts.judging import judge, report_drift
 from svd_parts.lora import add_adapter, check_adapters
@@ -42,9 +42,6 @@ from svd_parts.metrics import sharpness
 from svd_parts.shortcuts import avoid_conv3d, move_to_device, wrap_unet
 from svd_parts.weights import check_sizes, latent_factor, read_config, resolve_config, size_multiple
 
-Image.MAX_IMAGE_PIXELS = None  # a panorama is no attack
-OTHER_SUFFIXES = (".tif", ".tiff", ".jfif", ".avif", ".jp2", ".ppm", ".pgm", ".tga")  # PIL opens these, too
-IMAGE_SUFFIXES = tuple(dict.fromkeys((*common.IMAGE_SUFFIXES, *OTHER_SUFFIXES)))
 VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".avi", ".webm", ".m4v", ".mpg", ".mpeg", ".ts", ".wmv", ".flv")
 
 
@@ -120,7 +117,7 @@ def parse_args(argv=None):
         if args.output_format not in (None, suffix[1:]) or many:
             parser.error(f"--output_video {output}: a file for one clip alone; give a folder for what you ask")
         args.output_format = suffix[1:]
-    elif suffix in (*IMAGE_SUFFIXES, *VIDEO_SUFFIXES) and not output.is_dir():
+    elif suffix in (*common.IMAGE_SUFFIXES, *VIDEO_SUFFIXES) and not output.is_dir():
         parser.error(f"--output_video must end in .mp4, .gif or .webp, or be a folder's name, got {output}")
     args.output_format = args.output_format or "mp4"
     if not args.lora and args.lora_scale is not None:
@@ -189,7 +186,7 @@ def resolve(args, base, trained):
 
 
 def is_image(path):
-    return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
+    return path.suffix.lower() in common.IMAGE_SUFFIXES and not path.name.startswith(".")
 
 
 def images_in(folder):
@@ -199,9 +196,8 @@ def images_in(folder):
 
 def say_left_out(files):
     """Prints once which kinds of files are not taken for images, and how many of each."""
-    kinds = Counter(file.suffix.lower() or "without a suffix" for file in files if not file.name.startswith("."))
-    if kinds:
-        print("left out, for they are no images: " + ", ".join(f"{n} {kind}" for kind, n in sorted(kinds.items())))
+    if names := [file.name for file in files if not file.name.startswith(".")]:
+        print(f"left out, for they are no images: {count_kinds(names)}")
 
 
 def has_clips(folder):

@@ -51,6 +51,7 @@ from svd_parts.files import (
     natural_key,
     parse_shard,
     read_patterns,
+    tidy,
     write_file,
 )
 from svd_parts.lerobot import LEROBOT_V2, LEROBOT_V3, lerobot_fields, read_episodes, read_lerobot
@@ -569,10 +570,7 @@ def main(argv=None):
     with lock_shard(state, args.shard, busy):
         if not args.shard.name:  # alone here: what a killed run left half written goes
             ours = output.glob(".metadata.jsonl.*.part"), output.glob(".preview.jpg.*.part"), state.glob(".*.part")
-            for left in itertools.chain(*ours):
-                left.unlink()
-            for left in filter(Path.is_dir, state.iterdir()):
-                shutil.rmtree(left)
+            tidy([*itertools.chain(*ours), *filter(Path.is_dir, state.iterdir())])
         read_clip_lines(output)  # refused now, not after hours of work
         old = read_records(state)
         other = next((r["options"] for r in old.values() if r["options"] != clip_options(args)), None)

@@ -39,7 +39,8 @@ from svd_parts.weights import (
 if not hasattr(cv2, "IMWRITE_PNG_ZLIBBUFFER_SIZE"):
     sys.exit(f"error: OpenCV {cv2.__version__} is older than 4.13: pip install -U opencv-python (of its packages, one)")
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+IMAGE_SUFFIXES = tuple(".png .jpg .jpeg .jpe .jfif .webp .bmp .avif .jp2 .j2k .tif .tiff .ppm .pgm .pnm .tga".split())
+MOST_PIXELS = 1 << 29  # 23,170 x 23,170: a larger image is refused by its header
 PNG_OPTIONS = [cv2.IMWRITE_PNG_COMPRESSION, 1, cv2.IMWRITE_PNG_STRATEGY, cv2.IMWRITE_PNG_STRATEGY_RLE]
 PNG_OPTIONS += [cv2.IMWRITE_PNG_FILTER, cv2.IMWRITE_PNG_FILTER_UP]  # the fastest lossless settings measured
 PNG_OPTIONS += [cv2.IMWRITE_PNG_ZLIBBUFFER_SIZE, 1 << 16]
@@ -53,7 +54,9 @@ def is_plain(data):
     if data[:8] == b"\x89PNG\r\n\x1a\n" and data[24:26] == b"\x08\x02":
         at = 8
         while at < len(data):  # a chunk: size, kind, content, checksum
-            if re.match(rb"eXIf|tRNS|acTL|[tzi][ET]Xt(Raw|XML)", data[at + 4 : at + 11]):  # the texts hold EXIF, XMP
+            if re.match(
+                rb"eXIf|tRNS|acTL|iCCP|[tzi][ET]Xt(Raw|XML)", data[at + 4 : at + 11]
+            ):  # the texts hold EXIF, XMP
                 return False
             at += int.from_bytes(data[at : at + 4], "big") + 12
         return True
@@ -61,35 +64,60 @@ def is_plain(data):
         return False
     header, picture, _ = data.partition(b"\xff\xda")
     is_rgb = re.search(rb"\xff[\xc0-\xc2]\0\x11\x08.{4}\x03", header, re.DOTALL)
-    is_special = re.search(rb"\xff[\xe1\xee]", header)  # EXIF or XMP, which may turn it; Adobe's colour spaces
+    is_special = re.search(rb"\xff[\xe1\xe2\xee]", header)  # EXIF or XMP, which may turn it; ICC; Adobe's spaces
     return bool(picture and is_rgb and not is_special)
 
 
-def read_image(path):
-    """Reads any still image as people see it: EXIF rotation applied, alpha over white, grey and CMYK to RGB.
+def to_srgb(image):
+    """A PIL image with an ICC profile (Adobe RGB, Display P3, ...) in sRGB; as it is where the profile is none."""
+    from PIL import ImageCms
 
-    Returns (H, W, 3) uint8 RGB. Raises `UserError` for a file that is no readable image.
+    profile = image.info.get("icc_profile")
+    if not profile or image.mode not in ("RGB", "RGBA", "CMYK", "L", "LA"):
+        return image
+    alpha = image.getchannel("A") if "A" in image.getbands() else None
+    mode = {"RGBA": "RGB", "LA": "L"}.get(image.mode, image.mode)
+    try:
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        image = ImageCms.profileToProfile(image.convert(mode), source, ImageCms.createProfile("sRGB"), outputMode="RGB")
+    except (ImageCms.PyCMSError, OSError, ValueError):  # a damaged profile, or one of other channels: as viewers do
+        return image
+    if alpha is not None:
+        image.putalpha(alpha)
+    return image
+
+
+def read_image(path):
+    """Reads any still image as people see it: EXIF rotation applied, ICC profile to sRGB, alpha over white, to RGB.
+
+    Returns (H, W, 3) uint8 RGB. Raises `UserError` for a file that is no readable image, or too large a one.
     """
     from PIL import Image, ImageOps
 
     try:
         with open(path, "rb") as file:
             data = file.read()
+        Image.MAX_IMAGE_PIXELS = None  # a panorama is no attack, and what is one is refused here
+        opened = Image.open(io.BytesIO(data))  # reads the header alone
+        if opened.width * opened.height > MOST_PIXELS:
+            raise UserError(f"{path}: {opened.width}x{opened.height} pixels are too many; make the image smaller")
         frame = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED) if is_plain(data) else None
         if frame is not None:
             return cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)
-        with Image.open(io.BytesIO(data)) as opened:
-            image = ImageOps.exif_transpose(opened)
+        with opened:
+            image = to_srgb(ImageOps.exif_transpose(opened))
             if image.mode.startswith("I;16") or image.mode == "I":  # 16-bit grey: PIL would clip, not scale
                 image = Image.fromarray((np.asarray(image, np.float64) / 257).clip(0, 255).astype(np.uint8))
             if "A" in image.getbands() or "transparency" in image.info:
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
             return np.array(image.convert("RGB"))
+    except UserError:
+        raise
     except FileNotFoundError:
         raise UserError(f"{path}: no such image file") from None
     except Exception as error:  # of a damaged file PIL raises errors of many kinds
-        reason = getattr(error, "strerror", None) or re.sub(" <.*>", "", str(error))
+        reason = getattr(error, "strerror", None) or re.sub(" <.*>", "", str(error)) or type(error).__name__
         raise UserError(f"{path}: not a readable image ({reason})") from None
 
 

@@ -22,7 +22,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from svd_parts.checkpoints import checkpoints_of
-from svd_parts.console import Parser, number, run_script
+from svd_parts.console import Parser, check_launcher, number, run_script
 from svd_parts.dataset import DEFAULT_BUCKET, DEFAULT_FPS
 from svd_parts.files import UserError, frozen, lock_file, pattern_names, printable, read_patterns, tidy
 from svd_parts.metrics import METRICS
@@ -117,6 +117,7 @@ def parse_args(argv=None):
     """
     parser = build_parser()
     args = parser.parse_args(argv)
+    check_launcher()
     for name, is_right, wanted in (
         ("fps", 0 < args.fps <= 240, "over 0 and at most 240"),
         ("motion_bucket_id", args.motion_bucket_id <= 255, "0..255"),

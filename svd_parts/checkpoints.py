@@ -121,10 +121,11 @@ def put_aside_newer(options, folder, step):
 # Settings that may differ between a checkpoint and its resumption: they do not change the result.
 MAY_DIFFER_ON_RESUME = frozenset(
     """output_dir dataset_dir pretrained_model_name resume_from_checkpoint checkpointing_steps
-checkpoints_total_limit cache_latents cache_dir dataloader_num_workers logging_steps report_to compile dry_run exclude
+checkpoints_total_limit save_merged cache_latents cache_dir dataloader_num_workers logging_steps report_to compile
+dry_run exclude
 gradient_checkpointing gradient_accumulation_steps train_batch_size max_train_steps push_to_hub
 base_model_name versions step num_clips median_fps median_motion_bucket_id motion_bucket_id_range validation_dir
-validation_steps validation_metric trained_on held_out save_merged""".split()
+validation_steps validation_metric trained_on held_out""".split()
 )
 
 

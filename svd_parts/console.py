@@ -76,6 +76,18 @@ def run_script(main):
     sys.exit(status)
 
 
+def check_launcher():
+    """Refuses variables of a launcher that is not there, which accelerate would take for several processes."""
+    sizes = "WORLD_SIZE PMI_SIZE OMPI_COMM_WORLD_SIZE MV2_COMM_WORLD_SIZE".split()
+    for name in (name for name in sizes if os.environ.get(name, "1") != "1"):
+        missing = [other for other in ("MASTER_ADDR", "MASTER_PORT") if other not in os.environ]
+        if missing or not os.environ[name].isdecimal():
+            what = (
+                f"{name}={os.environ[name]} is set in the environment, but {' and '.join(missing) or 'no number'} not"
+            )
+            raise UserError(f"{what}: unset {name}, or start several processes by `accelerate launch`")
+
+
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are one line that names --help, and the nearest option for one that is unknown.
 

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 
 import svd_common as common
-from svd_parts.files import UserError, natural_key, read_lines, same_name
+from svd_parts.files import UserError, count_kinds, inside, natural_key, read_lines, same_name
 
 
 def sort_frames(names, folder):
@@ -90,7 +90,7 @@ def read_metadata(dataset_dir):
             value = record.get(field, low)
             if not isinstance(value, types) or isinstance(value, bool) or not low <= value <= high:
                 raise UserError(f"{where}: {field} is {json.dumps(value)[:60]}; it must be {wanted}")
-        directory = record["directory"]
+        directory = inside(record["directory"], where)
         if "\\" in directory and not (root / directory).is_dir():  # written on Windows
             directory = directory.replace("\\", "/")
         records[same_name(PurePosixPath(directory).as_posix())] = record
@@ -154,7 +154,7 @@ def list_clips(dataset_dir):
     root = Path(dataset_dir)
     if not root.is_dir():
         raise UserError(f"--dataset_dir {root}: no such folder; make it with prepare_dataset.py")
-    metadata, clips, wrong = read_metadata(root), [], []
+    metadata, clips, wrong, others = read_metadata(root), [], [], []
     found, left_out = find_folders(root)
     warnings = [f"{path}: {why}; left out" for path, why in left_out.items()]
     for directory in sorted(found, key=lambda name: ([natural_key(part) for part in name.split("/")], name)):
@@ -167,11 +167,14 @@ def list_clips(dataset_dir):
         if gap:
             warnings.append(f"{root / directory}: {gap[1]} follows {gap[0]}; the clip jumps where frames are missing")
         if names:
+            others += set(found[directory]) - set(names)
             known, frames = metadata.get(same_name(directory), {}), [root / directory / name for name in names]
             clips.append({**known, "directory": directory, "frames": frames, "root": root})
     if wrong:
         raise UserError(wrong[0] + (f" (and {len(wrong) - 1} more such folders)" if len(wrong) > 1 else ""))
     warnings[5:] = [f"and {len(warnings) - 5} more like these"] if len(warnings) > 5 else []
+    if others:
+        warnings.append(f"left out beside the frames, as they are no images: {count_kinds(others)}")
     for text in warnings:
         print(f"warning: {text}", file=sys.stderr)
     if not clips:

@@ -9,7 +9,7 @@ import re
 import shutil
 import sys
 import unicodedata
-from collections import namedtuple
+from collections import Counter, namedtuple
 from pathlib import Path
 from typing import NamedTuple
 
@@ -106,6 +106,17 @@ def write_file(path, data):
     """Writes bytes or text: the file is whole or as it was."""
     with replacing(path) as aside:
         aside.write_bytes(data.encode() if isinstance(data, str) else data)
+
+
+def inside(name, where):
+    """A path that was read out of the file `where`, which must stay in that file's folder: relative and plain.
+
+    Returns the name. Raises `UserError` for any other, so that nothing read from a file leads outside its folder.
+    """
+    parts = re.split(r"[\\/]", name) if isinstance(name, str) else [".."]
+    if not name or ".." in parts or parts[0] == "" or re.match(r"[A-Za-z]:", parts[0]) or "\0" in name:
+        raise UserError(f"{where} names {json.dumps(name)[:80]}, which is not inside its folder; repair or delete it")
+    return name
 
 
 def write_json(path, value):
@@ -279,3 +290,9 @@ def is_of_kind(found, kinds):
     return not any(
         isinstance(item, (int, float)) for name, kind in kinds.items() if kind is list for item in found[name]
     )
+
+
+def count_kinds(names):
+    """Names of files by their suffix, the most first: `12 .json, 3 .zip, 1 without a suffix`."""
+    counts = Counter(os.path.splitext(name)[1].lower() or "without a suffix" for name in names)
+    return ", ".join(f"{count} {kind}" for kind, count in counts.most_common())

@@ -72,20 +72,26 @@ def card_data(settings, base, relation):
         datasets=[datasets] if datasets else None)  # fmt: skip
 
 
+NOT_UPLOADED = ["checkpoint-*", "damaged-*", "earlier-*", "best/*", ".*"]
+
+
 def push_to_hub(options):
-    """Uploads the result, without checkpoints, to a repository of the hub, a private one where it is new."""
-    skip, name, output = (
-        ["checkpoint-*", "damaged-*", "earlier-*", "best/*", ".*"],
-        options.push_to_hub,
-        options.output_dir,
-    )
+    """Uploads the result, without checkpoints, to a repository of the hub, a private one where it is new.
+
+    A LoRA alone goes to the repository's top, where peft looks for it.
+    """
+    name, output = options.push_to_hub, Path(options.output_dir)
+    folder = output if options.save_merged else output / "lora"
     try:
         api = huggingface_hub.HfApi()
         api.create_repo(name, private=True, exist_ok=True)
-        api.upload_folder(repo_id=name, folder_path=output, ignore_patterns=list(skip))
+        api.upload_folder(repo_id=name, folder_path=str(folder), ignore_patterns=list(NOT_UPLOADED))
+        if folder != output and (output / "validation").is_dir():  # which the card links to
+            api.upload_folder(repo_id=name, folder_path=str(output / "validation"), path_in_repo="validation")
     except Exception as error:  # the network's, the hub's and the token's are of many kinds
         why = (str(error).strip().splitlines() or [type(error).__name__])[0]
         between = " " if huggingface_hub.__version__.startswith("0.") else " --exclude "
-        later = f"hf upload {name} {shlex.quote(output)} . --private --exclude " + between.join(map(shlex.quote, skip))
+        skip = between.join(map(shlex.quote, NOT_UPLOADED))
+        later = f"hf upload {name} {shlex.quote(str(folder))} . --private --exclude {skip}"
         raise UserError(f"--push_to_hub {name}: {why}; the result is in {output}; to push it later: {later}") from error
     print(f"pushed to {name}")

@@ -1,12 +1,20 @@
 """LoRA adapters: adds them to a UNet, saves, reads and merges them."""
 
-import json
 import math
 import re
 from pathlib import Path
 
-from svd_parts.files import UserError, read_json, write_file
-from svd_parts.weights import SETTINGS, read_settings, safetensors_header, weight_files, write_tensors
+from svd_parts.files import UserError, listed, read_json, write_json
+from svd_parts.weights import (
+    SETTINGS,
+    SVD_NAMES,
+    hub_errors,
+    read_settings,
+    safetensors_header,
+    weight_files,
+    weights_fingerprint,
+    write_tensors,
+)
 
 
 def add_adapters(unet, options, generator):
@@ -56,7 +64,7 @@ def save_adapter(folder, state, weights):
     names = {name: "base_model.model." + name.replace(".default", "") for name in weights}
     tensors = {names[name]: tensor.detach().cpu() for name, tensor in weights.items()}
     write_tensors(folder / "adapter_model.safetensors", tensors, {"format": "pt"})
-    write_file(folder / SETTINGS, json.dumps({**settings, "step": state.steps}, indent=1))
+    write_json(folder / SETTINGS, without_paths({**settings, "step": state.steps}))
 
 
 def load_trained_weights(weights, trained, settings):
@@ -96,20 +104,64 @@ def lora_scale(config):
     return config["lora_alpha"] / (rank**0.5 if config.get("use_rslora") else rank)
 
 
+# What of peft's adapter_config.json is understood, or changes nothing; whatever else is set there is another method.
+UNDERSTOOD = frozenset(
+    """peft_type task_type auto_mapping peft_version base_model_name_or_path revision inference_mode r target_modules
+exclude_modules lora_alpha lora_dropout use_rslora layers_to_transform layers_pattern megatron_core
+qalora_group_size""".split()
+)
+PLAIN_STARTS = (None, True, False, "gaussian", "orthogonal", "eva")  # other ways to begin also change the base
+
+
 def read_lora(folder):
     """(adapter_config.json, the header of its weights) of a plain LoRA; raises `UserError` for any other folder."""
     config, file = folder / "adapter_config.json", folder / "adapter_model.safetensors"
     if not config.is_file():
         raise UserError(f"--lora {folder}: no {config.name} in it; give OUTPUT_DIR/lora of a training run")
     config, tensors = read_json(config), safetensors_header(file)
-    special = [n for n in ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save") if config.get(n)]
-    special += [f"peft_type {config.get('peft_type')}"] * (config.get("peft_type") != "LORA")
-    special += [f"bias {config.get('bias')}"] * (config.get("bias", "none") != "none")
+    special = [f"peft_type {config.get('peft_type')}"] * (config.get("peft_type") != "LORA")
+    plain = {"init_lora_weights": PLAIN_STARTS, "bias": (None, "none")}
+    for name, value in config.items():
+        if name not in UNDERSTOOD and (value not in plain[name] if name in plain else value):
+            special.append(name + (f" {value}" if isinstance(value, (str, int)) and value is not True else ""))
     numbers = (config.get(name) for name in ("r", "lora_alpha"))
     special += ["no r and lora_alpha"] * (not all(isinstance(n, (int, float)) and n > 0 for n in numbers))
     if special:
-        raise UserError(f"--lora {folder}: not a plain LoRA ({', '.join(special)}); peft itself can merge it")
+        cure = "merge it by peft itself, or convert it to a plain LoRA (path_initial_model_for_weight_conversion)"
+        raise UserError(f"--lora {folder}: not a plain LoRA ({', '.join(special)}); {cure}")
+    others = sorted(name for name in tensors if not re.search(r"\.lora_[AB]\.weight$", name))
+    if others or not tensors:
+        what = f"{listed(others)} in {file.name} is not of a plain LoRA" if others else f"{file.name} is empty"
+        raise UserError(f"--lora {folder}: {what}; merge it by peft itself")
     return config, tensors
+
+
+def find_lora(name):
+    """The folder of a LoRA: `name` itself, `name`/lora of a training's output, or what the hub has under this name."""
+    folder = Path(name)
+    if not folder.exists() and len(folder.parts) == 2 and not str(name).startswith((".", "~", "/")):
+        from huggingface_hub import snapshot_download
+
+        with hub_errors(name):
+            wanted = ["adapter_*", SETTINGS, "lora/adapter_*", f"lora/{SETTINGS}"]
+            folder = Path(snapshot_download(str(name), allow_patterns=wanted))
+    nested = folder / "lora" / "adapter_config.json"
+    return nested.parent if nested.is_file() and not (folder / "adapter_config.json").is_file() else folder
+
+
+def check_shapes(folder, config, tensors, shapes, base):
+    """Raises `UserError` where the matrices of a LoRA are not pairs of its rank, or not for layers of this base."""
+    for layer in sorted({name.rsplit(".lora_", 1)[0] for name in tensors}):
+        down, up = (tensors.get(f"{layer}.lora_{side}.weight", {}).get("shape", []) for side in "AB")
+        if len(down) > 2 and len(up) > 2:
+            raise UserError(
+                f"--lora {folder}: adapts a convolution ({layer}), not only linear layers; merge it by peft"
+            )
+        if len(down) != 2 or len(up) != 2 or down[0] != config["r"] or up[1] != config["r"]:
+            raise UserError(f"--lora {folder}: damaged, {layer} has no two matrices of rank {config['r']}")
+        name = layer.removeprefix("base_model.model.") + ".weight"
+        if shapes and shapes.get(name) != [up[0], down[1]]:
+            raise UserError(f"--lora {folder}: for another model: {base} has no {name} of its size")
 
 
 def check_adapters(model, options):
@@ -120,20 +172,35 @@ def check_adapters(model, options):
     shapes, settings, adapters = {}, model.settings, []
     for file in weight_files(model.base, "unet") if options.lora and not options.dry_run else ():
         shapes |= {name: tensor["shape"] for name, tensor in safetensors_header(file).items()}
-    for folder in map(Path, options.lora):
+    for folder in map(find_lora, options.lora):
         config, tensors = read_lora(folder)
-        layers = sorted({name.rsplit(".lora_", 1)[0] for name in tensors})
-        for layer in layers or [""]:
-            down, up = (tensors.get(f"{layer}.lora_{side}.weight", {}).get("shape", []) for side in "AB")
-            if len(down) != 2 or len(up) != 2 or down[0] != config["r"] or up[1] != config["r"]:
-                raise UserError(f"--lora {folder}: damaged, {layer} has no two matrices of rank {config['r']}")
-            name = layer.removeprefix("base_model.model.") + ".weight"
-            if shapes and shapes.get(name) != [up[0], down[1]]:
-                raise UserError(f"--lora {folder}: for another model: {model.base} has no {name} of its size")
+        check_shapes(folder, config, tensors, shapes, model.base)
         adapters.append((folder / "adapter_model.safetensors", options.lora_scale * lora_scale(config)))
+        known, here = config.get("base_model_name_or_path"), model.settings.get("base_model_name") or model.name
         if (folder / SETTINGS).is_file():
             found = read_settings(folder / SETTINGS, "delete it, or copy the folder again")
-            if {**found, "step": None} == {**model.settings, "step": None}:  # a result's or a checkpoint's
+            if without_paths({**found, "step": 0}) == without_paths({**model.settings, "step": 0}):  # a result's
                 raise UserError(f"--lora {folder} is merged into --model_dir {model.name} already; leave it out")
+            if shapes and found["base_fingerprint"] not in fingerprints_of(model):
+                print(f"warning: --lora {folder} was trained on another base than {model.name} ({known or 'unnamed'})")
             settings = settings or found
+        elif known and known in SVD_NAMES and str(here) in SVD_NAMES and known != here:
+            print(f"warning: --lora {folder} was trained on {known}, not on {here}")
     return model._replace(adapters=adapters, settings=settings)
+
+
+def fingerprints_of(model):
+    """Of the base that a model was trained from, and of the model itself."""
+    return {model.settings.get("base_fingerprint"), weights_fingerprint(model.base, "unet")}
+
+
+def without_paths(settings):
+    """The settings of a run as others may read them: a folder of this machine is named by its last part alone."""
+    folders = "dataset_dir output_dir validation_dir cache_dir pretrained_model_name resume_from_checkpoint".split()
+    public = dict(settings)
+    for name in folders:
+        value = public.get(name)
+        if isinstance(value, str) and (Path(value).is_absolute() or Path(value).exists()):
+            public[name] = Path(value).name or Path(value).resolve().name
+    public["exclude"] = [Path(name).name if Path(name).is_absolute() else name for name in public.get("exclude", [])]
+    return public

@@ -5,7 +5,17 @@ import os
 import shutil
 from pathlib import Path
 
-from svd_parts.files import UserError, is_of_kind, natural_key, read_json, read_lines, tidy, write_file, write_json
+from svd_parts.files import (
+    UserError,
+    inside,
+    is_of_kind,
+    natural_key,
+    read_json,
+    read_lines,
+    tidy,
+    write_file,
+    write_json,
+)
 from svd_parts.lerobot_writer import DEFAULT_CAMERA, EPISODES_A_FOLDER, LEROBOT_FILE, write_lerobot
 from svd_parts.page import page_entry, write_clips_page
 
@@ -16,10 +26,10 @@ LEROBOT_FIELDS = {"stats": dict, "task": str, "height": int, "width": int, "fps"
 def record_name(where, record):
     """The clip's name in a record as `ClipSet` writes it; raises `UserError` for any other object."""
     name = record.get("directory", record.get("file_name"))
-    inside = isinstance(name, str) and name and not Path(name).is_absolute() and ".." not in Path(name).parts
+    name = inside(name, where)
     kinds = {key: kind for key, kind in (("requested", dict), ("segments", list)) if key in record}
     kinds |= LEROBOT_FIELDS if record.get("output_format") == "lerobot" else {}
-    if not inside or not is_of_kind(record, kinds):
+    if not is_of_kind(record, kinds):
         raise UserError(f"{where}: {DAMAGED}")
     return name
 

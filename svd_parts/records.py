@@ -12,7 +12,7 @@ from pathlib import Path
 import svd_common as common
 from svd_parts.dataset import list_frames
 from svd_parts.ffmpeg import Failure
-from svd_parts.files import UserError, is_of_kind, natural_key, read_lines, write_file
+from svd_parts.files import UserError, inside, is_of_kind, natural_key, read_lines, write_file
 
 # What .prepare/*.json says of a video, and of each of its clips, by kind: who edits one may get it wrong.
 NUMBER = (int, float)
@@ -35,6 +35,8 @@ def read_records(state):
         with contextlib.suppress(ValueError, RecursionError, FileNotFoundError):
             record = json.loads(path.read_text(encoding="utf-8"))
             if is_of_kind(record, RECORD) and all(is_of_kind(clip, CLIP) for clip in record["clips"]):
+                for clip in record["clips"]:
+                    inside(clip["directory"], path)
                 record = {key: record[key] for key in RECORD}
                 records[record["source"]] = record
     return records

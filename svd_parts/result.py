@@ -9,9 +9,9 @@ from safetensors.torch import load_file
 
 from svd_parts.actions import FOLDER as ACTIONS
 from svd_parts.actions import save_encoder, split_actions
-from svd_parts.files import printable, write_file
+from svd_parts.files import printable, write_file, write_json
 from svd_parts.hub import card_data
-from svd_parts.lora import load_trained_weights, save_adapter
+from svd_parts.lora import load_trained_weights, save_adapter, without_paths
 from svd_parts.metrics import read_metrics
 from svd_parts.page import as_url
 from svd_parts.unet import trained_layers
@@ -60,7 +60,7 @@ def save_result(state, base):
         shutil.rmtree(output / part.name, ignore_errors=True)  # an earlier result of this same run, resumed to go on
         os.replace(part, output / part.name)
     aside.rmdir()
-    write_file(output / SETTINGS, json.dumps({**state.settings, "step": state.steps}, indent=1))
+    write_json(output / SETTINGS, without_paths({**state.settings, "step": state.steps}))
     write_file(output / "README.md", model_card(state, base, "finetune" if options.save_merged else "adapter"))
     if options.save_merged:
         write_file(output / "model_index.json", (base / "model_index.json").read_text())
@@ -82,6 +82,24 @@ def model_card(state, base, relation="finetune"):
     what = what.format(steps=state.steps, layers=trained_layers(state.options), **settings)
     text = f"---\n{card_data(settings, base, relation).to_yaml()}\n---\n"
     text += f"\n# Stable Video Diffusion, fine-tuned\n\n{what} All settings: {SETTINGS}.\n"
+    text += snippet(state, relation)
     if scores:
         text += f"\n| held-out clips | real beside generated |\n|---|---|\n{table}\n{samples}"
     return text
+
+
+def snippet(state, relation):
+    """How the result is loaded, for its card."""
+    options = state.options
+    name = options.push_to_hub or Path(options.output_dir).absolute().name
+    base = state.settings["base_model_name"] or "BASE_MODEL"
+    if relation == "adapter":
+        code = "import peft\nfrom diffusers import StableVideoDiffusionPipeline\n\n"
+        code += f'pipe = StableVideoDiffusionPipeline.from_pretrained("{base}")\n'
+        code += f'pipe.unet = peft.PeftModel.from_pretrained(pipe.unet, "{name}").merge_and_unload()\n'
+        command = f"python infer_svd.py --model_dir {base} --lora {name} ..."
+    else:
+        code = "from diffusers import StableVideoDiffusionPipeline\n\n"
+        code += f'pipe = StableVideoDiffusionPipeline.from_pretrained("{name}")\n'
+        command = f"python infer_svd.py --model_dir {name} ..."
+    return f"\n```python\n{code}```\n\nOr by the scripts that trained it: `{command}`\n"

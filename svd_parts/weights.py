@@ -8,7 +8,7 @@ import json
 import sys
 from pathlib import Path
 
-from svd_parts.files import UserError, natural_key, read_json, replacing
+from svd_parts.files import UserError, inside, natural_key, read_json, replacing
 
 PARTS = ("unet", "vae", "image_encoder", "scheduler", "feature_extractor")
 MODEL_PARTS = PARTS[:3]
@@ -182,7 +182,8 @@ def weight_files(folder, part):
         files = [folder / single] if (folder / single).exists() else []
         if index.exists():
             names = read_json(index, "download it again").get("weight_map")
-            files = [folder / name for name in sorted(set(map(str, names.values())))] if isinstance(names, dict) else []
+            names = sorted(set(map(str, names.values()))) if isinstance(names, dict) else []
+            files = [folder / inside(name, index) for name in names]
         for file in files:
             safetensors_header(file)
         if files:
