@@ -131,8 +131,9 @@ def read_lora(folder):
         raise UserError(f"--lora {folder}: not a plain LoRA ({', '.join(special)}); {cure}")
     others = sorted(name for name in tensors if not re.search(r"\.lora_[AB]\.weight$", name))
     if others or not tensors:
-        what = f"{listed(others)} in {file.name} is not of a plain LoRA" if others else f"{file.name} is empty"
-        raise UserError(f"--lora {folder}: {what}; merge it by peft itself")
+        empty = f"damaged, no two matrices of rank {config['r']} in it"
+        what = f"{listed(others)} in {file.name} is not of a plain LoRA; merge it by peft itself"
+        raise UserError(f"--lora {folder}: {what if others else empty}")
     return config, tensors
 
 
