@@ -33,9 +33,9 @@ import svd_common as common
 from svd_parts.clip_set import CARRIED, OPTIONS, PIPELINE_OPTIONS, ClipSet, SingleClip, clip_settings, is_file
 from svd_parts.console import Parser, number, progress_bar, run_script
 from svd_parts.dataset import find_folders, list_clips, read_metadata
-from svd_parts.files import UserError, count_kinds, file_digest, natural_key, parse_shard, same_name
+from svd_parts.files import UserError, count_kinds, file_digest, listed, natural_key, parse_shard, same_name
 from svd_parts.formats import FORMATS
-from svd_parts.judging import judge, report_drift
+from svd_parts.judging import find_trained_on, judge, report_drift
 from svd_parts.lora import add_adapter, check_adapters
 from svd_parts.memory import LOW_VRAM_CHUNK, fit_memory, is_out_of_memory, smaller_memory
 from svd_parts.metrics import sharpness
@@ -48,7 +48,8 @@ VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".avi", ".webm", ".m4v", ".mpg", ".mpe
 # The command line, resolved: no size and no conditioning is None any more. It never changes: a smaller memory mode is
 # another one (`smaller_memory`), with the reason as its `fallback`.
 SETTINGS = "model_dir base_model lora lora_scale input_image output_video output_format task shard".split()
-SETTINGS += [*OPTIONS, *"num_videos_per_image compare_with reference low_vram compile dry_run fallback".split()]
+SETTINGS += [*OPTIONS, *"num_videos_per_image compare_with reference held_out".split()]
+SETTINGS += "low_vram compile dry_run fallback".split()
 Settings = namedtuple("Settings", SETTINGS, defaults=[None])
 
 
@@ -93,6 +94,7 @@ def build_parser():
     add = parser.add_argument_group("judging (into a folder)").add_argument
     add("--compare_with", metavar="MODEL", help="make the same clips with this model too; writes them side by side")
     add("--reference", metavar="DIR", help="prepared dataset with the real clips of these images: metrics.json")
+    add("--held_out", action="store_true", help="of --reference, only the clips that no model was trained on")
 
     add = parser.add_argument_group("memory and speed").add_argument
     add("--decode_chunk_size", type=count, help="frames decoded at once (default: all; 4 with --low_vram)")
@@ -140,6 +142,8 @@ def parse_args(argv=None):
             inside, folder = output.resolve(), Path(given or "").resolve()
             if given and (folder == inside or (folder in inside.parents and has_clips(folder))):
                 parser.error(f"--output_video {output} lies in --{flag}, which would hold its clips too; give another")
+    if args.held_out and not args.reference:
+        parser.error("--held_out chooses among the clips of --reference: give that too")
     if args.reference and not Path(args.reference).is_dir():
         parser.error(f"--reference {args.reference}: no such folder")
     places = output.parents if is_file(output) else [output, *output.parents]
@@ -404,9 +408,29 @@ def make_clips(clips, settings, device, progress, failed):
     return settings
 
 
-def find_real_clips(settings, images):
-    """{image: its real clip} of --reference; each image's name must be a clip's."""
-    clips = {clip["directory"]: clip for clip in list_clips(settings.reference)}
+def choose_held_out(settings, images, clips, models):
+    """Says which real clips a model was trained on, and leaves them out with --held_out.
+
+    Returns the images, and the names of those among them whose real clips were trained on.
+    """
+    trained_on = find_trained_on(clips, settings.reference, [model.settings for model in models])
+    seen = [image["image"] for image in images if image["image"] in trained_on]
+    left = [image for image in images if image["image"] not in trained_on]
+    if settings.held_out:
+        if not left:
+            raise UserError(f"--held_out: all {len(images)} clips were trained on; give others, prepared by themselves")
+        if seen:
+            print(f"--held_out: {len(seen)} of {len(images)} clips left out, which were trained on ({listed(seen)})")
+        return left, []
+    if seen:
+        name = " or ".join(str(model.name) for model in models)
+        cure = f"--held_out scores the other {len(left)} alone" if left else "score clips that were held out"
+        print(f"warning: {len(seen)} of these {len(images)} clips were trained on by {name}; {cure}")
+    return images, seen
+
+
+def check_real_clips(settings, images, clips):
+    """Each image's name must be that of a real clip in `clips`, {name: clip}, whose frames can be read."""
     for name in sorted(image["image"] for image in images):
         if name not in clips:
             cure = "give that dataset as --input_image, or images that are named as its clips"
@@ -419,11 +443,13 @@ def find_real_clips(settings, images):
         fps = clips[name].get("fps", settings.fps)
         if abs(fps - settings.fps) > 0.05 * settings.fps:
             print(f"warning: {name} is at {fps:g} fps, the generated clip at {settings.fps:g}")
-    return clips
 
 
 def make_all(sets, settings, failed):
-    """Makes all that is still to be made, one model after the other; the reason of each clip that fails is kept."""
+    """Makes all that is still to be made, one model after the other; the reason of each clip that fails is kept.
+
+    Returns whether there was anything to make.
+    """
     import torch
 
     todo, device = sum(len(clips.todo) for clips in sets), "cuda" if torch.cuda.is_available() else "cpu"
@@ -431,10 +457,11 @@ def make_all(sets, settings, failed):
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
     why = "no CUDA GPU found" if torch.version.cuda else "this torch is built for CPUs; pytorch.org has it for CUDA"
     if not todo:
-        return print(sets[0].describe_done())
+        print(sets[0].describe_done())
+        return False
     where = "the GPU in fp16" if device == "cuda" else f"the CPU in fp32 ({why})"
     print(f"{settings.model_dir} on {where}" + ("" if sets[0].single else f", {todo} clips to make"))
-    if device == "cuda" and todo:
+    if device == "cuda":
         settings = fit_memory(settings, sets[0].model.base)
     steps = todo * settings.num_inference_steps * settings.num_segments
     with progress_bar("generating", "step", steps) as progress:
@@ -443,6 +470,7 @@ def make_all(sets, settings, failed):
             torch.cuda.empty_cache()  # the model before has cycles, by which it would stay beside this one
             if clips.todo:
                 settings = make_clips(clips, settings, device, progress, failed)
+    return True
 
 
 def find_model(name, args):
@@ -472,12 +500,17 @@ def main(argv=None):
     settings = resolve(args, models[0].base, models[0].settings)
     for model in models:
         check_sizes(settings, model.base)
+    real_clips, seen = {}, []
+    if settings.reference:
+        real_clips = {clip["directory"]: clip for clip in list_clips(settings.reference)}
+        images, seen = choose_held_out(settings, images, real_clips, models)
     warn_of_losses(images, settings, size_multiple(models[0].base))
     if settings.dry_run:
         from svd_parts.plan import print_plan
 
         return print_plan(settings, images, models[0].base)
-    real_clips = find_real_clips(settings, images) if settings.reference else {}
+    if settings.reference:
+        check_real_clips(settings, images, real_clips)
     # .compare is hidden: neither train_svd.py nor datasets takes it for a part of the set
     folders = [Path(settings.output_video), Path(settings.output_video) / ".compare"]
     if is_file(settings.output_video):
@@ -487,12 +520,14 @@ def main(argv=None):
     with contextlib.ExitStack() as locks:
         for clips in sets:
             locks.enter_context(clips.locked(settings))
-        make_all(sets, settings, failed)
+        made = make_all(sets, settings, failed)
         complete = all([clips.finish(settings) for clips in sets])
         if settings.num_segments > 1:
             report_drift(sets[0].records.values())
         if complete and (settings.compare_with or settings.reference):
-            judge(settings, sets, real_clips)
+            judge(settings, sets, real_clips, seen)
+        if made and not sets[0].single:
+            print(f"look at {sets[0].folder / 'index.html'}: sort, compare and choose the clips")
     for text in failed:
         print(f"left out: {text}", file=sys.stderr)
     if "TORCHELASTIC_RUN_ID" in os.environ:

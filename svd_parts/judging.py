@@ -6,15 +6,37 @@ from pathlib import Path
 import numpy as np
 
 import svd_common as common
+from svd_parts.dataset import add_digests, clip_group
 from svd_parts.files import write_file
 from svd_parts.formats import FORMATS
 from svd_parts.metrics import table_metrics, video_metrics
 
 
-def judge(settings, sets, real_clips):
+def find_trained_on(clips, folder, trainings):
+    """The names of the real clips in `folder` that a model has seen in training, {name: clip} -> set.
+
+    trainings: training_settings.json of each model, {} for one that was not trained here. A clip was trained on where
+    its frames were, in whatever dataset; where its name was, in the same dataset prepared again; and with another clip
+    of its recording, but for those that the run held out.
+    """
+    trained_on = set()
+    if any(training.get("trained_on") for training in trainings):
+        add_digests(list(clips.values()))
+    for training in trainings:
+        names, held_out = training.get("trained_on") or {}, training.get("held_out") or {}
+        same = Path(training.get("dataset_dir") or "").resolve() == Path(folder).resolve()
+        digests = set(names.values())
+        found = {n for n, clip in clips.items() if clip.get("digest") in digests or (same and n in names)}
+        groups = {clip_group(clips[name]) for name in found}
+        kept_out = {n for n, clip in clips.items() if clip.get("digest") in held_out.values()} - found
+        trained_on |= {n for n, clip in clips.items() if clip_group(clip) in groups} - kept_out
+    return trained_on
+
+
+def judge(settings, sets, real_clips, seen):
     """Side-by-side videos of the sets (and the real clips); with real clips, scores in metrics.json and a table.
 
-    An infinite PSNR (equal pictures) counts as 100 dB.
+    An infinite PSNR (equal pictures) counts as 100 dB. seen: the images whose real clips were trained on.
     """
     names = [Path(s.model.name).resolve().name for s in sets]
     names = names if len(set(names)) == len(sets) else [str(s.model.name) for s in sets]
@@ -43,9 +65,9 @@ def judge(settings, sets, real_clips):
     if scores:
         table = {label: bootstrap(found) for label, found in scores.items()}
         asked = {name: getattr(settings, name) for name in ("model_dir", "compare_with", "reference")}
-        result = {"settings": asked, "mean": table, "clips": scores}
+        result = {"settings": asked, "trained_on": sorted(seen), "mean": table, "clips": scores}
         write_file(Path(settings.output_video) / "metrics.json", json.dumps(result, indent=1))
-        print_table(table, len(next(iter(scores.values()))))
+        print_table(table, len(next(iter(scores.values()))), len(seen))
 
 
 def bootstrap(scores, draws=2000):
@@ -65,9 +87,11 @@ def bootstrap(scores, draws=2000):
     return result
 
 
-def print_table(table, count):
-    """Prints {label: {metric: {mean, low, high}}} of so many real clips, a row a label."""
+def print_table(table, count, seen):
+    """Prints {label: {metric: {mean, low, high}}} of so many real clips, a row a label; seen: how many trained on."""
     names = table_metrics()
+    if seen:
+        print(f"\n{seen} of the {count} real clips were trained on: the scores tell how well these are remembered")
     print(f"\n{count} real clips, 95 % intervals" + "".join(f"  {heading:>20s}" for heading in names.values()))
     for label, scores in table.items():
         cells = (scores.get(name) for name in names)

@@ -40,7 +40,8 @@ def check_lerobot(folder, jobs, records, settings):
         raise UserError("--task must be one line of text")
     for job in jobs:
         if not is_line(job["task"]):
-            raise UserError(f"--output_format lerobot: no line of text tells {job['path']}'s task; give --task TEXT")
+            cure = 'give --task, as in --task "push the cube"'
+            raise UserError(f"--output_format lerobot needs a task, one line of text, for {job['path']}: {cure}")
         for field in ("camera", "robot_type"):
             if job[field] and not (isinstance(job[field], str) and re.fullmatch(r"\w[\w. -]*", job[field])):
                 raise UserError(f"{job['path']}: its {field} in metadata.jsonl is no name: {json.dumps(job[field])}")

@@ -15,16 +15,16 @@ import imageio_ffmpeg
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SIZE, TINY, moving_square, run, train_arguments
+from conftest import ROOT, SIZE, TINY, moving_square, run, train_arguments, write_clip
 from diffusers import AutoencoderKLTemporalDecoder, StableVideoDiffusionPipeline
 from PIL import Image
 
 import infer_svd
 import svd_common as common
 from svd_parts.console import run_script
-from svd_parts.dataset import list_clips, read_metadata
+from svd_parts.dataset import add_digests, list_clips, read_metadata
 from svd_parts.files import file_digest, lock_file
-from svd_parts.judging import bootstrap
+from svd_parts.judging import bootstrap, find_trained_on
 from svd_parts.metrics import clip_motion, motion_bucket, ssim, video_metrics
 from svd_parts.shortcuts import avoid_conv3d, wrap_unet
 
@@ -724,6 +724,49 @@ def test_comparison_and_reference_are_scored_beside_the_copied_frame(dataset, tr
     assert list(json.loads((tmp_path / "same/metrics.json").read_text())["mean"]) == labels
     infer(capsys, *arguments)
     assert not list(folder.rglob(".*.part"))
+
+
+def test_scores_of_clips_that_were_trained_on_are_called_so_and_left_out_by_held_out(
+    trained, dataset, tmp_path, capsys
+):
+    again = shutil.copytree(dataset, tmp_path / "renamed")  # the same frames by other names
+    for name in ("clip0", "clip1", "clip2"):
+        (again / name).rename(again / f"other_{name}")
+    model = shutil.copytree(trained, tmp_path / "model", ignore=shutil.ignore_patterns("checkpoint-*"))
+    settings = json.loads((model / "training_settings.json").read_text())
+    settings["held_out"] = {"clip2": settings["trained_on"].pop("clip2")}
+    (model / "training_settings.json").write_text(json.dumps(settings))
+    arguments = ["--model_dir", model, "--input_image", again, "--reference", again, *QUICK, "--output_video"]
+    printed = infer(capsys, *arguments, tmp_path / "all")
+    assert printed.count(f"look at {tmp_path / 'all' / 'index.html'}") == 1
+    assert "2 of these 3 clips were trained on by" in printed and "--held_out scores the other 1 alone" in printed
+    assert "2 of the 3 real clips were trained on" in printed
+    metrics = json.loads((tmp_path / "all/metrics.json").read_text())
+    assert metrics["trained_on"] == ["other_clip0", "other_clip1"]
+    printed = infer(capsys, *arguments, tmp_path / "new", "--held_out")
+    assert "--held_out: 2 of 3 clips left out" in printed and "warning" not in printed
+    metrics = json.loads((tmp_path / "new/metrics.json").read_text())
+    assert metrics["trained_on"] == [] and list(metrics["clips"]["first frame copied"]) == ["other_clip2"]
+    printed = infer(capsys, "--model_dir", trained, *arguments[2:], tmp_path / "none", "--held_out", ok=False)
+    assert "--held_out: all 3 clips were trained on" in printed and not (tmp_path / "none").exists()
+
+
+def test_what_was_trained_on_is_told_by_frames_names_and_recordings(tmp_path):
+    clips = {}
+    for seed, name in enumerate(("a", "b", "c")):
+        write_clip(tmp_path / name, moving_square(3, seed=seed))
+        clips[name] = {"directory": name, "frames": sorted((tmp_path / name).iterdir())}
+    add_digests(list(clips.values()))
+    digests, here = {name: clip["digest"] for name, clip in clips.items()}, {"dataset_dir": str(tmp_path)}
+    assert find_trained_on(clips, tmp_path, [{}, {}]) == set()
+    assert find_trained_on(clips, tmp_path, [{"trained_on": {"x": digests["a"]}}]) == {"a"}
+    assert find_trained_on(clips, tmp_path, [{"trained_on": {"a": "0"}}]) == set()  # another dataset's first episode
+    assert find_trained_on(clips, tmp_path, [{"trained_on": {"a": "0"}, **here}]) == {"a"}  # prepared at another size
+    clips["b"]["group"] = clips["a"]["group"] = "video.mp4"
+    settings = {"trained_on": {"a": digests["a"]}, "held_out": {"c": digests["c"]}}
+    assert find_trained_on(clips, tmp_path, [settings]) == {"a", "b"}
+    clips["c"]["group"] = "video.mp4"
+    assert find_trained_on(clips, tmp_path, [settings]) == {"a", "b"}  # c was held out
 
 
 def test_ssim_is_that_of_scikit_image():
