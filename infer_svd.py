@@ -36,6 +36,7 @@ from svd_parts.dataset import find_folders, list_clips, read_metadata
 from svd_parts.files import UserError, count_kinds, file_digest, listed, natural_key, parse_shard, same_name
 from svd_parts.formats import FORMATS
 from svd_parts.judging import find_trained_on, judge, report_drift
+from svd_parts.lerobot_writer import warn_of_codec
 from svd_parts.lora import add_adapter, check_adapters
 from svd_parts.memory import LOW_VRAM_CHUNK, fit_memory, is_out_of_memory, smaller_memory
 from svd_parts.metrics import sharpness
@@ -504,6 +505,8 @@ def main(argv=None):
     if settings.reference:
         real_clips = {clip["directory"]: clip for clip in list_clips(settings.reference)}
         images, seen = choose_held_out(settings, images, real_clips, models)
+    if settings.output_format == "lerobot":
+        warn_of_codec(images)
     warn_of_losses(images, settings, size_multiple(models[0].base))
     if settings.dry_run:
         from svd_parts.plan import print_plan

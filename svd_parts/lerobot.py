@@ -44,7 +44,8 @@ def read_episodes(root):
 
 @functools.cache
 def read_lerobot(root):
-    """What a LeRobot dataset knows of all its clips, `{"robot_type": ...}`, and `{episode: its tasks}`."""
+    """What a LeRobot dataset knows of all its clips, `{"robot_type": ...}`, `{episode: its tasks}`, and `{camera: what
+    info.json says of its videos}`."""
     meta, damaged = Path(root, "meta"), "not a JSON object; repair it, or move it away"
     text = (meta / "info.json").read_text("utf-8-sig", "replace") if (meta / "info.json").exists() else "{}"
     info = parse_object(text, f"{meta / 'info.json'}: {damaged}")
@@ -53,14 +54,17 @@ def read_lerobot(root):
     known = {key: info[key] for key in ("robot_type", "generated") if info.get(key)}
     if (meta / "episodes").is_dir():  # version 3, whatever of version 2 was left beside it
         tasks = read_episodes(root)[1]
-    return known, tasks
+    features = info["features"] if isinstance(info.get("features"), dict) else {}
+    videos = {name: feature.get("info") for name, feature in features.items() if isinstance(feature, dict)}
+    return known, tasks, {name: found for name, found in videos.items() if isinstance(found, dict)}
 
 
 def lerobot_fields(video, group):
     """What of it goes into the line of a clip: nothing for a video that is of no LeRobot dataset."""
     if not video.lerobot:
         return {}
-    known, tasks = video.lerobot
+    known, tasks, videos = video.lerobot
+    known = {**known, **({"video_info": videos[video.camera]} if video.camera in videos else {})}
     episode = int(group.rpartition("_")[2])
     task = tasks.get(episode) or ""
     task = "; ".join(map(str, task)) if isinstance(task, (list, tuple)) else str(task)

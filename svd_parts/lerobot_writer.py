@@ -14,11 +14,17 @@ COLUMNS = {"timestamp": "float32", **dict.fromkeys(["frame_index", "episode_inde
 
 
 def lerobot_info(clip):
-    """What meta/info.json says of a set with this clip (a record or a job). lerobot merges only sets that are equal in
-    robot_type, fps and features, down to the video's `info`, which is what its `get_video_info` says of our mp4."""
+    """What meta/info.json says of a set with this clip (a record or a job).
+
+    lerobot merges only sets that are equal in robot_type, fps and features, down to the video's `info`. That is what
+    its `get_video_info` says of our mp4, with the keys of the real set where the clip comes from one: version 0.4 has
+    `video.is_depth_map`, 0.6 `is_depth_map`. Settings of the encoder do not count for 0.6, and ours are others.
+    """
     shape = {"height": clip["height"], "width": clip["width"], "channels": 3}
-    video = {**shape, "codec": "h264", "pix_fmt": "yuv420p", "is_depth_map": False, "fps": int(clip["fps"])}
+    video = {**shape, "codec": "h264", "pix_fmt": "yuv420p", "fps": int(clip["fps"])}
     info = {**{f"video.{key}": value for key, value in video.items()}, "has_audio": False}
+    real = clip.get("video_info") or {"is_depth_map": False}
+    info |= {key: value for key, value in real.items() if key not in info and not ENCODER.fullmatch(key)}
     camera = {"dtype": "video", "shape": list(shape.values()), "names": list(shape), "info": info}
     columns = {name: {"dtype": dtype, "shape": [1], "names": None} for name, dtype in COLUMNS.items()}
     return {
@@ -27,6 +33,18 @@ def lerobot_info(clip):
         "chunks_size": EPISODES_A_FOLDER, "data_files_size_in_mb": 100, "video_files_size_in_mb": 200,
         "data_path": f"data/{LEROBOT_FILE}.parquet", "video_path": f"videos/{{video_key}}/{LEROBOT_FILE}.mp4",
     }  # fmt: skip
+
+
+ENCODER = re.compile(r"video\.(g|crf|preset|fast_decode|extra_options|video_backend)|audio\..*")
+
+
+def warn_of_codec(images):
+    """Says where lerobot will not merge the set with the real one, whose videos are of another codec."""
+    infos = (image["video_info"] for image in images if isinstance(image["video_info"], dict))
+    codecs = {info.get("video.codec", "h264") for info in infos} - {"h264"}
+    for codec in sorted(map(str, codecs)):
+        cure = "lerobot-edit-dataset --operation.type reencode_videos --operation.rgb_encoder.vcodec h264"
+        print(f"warning: the real videos are {codec}, these H.264: lerobot does not merge such sets. Its {cure} ...")
 
 
 def is_line(text):
@@ -42,6 +60,8 @@ def check_lerobot(folder, jobs, records, settings):
         if not is_line(job["task"]):
             cure = 'give --task, as in --task "push the cube"'
             raise UserError(f"--output_format lerobot needs a task, one line of text, for {job['path']}: {cure}")
+        if not isinstance(job["video_info"] or {}, dict):
+            raise UserError(f"{job['path']}: its video_info in metadata.jsonl is no object; prepare the dataset again")
         for field in ("camera", "robot_type"):
             if job[field] and not (isinstance(job[field], str) and re.fullmatch(r"\w[\w. -]*", job[field])):
                 raise UserError(f"{job['path']}: its {field} in metadata.jsonl is no name: {json.dumps(job[field])}")

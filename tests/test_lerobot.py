@@ -11,11 +11,15 @@ from test_infer_svd import infer, lines_of
 import infer_svd
 import svd_common as common
 from svd_parts.console import run_script
-from svd_parts.lerobot_writer import image_stats
+from svd_parts.lerobot_writer import image_stats, lerobot_info, warn_of_codec
 
 parquet = pytest.importorskip("pyarrow.parquet")
 CAMERA, OTHER = "observation.images.front", "observation.images.wrist"
 TASKS = ["push the red cube", "推 the blue cube"]
+# what lerobot 0.4.4 says of a video; 0.6.1 has another key and adds the encoder's settings, which it does not compare
+VIDEO_INFO = {"video.height": 64, "video.width": 96, "video.codec": "h264", "video.pix_fmt": "yuv420p",
+    "video.is_depth_map": False, "video.fps": 8, "video.channels": 3, "has_audio": False}  # fmt: skip
+NEWER = {key: value for key, value in VIDEO_INFO.items() if key != "video.is_depth_map"} | {"is_depth_map": False}
 FLAGS = ["--model_dir", TINY, "--output_format", "lerobot", *SIZE, "--num_inference_steps", "1", "--fps", "8"]
 
 
@@ -29,7 +33,9 @@ def real(tmp_path_factory):
             path.parent.mkdir(parents=True, exist_ok=True)
             common.write_video(path, moving_square(10, seed=2 * seed + episode), 8)
     (root / "lerobot/meta").mkdir()
-    (root / "lerobot/meta/info.json").write_text('{"codebase_version": "v2.1", "robot_type": "panda"}')
+    features = {camera: {"dtype": "video", "info": VIDEO_INFO} for camera in (CAMERA, OTHER)}
+    info = {"codebase_version": "v2.1", "robot_type": "panda", "features": features}
+    (root / "lerobot/meta/info.json").write_text(json.dumps(info))
     rows = (json.dumps({"episode_index": number, "tasks": [task]}) for number, task in enumerate(TASKS))
     (root / "lerobot/meta/episodes.jsonl").write_text("\n".join(rows))
     run("prepare_dataset.py", "--video_dir", root / "lerobot", "--output_dir", root / "front", "--camera", "front")
@@ -93,6 +99,22 @@ def test_the_files_are_laid_out_as_version_3_says(made):
     ):  # fmt: skip
         assert np.shape(stats[name]) == (3, 1, 1) and np.allclose(np.ravel(stats[name]), expected, atol=tolerance), name
     assert stats["count"] == [32] and all(np.shape(stats[f"q{q}"]) == (3, 1, 1) for q in ("01", "10", "90", "99"))
+
+
+@pytest.mark.parametrize("real_info, expected", [
+    (VIDEO_INFO, VIDEO_INFO), (None, NEWER), ({**NEWER, "video.g": 2, "video.crf": 30, "video.codec": "av1"}, NEWER),
+])  # fmt: skip
+def test_the_info_of_the_real_set_s_videos_is_taken_over(real_info, expected):
+    clip = {"height": 64, "width": 96, "fps": 8, "camera": CAMERA, "video_info": real_info}
+    assert lerobot_info(clip)["features"][CAMERA]["info"] == expected
+
+
+def test_the_info_goes_through_prepare_and_another_codec_is_warned_of(made, real, capsys):
+    assert json.loads((made / "meta/info.json").read_text())["features"][CAMERA]["info"] == VIDEO_INFO
+    image = {"video_info": {**VIDEO_INFO, "video.codec": "av1"}}
+    warn_of_codec([image, image, {"video_info": VIDEO_INFO}, {"video_info": None}])
+    printed = capsys.readouterr().out
+    assert printed.count("warning: the real videos are av1, these H.264") == 1 and "reencode_videos" in printed
 
 
 def test_prepare_reads_the_set_and_knows_that_it_is_generated(made, tmp_path):
