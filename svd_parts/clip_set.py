@@ -22,12 +22,7 @@ from svd_parts.weights import weights_fingerprint
 PIPELINE_OPTIONS = "width height num_frames fps motion_bucket_id noise_aug_strength num_inference_steps".split()
 PIPELINE_OPTIONS += ["min_guidance_scale", "max_guidance_scale", "decode_chunk_size"]
 OPTIONS = [*PIPELINE_OPTIONS, "seed", "num_segments", "color_correction"]
-CARRIED = (
-    "task",
-    "camera",
-    "robot_type",
-    "video_info",
-)  # what a prepared LeRobot clip knows and its generated ones inherit
+CARRIED = ("task", "camera", "robot_type", "video_info")  # what generated clips inherit of a prepared LeRobot clip
 PUBLISH_EVERY = 30  # seconds: to write the tables after every clip would slow down a large set
 
 
