@@ -485,6 +485,7 @@ def wait_for_others():
     """Until every process of the launcher has come here: it kills the others as soon as one ends with a failure."""
     from torch import distributed
 
+    sys.stdout.flush()  # the launcher may end this process before Python does, and what it has printed would be lost
     with contextlib.suppress(RuntimeError):  # who holds the store may be the first to leave
         store, rank, count = next(distributed.rendezvous("env://"))
         store.set(f"ended{rank}", "")

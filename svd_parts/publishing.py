@@ -27,9 +27,8 @@ def record_name(where, record):
     """The clip's name in a record as `ClipSet` writes it; raises `UserError` for any other object."""
     name = record.get("directory", record.get("file_name"))
     name = inside(name, where)
-    kinds = {
-        key: kind for key, kind in (("requested", dict), ("segments", list), ("video_info", dict)) if key in record
-    }
+    kinds = {"requested": dict, "segments": list, "video_info": dict}
+    kinds = {key: kind for key, kind in kinds.items() if key in record}
     kinds |= LEROBOT_FIELDS if record.get("output_format") == "lerobot" else {}
     if not is_of_kind(record, kinds):
         raise UserError(f"{where}: {DAMAGED}")

@@ -76,6 +76,7 @@ def test_a_killed_part_of_three_goes_on_and_the_last_to_end_writes_all(real, alo
     deadline = time.time() + 120
     while killed.poll() is None and time.time() < deadline and not list(output.glob(".infer/*.json")):
         time.sleep(0.005)
+    killed.send_signal(signal.SIGSTOP)  # else it may be done before the next process has looked
     refused = run("infer_svd.py", *command(real, output), ok=False).stdout
     assert "another infer_svd.py is writing here" in refused
     killed.send_signal(signal.SIGKILL)
