@@ -30,6 +30,7 @@ import numpy as np
 from PIL import Image
 
 import svd_common as common
+from svd_parts.actions import acting, give_actions, load_encoder, scaled_actions
 from svd_parts.clip_set import CARRIED, OPTIONS, PIPELINE_OPTIONS, ClipSet, SingleClip, clip_settings, is_file
 from svd_parts.console import Parser, number, progress_bar, run_script
 from svd_parts.dataset import find_folders, list_clips, read_metadata
@@ -48,7 +49,7 @@ VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".avi", ".webm", ".m4v", ".mpg", ".mpe
 
 # The command line, resolved: no size and no conditioning is None any more. It never changes: a smaller memory mode is
 # another one (`smaller_memory`), with the reason as its `fallback`.
-SETTINGS = "model_dir base_model lora lora_scale input_image output_video output_format task shard".split()
+SETTINGS = "model_dir base_model lora lora_scale input_image actions output_video output_format task shard".split()
 SETTINGS += [*OPTIONS, *"num_videos_per_image compare_with reference held_out".split()]
 SETTINGS += "low_vram compile dry_run fallback".split()
 Settings = namedtuple("Settings", SETTINGS, defaults=[None])
@@ -73,6 +74,8 @@ def build_parser():
     add("--output_format", choices=list(FORMATS), help="of a folder; frames: for train_svd.py (default mp4)")
     add("--task", metavar="TEXT", help="what the robot does, for lerobot (default: what the real clip's metadata says)")
     add("--shard", metavar="I/N", help="make part I of N of a set (default: RANK/WORLD_SIZE, where they are set)")
+    acts = "what to do: .npy or .csv, a row a frame, or a prepared dataset (models of --condition_on actions)"
+    add("--actions", metavar="PATH", help=acts)
     add("--num_videos_per_image", type=count, default=1, help="clips of each, seeds SEED, SEED+1, ... (default 1)")
 
     add = parser.add_argument_group("what to make").add_argument
@@ -145,6 +148,8 @@ def parse_args(argv=None):
                 parser.error(f"--output_video {output} lies in --{flag}, which would hold its clips too; give another")
     if args.held_out and not args.reference:
         parser.error("--held_out chooses among the clips of --reference: give that too")
+    if args.actions and not (Path(args.actions).is_dir() or args.actions.lower().endswith((".npy", ".csv"))):
+        parser.error(f"--actions {args.actions}: must be an .npy or .csv file, or a prepared dataset's folder")
     if args.reference and not Path(args.reference).is_dir():
         parser.error(f"--reference {args.reference}: no such folder")
     places = output.parents if is_file(output) else [output, *output.parents]
@@ -315,8 +320,10 @@ def has_more_pictures(opened):
         return True
 
 
-def generate(pipe, image, options, on_step):
+def generate(pipe, image, options, on_step, actions=None):
     """One clip -> (T, H, W, 3) uint8 and a report of each segment; `on_step()` is called after every denoising step.
+
+    actions: scaled, (frames of the clip, A), where the model follows them.
 
     Each later segment starts from the last frame of the one before, and its own first frame, which shows the same, is
     dropped. One generator serves all segments, so that the first is the clip that one segment gives.
@@ -331,8 +338,11 @@ def generate(pipe, image, options, on_step):
     call |= {"output_type": "np", "callback_on_step_end": callback}
     call["generator"] = torch.Generator().manual_seed(options["seed"])  # on the CPU: the same noise on every machine
     frames, report = image[None], []
-    for _ in range(options["num_segments"]):
-        output = pipe(Image.fromarray(frames[-1]), **call).frames[0]
+    for segment in range(options["num_segments"]):
+        first = segment * (options["num_frames"] - 1)
+        rows = None if actions is None else actions[None, first : first + options["num_frames"]]
+        with acting(pipe.unet, rows):
+            output = pipe(Image.fromarray(frames[-1]), **call).frames[0]
         if not np.isfinite(output).all():
             raise UserError("the model gave frames that are not numbers (a damaged model, or fp16 overflow)")
         segment = (output * 255).round().astype(np.uint8)
@@ -374,6 +384,7 @@ def make_clips(clips, settings, device, progress, failed):
     pipe, _ = common.load_pipeline(clips.model.name, dtype, settings.base_model)
     for file, scale in clips.model.adapters:
         add_adapter(dict(pipe.unet.named_parameters()), load_file(file), scale)
+        load_encoder(pipe.unet, {}, file.parent)
     pipe.set_progress_bar_config(disable=True)
     wrap_unet(pipe.unet, settings.compile)
     avoid_conv3d(pipe.vae)
@@ -383,7 +394,8 @@ def make_clips(clips, settings, device, progress, failed):
             try:
                 image = common.fit_frame(common.read_image(job["path"]), settings.width, settings.height)
                 move_to_device(pipe, settings.low_vram, device)
-                frames, segments = generate(pipe, image, clip_settings(settings, job), progress.update)
+                actions = scaled_actions(job, clips.model.settings)
+                frames, segments = generate(pipe, image, clip_settings(settings, job), progress.update, actions)
             except UserError as error:
                 if clips.single:
                     raise
@@ -508,6 +520,8 @@ def main(argv=None):
         images, seen = choose_held_out(settings, images, real_clips, models)
     if settings.output_format == "lerobot":
         warn_of_codec(images)
+    if settings.actions:
+        give_actions(images, settings, models[0])
     warn_of_losses(images, settings, size_multiple(models[0].base))
     if settings.dry_run:
         from svd_parts.plan import print_plan

@@ -23,6 +23,7 @@ except ImportError as error:  # most often libGL, which a server without a scree
     )
 import numpy as np
 
+from svd_parts.actions import load_encoder
 from svd_parts.files import UserError, replacing
 from svd_parts.lora import load_trained_weights
 from svd_parts.weights import (
@@ -241,8 +242,9 @@ def load_pipeline(name, dtype, base=None):
 
     folder, settings, trained = resolve_checkpoint(name, base)
     parts = {part: load_part(folder, part, dtype) for part in PARTS}
-    if trained is not None:
-        load_trained_weights(dict(parts["unet"].named_parameters()), load_file(trained), settings)
+    tensors = load_file(trained) if trained else {}
+    load_trained_weights(dict(parts["unet"].named_parameters()), tensors, settings)
+    load_encoder(parts["unet"], tensors, folder)
     return StableVideoDiffusionPipeline(**parts), settings
 
 

@@ -1,13 +1,14 @@
 """Actions, one row of numbers a frame: read, scaled, and added to the time embedding of their frame by an encoder."""
 
 import contextlib
+import hashlib
 import json
 import math
 from pathlib import Path
 
 import numpy as np
 
-from svd_parts.files import UserError, listed, read_json, write_file
+from svd_parts.files import UserError, listed, write_json
 from svd_parts.weights import write_tensors
 
 FILE = "actions.npy"  # in the folder of a clip, beside its frames
@@ -58,11 +59,9 @@ def add_actions_of_clips(clips):
     kinds = {}
     for clip in clips:
         names = clip.get("action_names")
-        kinds.setdefault((clip["actions"].shape[1], tuple(names or ())), clip["directory"])
+        kinds.setdefault((clip["actions"].shape[1], json.dumps(names)), clip["directory"])
     if len(kinds) > 1:
-        found = [
-            f"{name} has {count} ({', '.join(names) or 'without names'})" for (count, names), name in kinds.items()
-        ]
+        found = ["{} has {} ({})".format(name, *kind) for kind, name in kinds.items()]
         raise UserError(f"the actions of all clips must be of one kind: {listed(found)}; --exclude the others")
 
 
@@ -100,21 +99,64 @@ def prepare_actions(condition_on, clips, held_out, settings):
 
 
 def column_names(described):
-    return described["names"] or [f"column {place}" for place in range(described["count"])]
+    """The names of the columns, as one list; LeRobot also has them as {"motors": [...]}."""
+    names = described["names"]
+    names = [name for part in names.values() for name in part] if isinstance(names, dict) else names
+    return (
+        names
+        if names and len(names) == described["count"]
+        else [f"column {place}" for place in range(described["count"])]
+    )
 
 
-def check_actions(actions, described, path):
-    """Raises `UserError` where a model cannot take these actions; warns of values far outside of its training's."""
-    if actions.shape[1] != described["count"]:
-        wanted = f"{described['count']} ({', '.join(column_names(described))})"
-        raise UserError(f"--actions {path}: has {actions.shape[1]} columns, the model was trained with {wanted}")
-    far = np.abs(scale_actions(actions, described).numpy()).max(0)
-    for name, low, high, column, value in zip(
-        column_names(described), described["low"], described["high"], actions.T, far
-    ):
+def warn_of_unknown(rows, described, given):
+    """Names the columns whose values lie far outside of what the model was trained on."""
+    far = np.abs(scale_actions(rows, described).numpy()).max(0)
+    kinds = zip(column_names(described), described["low"], described["high"], rows.T, far)
+    for name, low, high, column, value in kinds:
         if value > 2 or (low == high and np.abs(column - low).max() > 1e-6):
-            given = f"{column.min():g} to {column.max():g}"
-            print(f"warning: --actions {path}: {name} is {given}; the model was trained on {low:g} to {high:g}")
+            found = f"{name} is {column.min():g} to {column.max():g}"
+            print(f"warning: --actions {given}: {found}; the model was trained on {low:g} to {high:g}")
+
+
+def give_actions(images, settings, model):
+    """--actions: a table for all images, or a prepared dataset with one for each. Raises `UserError`.
+
+    Adds to each image the rows that its clip needs, their names, file and digest. settings: of inference; model: where
+    `settings` says what it was trained with.
+    """
+    given, num_frames, num_segments = settings.actions, settings.num_frames, settings.num_segments
+    described = model.settings.get("actions")
+    if not described:
+        cure = "train one with --condition_on actions, or leave out --actions"
+        raise UserError(f"--actions: {model.name} was not trained to follow actions; {cure}")
+    needed, longer = 1 + (num_frames - 1) * num_segments, {}
+    wanted = f"{described['count']} ({', '.join(column_names(described))})"
+    for image in images:
+        path = Path(given)
+        path = path / image["image"] / FILE if path.is_dir() else path
+        rows, names = read_actions(path), image.get("action_names")
+        if rows.shape[1] != described["count"]:
+            raise UserError(f"--actions {path}: has {rows.shape[1]} columns; the model was trained with {wanted}")
+        if path.name == FILE and names and described["names"] and names != described["names"]:
+            raise UserError(f"--actions {path}: is of {json.dumps(names)}; the model was trained with {wanted}")
+        if len(rows) < needed:
+            what = f"{num_segments} segments of {num_frames} frames" if num_segments > 1 else f"{num_frames} frames"
+            raise UserError(f"--actions {path}: has {len(rows)} rows; {what} need {needed} (--num_frames)")
+        if len(rows) > needed:
+            longer[str(path)] = True
+        rows = rows[:needed]
+        image |= {"action_rows": rows.tolist(), "action_names": described["names"], "actions_file": str(path)}
+        image["actions_sha256"] = hashlib.sha256(rows.tobytes()).hexdigest()
+    warn_of_unknown(np.concatenate([image["action_rows"] for image in images]), described, given)
+    if longer:
+        print(f"--actions: the first {needed} rows are used of {listed(list(longer))}")
+
+
+def scaled_actions(job, settings):
+    """What a model is told to do in a clip; None where it was not trained to be told. settings: of its training."""
+    described, rows = settings.get("actions"), job.get("action_rows")
+    return scale_actions(np.array(rows), described) if rows and described else None
 
 
 # The encoder
@@ -157,7 +199,7 @@ def acting(unet, actions, keep=None):
         yield
         return
     encoder = getattr(unet, "module", unet).actions  # DDP wraps the UNet
-    vectors = encoder(actions)  # (B, T, C)
+    vectors = encoder(actions.to(encoder[0].weight))  # (B, T, C)
     encoder.vectors = vectors if keep is None else vectors * keep.view(-1, 1, 1)
     try:
         yield
@@ -176,14 +218,20 @@ def split_actions(weights):
 
 def save_encoder(folder, tensors, described):
     """Writes the encoder and what its numbers mean; plain diffusers passes over the folder."""
+    folder.mkdir(parents=True, exist_ok=True)
     write_tensors(folder / WEIGHTS, {name: tensor.detach().cpu() for name, tensor in tensors.items()})
-    write_file(folder / SETTINGS, json.dumps(described, indent=1))
+    write_json(folder / SETTINGS, described)
 
 
-def load_encoder(unet, folder):
-    """Gives a UNet the encoder that `save_encoder` wrote. Returns what its numbers mean."""
+def load_encoder(unet, trained, folder):
+    """Gives a UNet the encoder that is among the `trained` tensors of a checkpoint, or in the folder of a result.
+
+    Does nothing where there is none.
+    """
     from safetensors.torch import load_file
 
-    described = read_json(folder / SETTINGS, "copy the model again")
-    add_encoder(unet, described["count"]).load_state_dict(load_file(folder / WEIGHTS))
-    return described
+    tensors = split_actions(trained)[1]
+    if not tensors and (folder / FOLDER / WEIGHTS).is_file():
+        tensors = load_file(folder / FOLDER / WEIGHTS)
+    if tensors:
+        add_encoder(unet, tensors["0.weight"].shape[1]).load_state_dict(tensors)

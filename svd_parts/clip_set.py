@@ -10,10 +10,12 @@ from importlib.metadata import version
 from pathlib import Path
 
 import cv2
+import numpy as np
 
+from svd_parts.actions import FILE as ACTIONS
 from svd_parts.files import UserError, file_digest, lock_file, lock_shard, read_json, write_file, write_json
 from svd_parts.formats import FORMATS
-from svd_parts.lerobot_writer import check_lerobot, image_stats
+from svd_parts.lerobot_writer import check_lerobot, image_stats, table_stats
 from svd_parts.metrics import clip_measures
 from svd_parts.publishing import Publisher, is_of_format
 from svd_parts.weights import weights_fingerprint
@@ -22,7 +24,7 @@ from svd_parts.weights import weights_fingerprint
 PIPELINE_OPTIONS = "width height num_frames fps motion_bucket_id noise_aug_strength num_inference_steps".split()
 PIPELINE_OPTIONS += ["min_guidance_scale", "max_guidance_scale", "decode_chunk_size"]
 OPTIONS = [*PIPELINE_OPTIONS, "seed", "num_segments", "color_correction"]
-CARRIED = ("task", "camera", "robot_type", "video_info")  # what generated clips inherit of a prepared LeRobot clip
+CARRIED = "task camera robot_type video_info action_names".split()  # what a clip inherits from its prepared one
 PUBLISH_EVERY = 30  # seconds: to write the tables after every clip would slow down a large set
 
 
@@ -74,6 +76,7 @@ def describe_clip(job, settings, model, model_fingerprint, frames, image, more):
         "trained_step": model.settings.get("step"),
         "source_image": str(job["path"]),
         "source_image_sha256": job["sha256"],
+        **{key: job[key] for key in ("actions_file", "actions_sha256") if job.get(key)},
         "generated": True,
         **more,
         "versions": {"python": platform.python_version(), **{n: version(n) for n in ("torch", "diffusers")}},
@@ -86,13 +89,15 @@ def describe_clip(job, settings, model, model_fingerprint, frames, image, more):
         record = {"directory": record.pop("file_name"), "source": record["source_image"], **record}
     if settings.output_format == "lerobot":
         record["stats"] = image_stats(frames)
+        if job.get("action_rows"):
+            record |= {"action_rows": job["action_rows"], "action_stats": table_stats(job["action_rows"])}
     return record
 
 
 def differences(job, record, settings, model_fingerprint):
     """How the settings of a clip that is there differ from those asked for: `seed was 1, is 2`; empty if nowhere."""
     now = {**clip_settings(settings, job), "source_image_sha256": job["sha256"]}
-    now["model_fingerprint"] = model_fingerprint
+    now |= {"model_fingerprint": model_fingerprint, "actions_sha256": job.get("actions_sha256")}
     if settings.output_format == "lerobot":
         now["task"] = job["task"]
     if record.get("fallback"):  # memory ran short: the clip was made with fewer frames decoded at once
@@ -268,6 +273,8 @@ class ClipSet:
         for folder in (aside.parent, target.parent):
             folder.mkdir(parents=True, exist_ok=True)
         FORMATS[settings.output_format].write(aside, frames, settings.fps)
+        if settings.output_format == "frames" and job.get("action_rows"):
+            np.save(aside / ACTIONS, np.array(job["action_rows"], np.float32))
         os.replace(aside, target)
         if not self.shard.name and time.monotonic() - self.published > PUBLISH_EVERY:
             self.publisher.publish()

@@ -7,6 +7,7 @@ from diffusers import AutoencoderKLTemporalDecoder, UNetSpatioTemporalConditionM
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
+from svd_parts.actions import add_encoder
 from svd_parts.latent_cache import frames_to_decode
 from svd_parts.lora import add_adapters
 from svd_parts.objective import random_generator, training_loss
@@ -58,11 +59,16 @@ def memory_tracker():
     return MemoryTracker()
 
 
+NUM_ACTIONS = 7  # as most arms have; a few more change nothing
+
+
 def fake_batch(options, count, unet_config, vae_config):
     """A batch of `count` samples as the cache and the loader give them."""
     factor = latent_factor(vae_config)
     shape = (count, options.num_frames, vae_config.latent_channels, options.height // factor, options.width // factor)
     shapes = {"latents": shape, "noise": shape, "sigmas": (count,), "keep": (count,), "added_time_ids": (count, 3)}
+    if options.condition_on:
+        shapes |= {"actions": (count, options.num_frames, NUM_ACTIONS), "keep_actions": (count,)}
     shapes["conditioning_image"] = (count, 3, options.height, options.width)
     shapes["image_embeddings"] = (count, 1, unet_config.cross_attention_dim)
     return {name: torch.ones(shape) for name, shape in shapes.items()}
@@ -81,6 +87,8 @@ def forecast(options, folder, checkpointing, weight_dtype, count_flops=False):
         unet = UNetSpatioTemporalConditionModel.from_config(read_config(folder, "unet"))
         if options.lora_rank:
             add_adapters(unet, options, random_generator(options.seed, "adapters"))
+        if options.condition_on:
+            add_encoder(unet, NUM_ACTIONS, random_generator(options.seed, "actions"))
         prepare_unet(unet, options.trainable, weight_dtype, checkpointing)
     with FakeTensorMode(allow_non_fake_inputs=True), memory_tracker() as tracker:
         for module in unet.modules():  # not by to_empty(): it swaps tensors, which fake ones cannot bear

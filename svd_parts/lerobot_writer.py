@@ -27,6 +27,8 @@ def lerobot_info(clip):
     info |= {key: value for key, value in real.items() if key not in info and not ENCODER.fullmatch(key)}
     camera = {"dtype": "video", "shape": list(shape.values()), "names": list(shape), "info": info}
     columns = {name: {"dtype": dtype, "shape": [1], "names": None} for name, dtype in COLUMNS.items()}
+    if rows := clip.get("action_rows"):
+        columns["action"] = {"dtype": "float32", "shape": [len(rows[0])], "names": clip.get("action_names")}
     return {
         "codebase_version": "v3.0", "generated": True, "robot_type": clip.get("robot_type"), "fps": clip["fps"],
         "features": {clip.get("camera") or DEFAULT_CAMERA: camera, **columns},
@@ -84,6 +86,24 @@ def image_stats(frames):
     return {**{name: v.round(6).reshape(3, 1, 1).tolist() for name, v in stats.items()}, "count": [len(frames)]}
 
 
+def table_stats(rows):
+    """(T, A) numbers -> LeRobot's statistics of an episode, of shape (A,)."""
+    rows = np.array(rows, np.float64)
+    stats = {name: getattr(rows, name)(0) for name in ("min", "max", "mean", "std")}
+    stats |= dict(zip(("q01", "q10", "q50", "q90", "q99"), np.percentile(rows, [1, 10, 50, 90, 99], axis=0)))
+    return {**{name: value.round(6).tolist() for name, value in stats.items()}, "count": [len(rows)]}
+
+
+def total_stats(episodes, lengths):
+    """The statistics of a whole set from those of its episodes, as lerobot joins them."""
+    each = {name: np.array([episode[name] for episode in episodes]) for name in episodes[0]}  # (N, ...)
+    each["std"] = each["std"] ** 2 + each["mean"] ** 2
+    total = {name: np.average(values, axis=0, weights=lengths) for name, values in each.items()}
+    total |= {"min": each["min"].min(0), "max": each["max"].max(0), "count": each["count"].sum(0)}
+    total["std"] = np.sqrt(np.maximum(total["std"] - total["mean"] ** 2, 0))
+    return {name: values.tolist() for name, values in total.items()}
+
+
 def write_lerobot(folder, records):
     """Writes data/ and meta/ of a LeRobot set from the records of its clips, which are in the order of the episodes."""
     import pyarrow
@@ -102,7 +122,15 @@ def write_lerobot(folder, records):
     episode, index = np.arange(count).repeat(lengths), np.arange(ends[-1])
     frame, task = index - (ends - lengths)[episode], np.array([names.index(text) for text in tasks])[episode]
     values = zip(COLUMNS.items(), (frame / info["fps"], frame, episode, index, task))
-    write("data/chunk-000/file-000.parquet", {name: column.astype(dtype) for (name, dtype), column in values})
+    table = {name: column.astype(dtype) for (name, dtype), column in values}
+    measured = {camera: stats}
+    if "action" in info["features"]:
+        rows = np.concatenate([record["action_rows"] for record in records]).astype("float32")
+        flat = pyarrow.array(rows.ravel())
+        width = rows.shape[1]
+        table["action"] = pyarrow.FixedSizeListArray.from_arrays(flat, width) if width > 1 else flat
+        measured["action"] = [record["action_stats"] for record in records]
+    write("data/chunk-000/file-000.parquet", table)
 
     videos, zeros = [Path(record["file_name"]) for record in records], np.zeros(count, int)
     columns = {"episode_index": np.arange(count), "tasks": [[text] for text in tasks], "length": lengths}
@@ -111,16 +139,12 @@ def write_lerobot(folder, records):
     columns[f"videos/{camera}/chunk_index"] = [int(path.parent.name[len("chunk-") :]) for path in videos]
     columns[f"videos/{camera}/file_index"] = [int(path.stem[len("file-") :]) for path in videos]
     columns |= {f"videos/{camera}/from_timestamp": zeros / 1, f"videos/{camera}/to_timestamp": lengths / info["fps"]}
-    columns |= {f"stats/{camera}/{name}": [episode[name] for episode in stats] for name in stats[0]}
+    for key, episodes in measured.items():
+        columns |= {f"stats/{key}/{name}": [episode[name] for episode in episodes] for name in episodes[0]}
     write("meta/episodes/chunk-000/file-000.parquet", columns)
 
-    each = {name: np.array([episode[name] for episode in stats]) for name in stats[0]}  # (N, 3, 1, 1)
-    each["std"] = each["std"] ** 2 + each["mean"] ** 2
-    total = {name: np.average(values, axis=0, weights=lengths) for name, values in each.items()}  # as lerobot does
-    total |= {"min": each["min"].min(0), "max": each["max"].max(0), "count": each["count"].sum(0)}
-    total["std"] = np.sqrt(np.maximum(total["std"] - total["mean"] ** 2, 0))
-    total = {name: values.tolist() for name, values in total.items()}
-    write_file(folder / "meta/stats.json", json.dumps({camera: total}))
+    total = {key: total_stats(episodes, lengths) for key, episodes in measured.items()}
+    write_file(folder / "meta/stats.json", json.dumps(total))
 
     # Readers look a task up by its text, the index of pandas: it has to be told which column that is.
     column = {"name": "task", "field_name": "task", "pandas_type": "unicode", "numpy_type": "object", "metadata": None}

@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from tqdm.auto import tqdm
 
 import svd_common as common
+from svd_parts.actions import acting
 from svd_parts.checkpoints import save_checkpoint
 from svd_parts.files import UserError, name_digest, plain_name, tidy
 from svd_parts.latent_cache import frames_to_decode, read_cached
@@ -46,7 +47,7 @@ class Validation:
         for place, clip in enumerate(self.clips):
             sample = self.dataset.sample(clip, 0, random_generator("validation", place))
             batch = {name: value[None].to(device) for name, value in sample.items()}
-            batch["keep"] = torch.ones_like(batch["keep"])
+            batch |= {name: torch.ones_like(batch[name]) for name in ("keep", "keep_actions") if name in batch}
             for sigma in VALIDATION_SIGMAS:
                 batch["sigmas"] = torch.full_like(batch["sigmas"], sigma)
                 loss, _ = training_loss(unet, self.vae, batch, self.weight_dtype)
@@ -63,11 +64,13 @@ class Validation:
         first = common.read_frames(clip["frames"][:1], options.width, options.height)[0]
         embedding = read_cached(clip["cache"], 0, 1)[2][None].to(device, self.weight_dtype)  # (1, 1, D)
         pipe._encode_image = lambda *_: torch.cat([torch.zeros_like(embedding), embedding])
-        latents = pipe(
-            Image.fromarray(first), width=options.width, height=options.height, num_frames=options.num_frames,
-            fps=round(clip["fps"]), motion_bucket_id=clip["motion_bucket_id"], output_type="latent",
-            generator=torch.Generator().manual_seed(0),
-        ).frames  # fmt: skip
+        actions = clip["scaled_actions"][None, : options.num_frames] if options.condition_on else None
+        with acting(pipe.unet, actions):
+            latents = pipe(
+                Image.fromarray(first), width=options.width, height=options.height, num_frames=options.num_frames,
+                fps=round(clip["fps"]), motion_bucket_id=clip["motion_bucket_id"], output_type="latent",
+                generator=torch.Generator().manual_seed(0),
+            ).frames  # fmt: skip
         self.vae.decoder = self.decoder.to(device)
         try:
             frames = pipe.decode_latents(latents.float(), options.num_frames, frames_to_decode(options))

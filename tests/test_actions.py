@@ -1,9 +1,19 @@
 """Actions: the encoder on the stock UNet, its numbers, training that follows them, and generating by them."""
 
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
-from conftest import TINY
+from conftest import ROOT, SIZE, TINY, moving_square, run, train_arguments, write_clip
+from diffusers import StableVideoDiffusionPipeline
+from safetensors.torch import load_file
 
 import svd_common as common
 from svd_parts import actions as acts
@@ -132,24 +142,232 @@ def test_files_of_actions(tmp_path):
         assert name in str(raised.value) and "\n" not in str(raised.value)
 
 
-def test_actions_are_checked_against_what_the_model_knows(capsys):
+def test_actions_are_checked_against_what_the_model_knows(tmp_path, capsys):
     described = {"count": 2, "names": ["x", "grip"], "low": [0, 0], "high": [1, 0]}
-    acts.check_actions(np.array([[0.5, 0], [1.2, 0]]), described, "a.npy")
-    assert capsys.readouterr().out == ""
-    acts.check_actions(np.array([[0.5, 0], [30, 0]]), described, "a.npy")
-    assert "x is 0.5 to 30; the model was trained on 0 to 1" in capsys.readouterr().out
-    acts.check_actions(np.array([[0.5, 1]]), described, "a.npy")
-    assert "grip is 1 to 1" in capsys.readouterr().out
-    with pytest.raises(UserError, match=r"3 columns.*2 \(x, grip\)"):
-        acts.check_actions(np.zeros((4, 3)), described, "a.npy")
+
+    def give(rows, frames=2, segments=1, **image):
+        np.save(tmp_path / acts.FILE, np.array(rows, np.float32))
+        images = [{"image": "a", **image}, {"image": "b"}]
+        settings = SimpleNamespace(actions=str(tmp_path / acts.FILE), num_frames=frames, num_segments=segments)
+        acts.give_actions(images, settings, SimpleNamespace(name="model", settings={"actions": described}))
+        return images[0], capsys.readouterr().out
+
+    image, said = give([[0.5, 0], [1.2, 0]])
+    assert said == "" and np.allclose(image["action_rows"], [[0.5, 0], [1.2, 0]]) and len(image["actions_sha256"]) == 64
+    assert "x is 0.5 to 30; the model was trained on 0 to 1" in give([[0.5, 0], [30, 0]])[1]
+    assert "grip is 0 to 1" in give([[0.5, 0], [0.5, 1]])[1]
+    assert "the first 2 rows are used" in give([[0.5, 0]] * 4)[1]
+    for rows, more, said in (
+        (np.zeros((4, 3)), {}, r"3 columns; .* 2 \(x, grip\)"),
+        (np.zeros((4, 2)), {"frames": 3, "segments": 2}, "has 4 rows; 2 segments of 3 frames need 5"),
+        (np.zeros((4, 2)), {"action_names": ["x", "y"]}, r'is of \["x", "y"\]; .* 2 \(x, grip\)'),
+    ):
+        with pytest.raises(UserError, match=said):
+            give(rows, **more)
 
 
 def test_an_encoder_comes_back_from_its_folder(tmp_path, inputs):
     unet, described = small_unet(), {"count": 3, "names": None, "low": [0.0] * 3, "high": [1.0] * 3}
     weights, encoder = acts.split_actions({name: p.data for name, p in unet.named_parameters()})
     assert len(encoder) == 4 and not any(name.startswith(acts.PREFIX) for name in weights)
-    acts.save_encoder(tmp_path, encoder, described)
-    other = common.load_part(TINY, "unet", torch.float32)
-    assert acts.load_encoder(other, tmp_path) == described
-    with torch.no_grad(), acts.acting(unet, some_actions()), acts.acting(other, some_actions()):
-        assert torch.equal(unet(**inputs).sample, other(**inputs).sample)
+    acts.save_encoder(tmp_path / acts.FOLDER, encoder, described)
+    for trained, folder in (({}, tmp_path), (dict(unet.named_parameters()), tmp_path / "none")):
+        other = common.load_part(TINY, "unet", torch.float32)
+        acts.load_encoder(other, trained, folder)
+        with torch.no_grad(), acts.acting(unet, some_actions()), acts.acting(other, some_actions()):
+            assert torch.equal(unet(**inputs).sample, other(**inputs).sample)
+
+
+# ------------------------------------------------------------------------------------- the real scripts
+
+
+@pytest.fixture(scope="module")
+def acted(tmp_path_factory):
+    """Four clips of ten frames, whose actions say where the square is; the last one has fewer clips' names."""
+    root = tmp_path_factory.mktemp("acted")
+    for seed in range(4):
+        write_clip(root / f"clip{seed}", moving_square(10, seed=seed))
+        left = 4 + (np.arange(10) * 6 + 11 * seed) % 72
+        np.save(root / f"clip{seed}" / acts.FILE, np.stack([left, np.full(10, seed)], 1).astype(np.float32))
+    lines = [{"directory": f"clip{seed}", "fps": 7, "action_names": ["left", "seed"]} for seed in range(4)]
+    (root / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return root
+
+
+def train(acted, output, *more, **options):
+    return run("train_svd.py", *train_arguments(acted, output), "--condition_on", "actions", *more, **options)
+
+
+@pytest.fixture(scope="module")
+def model(acted, tmp_path_factory):
+    output = tmp_path_factory.mktemp("model") / "outputs"
+    train(acted, output, "--max_train_steps", 4, "--checkpointing_steps", 2, "--use_ema", "--learning_rate", "1e-2",
+        "--num_validation_videos", 1)  # fmt: skip
+    return output
+
+
+def tensors(folder):
+    return {file.name: load_file(file) for file in sorted(Path(folder).rglob("*.safetensors"))}
+
+
+def same(first, second):
+    one, two = ({(file, n): t for file, found in side.items() for n, t in found.items()} for side in (first, second))
+    return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_the_result_is_a_plain_pipeline_folder_and_the_encoder_beside_it(model):
+    described = json.loads((model / "actions" / "actions.json").read_text())
+    assert described["count"] == 2 and described["names"] == ["left", "seed"] and len(described["low"]) == 2
+    assert load_file(model / "actions" / "encoder.safetensors")["2.weight"].abs().sum() > 0
+    names = load_file(next((model / "unet").glob("*.safetensors"))).keys()
+    assert names == load_file(next((TINY / "unet").glob("*.safetensors"))).keys()
+    pipe = StableVideoDiffusionPipeline.from_pretrained(model)
+    assert not hasattr(pipe.unet, "actions")
+    settings = json.loads((model / "training_settings.json").read_text())
+    assert settings["actions"] == described and settings["condition_on"] == "actions"
+    assert any("validation_loss_v" in line for line in (model / "metrics.jsonl").read_text().splitlines())
+
+
+def test_a_resumed_run_is_the_unbroken_one_to_the_last_bit(acted, model, tmp_path):
+    shutil.copytree(model, tmp_path / "run")
+    for gone in ("checkpoint-4", "model_index.json", "actions", "unet"):
+        path = tmp_path / "run" / gone
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    same_run = "--checkpointing_steps 2 --use_ema --learning_rate 1e-2 --num_validation_videos 1".split()
+    same_run += ["--resume_from_checkpoint", "latest"]
+    train(acted, tmp_path / "run", "--max_train_steps", 4, *same_run)
+    for part in ("checkpoint-4", "actions", "unet"):
+        assert same(tensors(tmp_path / "run" / part), tensors(model / part)), part
+    done = train(acted, tmp_path / "run", "--max_train_steps", 6, "--action_dropout_prob", 0.5, *same_run, ok=False)
+    assert "action_dropout_prob was 0.1, is 0.5" in done.stdout
+
+
+def test_two_processes_share_the_encoders_gradients(acted, tmp_path):
+    batch = ["--max_train_steps", 2, "--learning_rate", "1e-3"]
+    train(acted, tmp_path / "one", *batch, "--train_batch_size", 2)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command += [ROOT / "train_svd.py", *train_arguments(acted, tmp_path / "two"), "--condition_on", "actions", *batch]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    subprocess.run([*map(str, command)], env=environment, check=True, timeout=400)
+    one, two = (tensors(tmp_path / name / "actions")["encoder.safetensors"] for name in ("one", "two"))
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        ["--lora_rank", 2],
+        ["--max_grad_norm", 0],
+        ["--trainable", "all"],
+        ["--no-cache_latents", "--mixed_precision", "bf16"],
+    ],
+    ids=lambda more: more[0],
+)
+def test_actions_train_with_everything_else(acted, tmp_path, more):
+    output = tmp_path / "out"
+    train(acted, output, "--max_train_steps", 2, "--learning_rate", "1e-2", *more)
+    assert load_file(output / "actions" / "encoder.safetensors")["2.weight"].abs().sum() > 0
+    if "--lora_rank" in more:  # the LoRA's folder is whole by itself
+        rows = tmp_path / "rows.npy"
+        np.save(rows, np.zeros((8, 2), np.float32))
+        generate(
+            TINY, acted / "clip0" / "00000.png", tmp_path / "lora.mp4", "--lora", output / "lora", "--actions", rows
+        )
+        generate(output, acted / "clip0" / "00000.png", tmp_path / "whole.mp4", "--actions", rows)
+        shown = [common.read_video(tmp_path / f"{name}.mp4").astype(int) for name in ("lora", "whole")]
+        assert np.abs(shown[0] - shown[1]).max() <= 3
+
+
+def test_a_dry_run_counts_the_encoder(tmp_path, acted):
+    plans = []
+    for more in ([], ["--condition_on", "actions"]):
+        done = run("train_svd.py", *train_arguments(acted, tmp_path / "x"), "--dry_run", *more)
+        plans.append(json.loads(done.stdout.splitlines()[-1]))
+    width = 128
+    more = width * (7 + 1) + width * (width + 1)
+    assert plans[1]["trainable_parameters"] - plans[0]["trainable_parameters"] == more
+
+
+def test_training_refuses_clips_without_actions_and_with_others(acted, tmp_path):
+    data = shutil.copytree(acted, tmp_path / "data")
+    np.save(data / "clip2" / acts.FILE, np.zeros((9, 2), np.float32))
+    assert "9 rows for 10 frames" in train(data, tmp_path / "out", ok=False).stdout
+    np.save(data / "clip2" / acts.FILE, np.zeros((10, 3), np.float32))
+    assert "one kind" in train(data, tmp_path / "out", ok=False).stdout
+    (data / "clip2" / acts.FILE).unlink()
+    done = train(data, tmp_path / "out", ok=False)
+    assert "actions.npy is missing" in done.stdout and "--exclude" in done.stdout
+    done = run("train_svd.py", *train_arguments(data, tmp_path / "out"), "--action_dropout_prob", 0.2, ok=False)
+    assert "--condition_on" in done.stdout
+
+
+def generate(model, image, output, *more, **options):
+    return run("infer_svd.py", "--model_dir", model, "--input_image", image, "--output_video", output,
+        "--num_inference_steps", 2, *SIZE, *more, **options)  # fmt: skip
+
+
+def test_generating_follows_the_actions_of_a_file_and_of_a_dataset(acted, model, tmp_path):
+    image, rows = acted / "clip0" / "00000.png", np.load(acted / "clip0" / acts.FILE)[:8]
+    np.save(tmp_path / "same.npy", rows)
+    np.save(tmp_path / "other.npy", rows[::-1])
+    np.savetxt(tmp_path / "same.csv", rows, delimiter=",", header="left,seed", comments="")
+    for name in ("same.npy", "other.npy", "same.csv"):
+        generate(model, image, tmp_path / f"{name}.webp", "--actions", tmp_path / name)
+    generate(model, image, tmp_path / "none.webp")
+    made = {name: (tmp_path / f"{name}.webp").read_bytes() for name in ("same.npy", "other.npy", "same.csv", "none")}
+    assert made["same.npy"] == made["same.csv"] and len(set(made.values())) == 3
+    record = json.loads((tmp_path / "same.npy.json").read_text())
+    assert record["actions_file"] == str(tmp_path / "same.npy") and len(record["actions_sha256"]) == 64
+    checkpoint = generate(model / "checkpoint-4", image, tmp_path / "c.webp", "--actions", tmp_path / "same.npy")
+    assert checkpoint.returncode == 0 and (tmp_path / "c.webp").read_bytes() == made["same.npy"]
+
+    generate(model, acted, tmp_path / "set", "--output_format", "frames", "--actions", acted)
+    for clip in ("clip0", "clip3"):  # a set that can be trained on again
+        [folder] = (tmp_path / "set").glob(f"{clip}*")
+        assert np.array_equal(np.load(folder / acts.FILE), np.load(acted / clip / acts.FILE)[:8])
+    done = generate(model, acted, tmp_path / "set", "--output_format", "frames", ok=False)
+    assert "actions_sha256" in done.stdout
+
+
+def test_the_next_segment_takes_the_next_actions(acted, model, tmp_path):
+    rows = np.concatenate([np.load(acted / "clip0" / acts.FILE), np.load(acted / "clip1" / acts.FILE)])[:15]
+    changed = rows.copy()
+    changed[8:] = rows[8:][::-1]
+    image, two = acted / "clip0" / "00000.png", ["--num_segments", 2, "--output_format", "frames"]
+    for name, actions in (("a", rows), ("b", changed)):
+        np.save(tmp_path / f"{name}.npy", actions)
+        generate(model, image, tmp_path / name, *two, "--actions", tmp_path / f"{name}.npy")
+    a, b = ([common.read_image(f) for f in sorted((tmp_path / name).rglob("*.png"))] for name in "ab")
+    assert len(a) == len(b) == 15
+    assert np.array_equal(a[:8], b[:8]) and not np.array_equal(a[8:], b[8:])
+    done = generate(model, image, tmp_path / "c", *two, "--num_segments", 3, "--actions", tmp_path / "a.npy", ok=False)
+    assert "3 segments of 8 frames need 22" in done.stdout
+
+
+def test_generating_refuses_actions_that_do_not_fit(acted, model, tmp_path, trained):
+    image = acted / "clip0" / "00000.png"
+    np.save(tmp_path / "three.npy", np.zeros((8, 3), np.float32))
+    np.save(tmp_path / "two.npy", np.zeros((8, 2), np.float32))
+    for folder, path, said in (
+        (model, tmp_path / "three.npy", "2 (left, seed)"), (model, tmp_path / "none.npy", "no such file"),
+        (model, image, "must be an .npy or .csv"), (trained, tmp_path / "two.npy", "--condition_on actions"),
+    ):  # fmt: skip
+        done = generate(folder, image, tmp_path / "x.mp4", "--actions", path, ok=False)
+        assert said in done.stdout and not (tmp_path / "x.mp4").exists()
+
+
+def test_a_lerobot_set_carries_the_actions(acted, model, tmp_path):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    out = tmp_path / "set"
+    generate(model, acted, out, "--output_format", "lerobot", "--task", "move", "--actions", acted)
+    info = json.loads((out / "meta" / "info.json").read_text())
+    assert info["features"]["action"] == {"dtype": "float32", "shape": [2], "names": ["left", "seed"]}
+    table = parquet.read_table(out / "data" / "chunk-000" / "file-000.parquet")
+    given = np.concatenate([np.load(acted / f"clip{i}" / acts.FILE)[:8] for i in range(4)])
+    assert np.array_equal(np.array(table["action"].to_pylist(), np.float32), given)
+    stats = json.loads((out / "meta" / "stats.json").read_text())["action"]
+    assert np.allclose(stats["mean"], given.mean(0)) and np.allclose(stats["std"], given.std(0))
+    assert stats["count"] == [32] and np.allclose(stats["max"], given.max(0))
+    episodes = parquet.read_table(out / "meta" / "episodes" / "chunk-000" / "file-000.parquet")
+    assert np.allclose(episodes["stats/action/min"].to_pylist()[0], given[:8].min(0))

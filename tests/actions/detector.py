@@ -53,7 +53,9 @@ def train_detector(frames, places, steps=2500, batch=32, seed=0):
             group["lr"] = 2e-3 * min(1, (step + 1) / 50) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
         chosen = torch.randint(len(pictures), (batch,), generator=generator)
         uniform = torch.rand(3, batch, 1, 1, 1, generator=generator)
-        shown = torch.lerp(pictures[chosen], F.avg_pool2d(pictures[chosen], 3, 1, 1, count_include_pad=False), uniform[0])
+        shown = torch.lerp(
+            pictures[chosen], F.avg_pool2d(pictures[chosen], 3, 1, 1, count_include_pad=False), uniform[0]
+        )
         shown = (shown - 0.5) * (0.85 + 0.3 * uniform[1]) + 0.5 + 0.1 * (uniform[2] - 0.5)
         shown = shown + 0.02 * torch.randn(shown.shape, generator=generator)
         loss = F.smooth_l1_loss(model(shown), (targets[chosen] - mean) / spread, beta=0.1)

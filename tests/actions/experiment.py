@@ -1,0 +1,221 @@
+"""`make actions`: is the action followed? The protocol, and what was tried, is in README.md here.
+
+Renders clips whose paths are known, fine-tunes the tiny checkpoint on them with and without actions, generates from
+held-out first frames, and finds the fingertip in what was generated. Everything goes to actions/: table.md,
+results.json, steer.webp. Run again after a stop, it goes on.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tensors are small: two trainings side by side instead
+sys.path.insert(0, str(Path(__file__).parent))
+
+import data  # isort: skip  (first: it finds svd_common, which quiets OpenCV)
+import numpy as np
+import torch
+from detector import train_detector
+from PIL import Image
+
+import svd_common as common
+from svd_parts.actions import acting, scale_actions
+from svd_parts.files import write_file
+from svd_parts.metrics import video_metrics
+from svd_parts.shortcuts import wrap_unet
+
+TINY = data.ROOT / "tests" / "tiny_svd"
+TRAINING = (
+    "--num_frames 8 --width 96 --height 64 --train_batch_size 4 --learning_rate 2e-3 --P_mean 1.5 --lr_scheduler cosine"
+)
+TRAINING += " --lr_warmup_steps 30 --use_ema --ema_decay 0.98 --checkpointing_steps 100 --gradient_checkpointing none"
+SEEDS = {"training": 7005, "development": 7205, "held out": 7206, "push": 7207}
+INFERENCE_STEPS = 4
+
+
+def build_parser():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("--output_dir", type=Path, default=data.ROOT / "actions")
+    add(
+        "--judge_on",
+        choices=["held out", "development"],
+        default="held out",
+        help="development: to choose something by",
+    )
+    add("--steps", type=int, default=600, help="of training, for each of the two models")
+    add("--clips", type=int, default=64, help="held-out clips of reach")
+    add("--more", default="", help="further options of train_svd.py for both models")
+    return parser
+
+
+# Training
+
+
+def train(output, dataset, options):
+    """Both models side by side, one process each; goes on where it was."""
+    running = []
+    for name, more in (("with", ["--condition_on", "actions"]), ("without", [])):
+        model = output / name
+        if (model / "model_index.json").exists():
+            continue
+        command = [
+            sys.executable,
+            data.ROOT / "train_svd.py",
+            "--pretrained_model_name",
+            TINY,
+            "--dataset_dir",
+            dataset,
+        ]
+        command += ["--output_dir", model, *TRAINING.split(), "--max_train_steps", options.steps, *options.more.split()]
+        command += [*more, *(["--resume_from_checkpoint", "latest"] if model.exists() else [])]
+        log = open(output / f"{name}.log", "a")
+        running.append(
+            subprocess.Popen([*map(str, command)], env={**os.environ, "HF_HUB_OFFLINE": "1"}, stdout=log, stderr=log)
+        )
+    for process in running:
+        if process.wait():
+            sys.exit(f"training failed: see {output}/*.log")
+
+
+# Generating
+
+
+def load(model):
+    pipe, settings = common.load_pipeline(model, torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    wrap_unet(pipe.unet)
+    return pipe, settings
+
+
+@torch.no_grad()
+def generate(model, firsts, paths=None, seed=0, steps=INFERENCE_STEPS):
+    """(N, T, H, W, 3) uint8 by the paths (N, T, 3), if there are any; clip i has the noise of seed + i."""
+    pipe, settings = model
+    made = []
+    for index, first in enumerate(firsts):
+        rows = None if paths is None else scale_actions(paths[index], settings["actions"])[None]
+        with acting(pipe.unet, rows):
+            frames = pipe(
+                Image.fromarray(first), width=96, height=64, num_frames=data.FRAMES, fps=data.FPS, motion_bucket_id=127,
+                num_inference_steps=steps, min_guidance_scale=1.0, max_guidance_scale=1.0, output_type="np",
+                noise_aug_strength=0.02, generator=torch.Generator().manual_seed(seed + index),
+            ).frames[0]  # fmt: skip
+        made.append((frames * 255).round().astype(np.uint8))
+    return np.stack(made)
+
+
+@torch.no_grad()
+def round_trip(model, videos):
+    """What the VAE alone makes of real clips: the ceiling."""
+    vae, made = model[0].vae, []
+    for video in videos:
+        latents = vae.encode(common.to_pixels(video)).latent_dist.mode()
+        frames = vae.decode(latents, num_frames=len(video)).sample
+        made.append(((frames / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy() * 255).round().astype(np.uint8))
+    return np.stack(made)
+
+
+# Measuring
+
+
+def interval(values, draws=10_000):
+    """(mean, low, high): 95 % bootstrap over clips; values (N,), those that are not numbers left out."""
+    values = np.asarray(values, float)
+    values = values[np.isfinite(values)]
+    means = values[np.random.default_rng(0).integers(0, len(values), (draws, len(values)))].mean(1)
+    return [float(values.mean()), *np.percentile(means, (2.5, 97.5)).tolist()]
+
+
+def moving_psnr(videos, real):
+    """PSNR on moving pixels of each clip; NaN where nothing moves."""
+    found = [video_metrics(video, truth)["psnr_moving"] for video, truth in zip(videos, real)]
+    return np.array([np.nan if value is None else min(value, 100.0) for value in found])
+
+
+def following(detect, videos, paths):
+    """cm from where the action says to where the fingertip is found, (N, T - 1): frame 0 is given."""
+    found = detect(videos[:, 1:].reshape(-1, *videos.shape[2:])).reshape(paths[:, 1:].shape)
+    return 100 * np.linalg.norm(found - paths[:, 1:], axis=-1)
+
+
+def row(detect, videos, real, paths):
+    """One line of the table. real: what to compare the pixels with, or None; paths: what was asked for."""
+    result = {}
+    if real is not None:
+        values = moving_psnr(videos, real)
+        result["psnr_moving"] = {"clips": values.tolist(), "mean": interval(values)}
+    distances = following(detect, videos, paths)
+    result["following_cm"] = {"clips": distances.mean(1).tolist(), "mean": interval(distances.mean(1))}
+    result["within_2_cm"] = {"mean": interval((distances < 2).mean(1))}
+    return result
+
+
+def write_table(path, rows):
+    text = "| | PSNR moving, dB | following error, cm | within 2 cm |\n|---|---|---|---|\n"
+    for name, found in rows.items():
+        cells = []
+        for key, shown in (("psnr_moving", "{:.1f} [{:.1f}, {:.1f}]"), ("following_cm", "{:.1f} [{:.1f}, {:.1f}]")):
+            cells.append(shown.format(*found[key]["mean"]) if key in found else "")
+        share = found["within_2_cm"]["mean"]
+        text += f"| {name} | {cells[0]} | {cells[1]} | {share[0]:.0%} |\n"
+    write_file(path, text)
+    return text
+
+
+def main(options):
+    started, out = time.time(), options.output_dir
+    out.mkdir(parents=True, exist_ok=True)
+    seed = SEEDS[options.judge_on]
+    data.render_clips(out / "reach", "reach", SEEDS["training"], 320)
+    data.render_clips(out / "push", "push", 1, 192, cameras=())
+    judged = out / options.judge_on.replace(" ", "_")
+    data.render_clips(judged, "reach", seed, options.clips)
+    data.render_clips(out / "held_out_push", "push", SEEDS["push"], 32)
+    training = {"reach": data.read_clips(out / "reach", out / "reach", 320)}
+    training["push"] = data.read_clips(data.BUNDLED, out / "push", 192)
+    if not (out / "dataset" / "metadata.jsonl").exists():
+        data.write_dataset(out / "dataset", training)
+    train(out, out / "dataset", options)
+
+    frames = np.concatenate([videos.reshape(-1, *videos.shape[2:]) for videos, _ in training.values()])
+    detect = train_detector(frames, np.concatenate([paths.reshape(-1, 3) for _, paths in training.values()]))
+    models = {name: load(out / name) for name in ("with", "without")}
+    rows = measure(models, detect, *data.read_clips(judged, judged, options.clips), seed)
+    pushes = data.read_clips(out / "held_out_push", out / "held_out_push", 32)
+    rows |= {f"push: {name}": found for name, found in measure_task(models, detect, *pushes).items()}
+    write_file(out / "results.json", json.dumps({"options": vars(options), "rows": rows}, indent=1, default=str))
+    print(write_table(out / "table.md", rows))
+    print(f"Done in {time.time() - started:.0f} s: {out}/table.md")
+
+
+def measure_task(models, detect, real, paths):
+    """Rows with the true actions, with shuffled ones, with none, and of the model trained without."""
+    firsts, shuffled = real[:, 0], np.roll(paths, -1, axis=0)
+    return {
+        "real video": row(detect, real, None, paths),
+        "real video through the VAE": row(detect, round_trip(models["with"], real), real, paths),
+        "true actions": row(detect, generate(models["with"], firsts, paths), real, paths),
+        "shuffled actions": row(detect, generate(models["with"], firsts, shuffled), real, shuffled),
+        "no actions": row(detect, generate(models["with"], firsts), real, paths),
+        "model trained without actions": row(detect, generate(models["without"], firsts), real, paths),
+    }
+
+
+def measure(models, detect, real, paths, seed):
+    """The rows of `reach`: those of `measure_task`, and paths that nobody demonstrated."""
+    rows = {f"reach: {name}": found for name, found in measure_task(models, detect, real, paths).items()}
+    for how, wanted in data.other_paths(paths).items():
+        played, tips = data.play_all(wanted, seed)
+        made = generate(models["with"], real[:, 0], tips)
+        rows[f"{how}: real video"] = row(detect, played, None, tips)
+        rows[f"{how}: generated"] = row(detect, made, played, tips)
+    return rows
+
+
+if __name__ == "__main__":
+    main(build_parser().parse_args())
