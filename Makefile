@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 PIP_FLAGS ?=
 
-.PHONY: demo proof test tiny clean
+.PHONY: demo proof actions test tiny clean
 .DEFAULT_GOAL = demo
 
 $(VENV)/.installed: requirements.txt
@@ -27,6 +27,11 @@ proof: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) pybullet==3.2.7
 	$(BIN)/python tests/proof/proof.py
 
+# Is the action followed? Fine-tunes the tiny checkpoint with actions and without, and measures: actions/, see tests/actions/README.md
+actions: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) pybullet==3.2.7
+	$(BIN)/python tests/actions/experiment.py
+
 test: $(VENV)/.installed-test
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
@@ -38,4 +43,4 @@ tiny: $(VENV)/.installed
 	PYTHON=$(BIN)/python sh tests/tiny/make_tiny.sh
 
 clean:
-	rm -rf demo proof .pytest_cache .ruff_cache
+	rm -rf demo proof actions .pytest_cache .ruff_cache

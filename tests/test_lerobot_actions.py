@@ -1,0 +1,73 @@
+"""The actions of LeRobot datasets, versions 2.1 and 3.0, at the times of a clip's frames."""
+
+import json
+
+import numpy as np
+import pytest
+
+from svd_parts.files import UserError
+from svd_parts.lerobot_actions import actions_at, write_actions
+
+pyarrow = pytest.importorskip("pyarrow")
+from pyarrow import parquet  # noqa: E402
+
+NAMES = {"motors": ["x", "y", "grip"]}
+
+
+def rows_of(episode, count=20):
+    return np.stack([np.full(count, episode), np.arange(count), np.arange(count) / 10], 1).astype(np.float32)
+
+
+def write_table(path, episodes, key="action", fps=10):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows = np.concatenate([rows_of(episode) for episode in episodes])
+    columns = {"episode_index": np.repeat(episodes, 20), "timestamp": np.tile(np.arange(20) / fps, len(episodes))}
+    columns["timestamp"] = columns["timestamp"].astype(np.float32)
+    parquet.write_table(
+        pyarrow.table({**columns, key: list(map(list, rows)), "frame_index": np.arange(len(rows))}), path
+    )
+
+
+@pytest.fixture(params=["v2.1", "v3.0"])
+def lerobot(request, tmp_path):
+    """Three episodes of 20 rows at 10 fps; of version 3.0 all in one file."""
+    root = tmp_path / "set"
+    features = {"action": {"dtype": "float32", "shape": [3], "names": NAMES}, "task": {"dtype": "string", "shape": [1]}}
+    (root / "meta").mkdir(parents=True)
+    (root / "meta" / "info.json").write_text(json.dumps({"codebase_version": request.param, "features": features}))
+    if request.param == "v2.1":
+        for episode in range(3):
+            write_table(root / "data" / "chunk-000" / f"episode_{episode:06d}.parquet", [episode])
+    else:
+        write_table(root / "data" / "chunk-000" / "file-000.parquet", range(3))
+        (root / "meta" / "episodes" / "chunk-000").mkdir(parents=True)
+        places = {"episode_index": [0, 1, 2], "data/chunk_index": [0] * 3, "data/file_index": [0] * 3}
+        parquet.write_table(pyarrow.table(places), root / "meta" / "episodes" / "chunk-000" / "file-000.parquet")
+    return str(root)
+
+
+def test_each_frame_gets_the_row_of_its_time(lerobot):
+    for times in (np.arange(20) / 10, np.arange(0, 20, 3) / 10, np.array([0.52, 0.68])):  # all, --fps, in between
+        rows, names = actions_at(lerobot, 1, times, "action")
+        assert names == NAMES and rows.dtype == np.float32
+        assert np.array_equal(rows, rows_of(1)[np.rint(times * 10).astype(int)])
+
+
+def test_a_clip_gets_its_file_and_names(lerobot, tmp_path):
+    line = {"episode_index": 2}
+    write_actions(tmp_path, line, lerobot, [0.1, 0.2], "action")
+    assert np.array_equal(np.load(tmp_path / "actions.npy"), rows_of(2)[1:3]) and line["action_names"] == NAMES
+
+
+def test_what_is_wrong_is_said_in_a_line(lerobot, tmp_path):
+    for episode, times, key, said in (
+        (1, [0.1], "observation.state", "has no such feature"),
+        (1, [0.1], "task", "no row of numbers"),
+        (7, [0.1], "action", "episode 7"),
+        (1, [0.1, 9.0], "action", "its video lasts 9.0 s"),
+    ):
+        with pytest.raises(UserError, match=said) as raised:
+            actions_at(lerobot, episode, times, key)
+        assert "\n" not in str(raised.value)
+    (tmp_path / "none").mkdir()
+    assert actions_at(str(tmp_path / "none"), 0, [0.1], "action") is None
