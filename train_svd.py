@@ -313,7 +313,7 @@ def train(options, device):
     accelerator = build_accelerator(options, device)
     settings = describe_run(options, base, clips, sides[1], before, accelerator.num_processes)
     settings |= prepare_actions(options.condition_on, clips, held_out, before)
-    frames = {clip["directory"]: f"{clip['digest']} {clip['fps']:g} {clip['motion_bucket_id']:g}" for clip in clips}
+    frames = {clip["directory"]: describe_frames(clip) for clip in clips}
     if saved:
         check_resume(settings, frames, saved, folder)
     with lock_output(options, accelerator):
@@ -350,6 +350,12 @@ def train(options, device):
         if options.push_to_hub and not status and accelerator.is_main_process:
             push_to_hub(options)
         return status
+
+
+def describe_frames(clip):
+    """What a resumed run compares of a clip."""
+    actions = f" {clip['actions_digest']}" if "actions_digest" in clip else ""
+    return f"{clip['digest']} {clip['fps']:g} {clip['motion_bucket_id']:g}{actions}"
 
 
 def describe_result(options):

@@ -95,7 +95,12 @@ def prepare_actions(condition_on, clips, held_out, settings):
         described = before
     for clip in [*clips, *held_out]:
         clip["scaled_actions"] = scale_actions(clip["actions"], described)
+        clip["actions_digest"] = digest_of(clip["actions"])
     return {"actions": described}
+
+
+def digest_of(rows):
+    return hashlib.sha256(rows.tobytes()).hexdigest()
 
 
 def column_names(described):
@@ -147,7 +152,7 @@ def give_actions(images, settings, model):
             longer[str(path)] = True
         rows = rows[:needed]
         image |= {"action_rows": rows.tolist(), "action_names": described["names"], "actions_file": str(path)}
-        image["actions_sha256"] = hashlib.sha256(rows.tobytes()).hexdigest()
+        image["actions_sha256"] = digest_of(rows)
     warn_of_unknown(np.concatenate([image["action_rows"] for image in images]), described, given)
     if longer:
         print(f"--actions: the first {needed} rows are used of {listed(list(longer))}")

@@ -152,7 +152,7 @@ def check_resume(settings, clips, saved, folder):
     if changed or new:
         what = f"{listed(new)} not trained on before"
         if changed:
-            what = f"{listed(changed)} changed (frames, fps or motion)"
+            what = f"{listed(changed)} changed (frames, fps, motion or actions)"
         cure = "put back what was there, leave them out by --exclude, or start a new run in another --output_dir"
         raise UserError(f"{folder}: {what}; {cure}")
     if gone:

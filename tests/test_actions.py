@@ -240,6 +240,10 @@ def test_a_resumed_run_is_the_unbroken_one_to_the_last_bit(acted, model, tmp_pat
         assert same(tensors(tmp_path / "run" / part), tensors(model / part)), part
     done = train(acted, tmp_path / "run", "--max_train_steps", 6, "--action_dropout_prob", 0.5, *same_run, ok=False)
     assert "action_dropout_prob was 0.1, is 0.5" in done.stdout
+    other = shutil.copytree(acted, tmp_path / "other")
+    np.save(other / "clip1" / acts.FILE, np.load(other / "clip1" / acts.FILE) + 1)
+    done = train(other, tmp_path / "run", "--max_train_steps", 6, *same_run, ok=False)
+    assert "clip1 changed" in done.stdout
 
 
 def test_two_processes_share_the_encoders_gradients(acted, tmp_path):
