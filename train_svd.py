@@ -7,7 +7,8 @@ r"""Fine-tunes Stable Video Diffusion on a folder of clips, on one GPU.
 Resume a stopped run by the same command with --resume_from_checkpoint latest. The result, --output_dir, is a standard
 diffusers pipeline folder for infer_svd.py or StableVideoDiffusionPipeline.from_pretrained.
 
-Read it from top to bottom: the objective, the data, one step, memory, checkpoints, validation, the loop.
+From top to bottom: the options; what can be wrong with them; `train`, one run; `run_steps`, the loop. The loss is in
+svd_parts/objective.py, what a step sees in samples.py, what is trained in unet.py, how a step is taken in state.py.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import contextlib
 import importlib.util
 import os
 import platform
+import shlex
 import statistics
 import sys
 import warnings
@@ -24,7 +26,7 @@ from pathlib import Path
 from svd_parts.checkpoints import checkpoints_of
 from svd_parts.console import Parser, check_launcher, number, run_script
 from svd_parts.dataset import DEFAULT_BUCKET, DEFAULT_FPS
-from svd_parts.files import UserError, frozen, lock_file, pattern_names, printable, read_patterns, tidy
+from svd_parts.files import UserError, counted, frozen, lock_file, pattern_names, printable, read_patterns, tidy
 from svd_parts.metrics import METRICS
 from svd_parts.optimizers import OPTIMIZERS
 from svd_parts.unet import DTYPES, RECOMPUTED, TRAINABLE, trained_layers
@@ -321,8 +323,9 @@ def train(options, device):
             accelerator.print(f"no CUDA GPU: {why_no_cuda()}. On the CPU only a tiny model trains in reasonable time.")
         if options.resume_from_checkpoint and accelerator.is_main_process:
             put_aside_newer(options, folder, saved["step"] if saved else 0)
-        start_trackers(options, accelerator)
-        pipe, vae, decoder = load_frozen([*clips, *held_out], options, base, accelerator)
+        start_trackers(options, accelerator, saved["step"] if saved else 0)
+        encoders, everything = settings["encoders_fingerprint"], [*clips, *held_out]
+        pipe, vae, decoder = load_frozen(everything, options, base, encoders, accelerator)
         dataset = ClipDataset(clips, options, vae.config, cached=not pipe)
         unet, checkpointing = load_unet(options, base, accelerator.device, settings.get("actions"))
         vae.to(accelerator.device)
@@ -333,19 +336,14 @@ def train(options, device):
             put_aside_other_run(state)
             state.prune()
             warn_of_disk(state, base)
-        scored = held_out if accelerator.is_main_process else []
-        validation = Validation(options, base, scored, vae, decoder) if scored else None
-        data = f"{len(clips)} clips" + (f" and {len(held_out)} held out" if held_out else "")
-        steps = f"{options.max_train_steps} steps of {settings['global_batch_size']}"
-        count = sum(p.numel() for p in state.trained.values())
-        trained = f"{count / 1e6:.1f} M parameters trained ({trained_layers(options)})"
-        where = f"{options.mixed_precision} on {device.type}"
-        accelerator.print(f"{data}, {steps}; {trained}, {where}, recomputed: {checkpointing}")
+            scored = held_out if accelerator.is_main_process else []
+            validation = Validation(options, base, scored, vae, decoder) if scored else None
+            accelerator.print(describe_start(state, clips, held_out, checkpointing))
         with saved_on_error(state):
             status = run_steps(state, dataset, pipe, vae, validation)
         if not status and accelerator.is_main_process:
             save_result(state, base)
-            print(f"done: {describe_result(options)}")
+            say_next(options, settings)
         end_processes(state)
         if options.push_to_hub and not status and accelerator.is_main_process:
             push_to_hub(options)
@@ -358,10 +356,33 @@ def describe_frames(clip):
     return f"{clip['digest']} {clip['fps']:g} {clip['motion_bucket_id']:g}{actions}"
 
 
-def describe_result(options):
-    if options.save_merged:
-        return f"{options.output_dir} is a diffusers pipeline; python infer_svd.py --model_dir {options.output_dir} ..."
-    return f"python infer_svd.py --model_dir {options.pretrained_model_name} --lora {options.output_dir}/lora ..."
+def describe_start(state, clips, held_out, checkpointing):
+    """One line on what is trained on what, and how."""
+    options, device = state.options, state.accelerator.device
+    data = counted(len(clips), "clip") + (f" and {len(held_out)} held out" if held_out else "")
+    steps = f"{counted(options.max_train_steps, 'step')}, batch {state.settings['global_batch_size']}"
+    count = sum(p.numel() for p in state.trained.values()) / 1e6
+    trained = f"{count:.1f} M parameters trained ({trained_layers(options)})"
+    precision = "fp32" if options.mixed_precision == "no" else options.mixed_precision
+    return f"{data}, {steps}; {trained}, {precision} on {device.type}, recomputed: {checkpointing}"
+
+
+def say_next(options, settings):
+    """Says what there is now, where to look at it, and how to generate with it."""
+    from svd_parts.checkpoints import read_best
+
+    output, (best, _) = Path(options.output_dir), read_best(options.output_dir)
+    kind = "a diffusers pipeline" if options.save_merged else "a LoRA"
+    print(f"done: {output if options.save_merged else output / 'lora'} is {kind}; look at {output / 'index.html'}")
+    if best is not None:
+        print(f"best by {METRICS[options.validation_metric].title}: step {best}, in {output / 'best'}")
+    model = ["--model_dir", str(output)]
+    if not options.save_merged:
+        model = ["--model_dir", options.pretrained_model_name, "--lora", str(output / "lora")]
+    size = ["--width", str(options.width), "--height", str(options.height), "--num_frames", str(options.num_frames)]
+    motion = ["--fps", f"{settings['median_fps']:g}", "--motion_bucket_id", f"{settings['median_motion_bucket_id']:g}"]
+    command = shlex.join(["python", "infer_svd.py", *model, *size, *motion])
+    print(f"next: {command} --input_image IMAGE.png --output_video CLIP.mp4")
 
 
 def choose_sides(options, known):
@@ -409,23 +430,21 @@ def load_unet(options, base, device, actions=None):
 def run_steps(state, dataset, pipe, vae, validation):
     """The loop, from the step that the state is at: one pass is one optimizer step. Returns 0 or a stop's status."""
     from svd_parts.latent_cache import add_latents
-    from svd_parts.log import Log
+    from svd_parts.log import Log, is_validated
     from svd_parts.objective import training_loss
     from svd_parts.processes import StopSignal
     from svd_parts.samples import batches, index_batches, take
     from svd_parts.unet import compute_dtype
-    from svd_parts.validation import is_validated
 
     options, accelerator, weight_dtype = state.options, state.accelerator, compute_dtype(state.options.mixed_precision)
     loader = batches(dataset, index_batches(state), accelerator.device.type == "cuda", options.dataloader_num_workers)
     stop, log, first = StopSignal(accelerator), Log(state), state.steps
-    has_validation = bool(
-        options.validation_dir or options.num_validation_videos
-    )  # true on all processes, as what follows
+    has_validation = bool(options.validation_dir or options.num_validation_videos)  # the same on all processes
     if validation and is_validated(options, first) and not log.has_scores(first):  # the base's, or a kill cut it off
-        log.scores(validation(state))
+        validation(state, log, stop)
     for step in range(first, options.max_train_steps):
-        micro_batches, failure = take(loader, options.gradient_accumulation_steps, log)
+        with log.waiting():
+            micro_batches, failure = take(loader, options.gradient_accumulation_steps)
         received = stop.requested(failure)
         if failure or received < 0 or (received and state.steps > first):  # a step at least, or it would never end
             return end_early(state, received, failure)
@@ -449,14 +468,14 @@ def run_steps(state, dataset, pipe, vae, validation):
         if saving and accelerator.is_main_process:
             state.save()
         if validating and validation:
-            log.scores(validation(state))
+            validation(state, log, stop)
     log.progress.close()
     accelerator.wait_for_everyone()
     return 0
 
 
 def end_early(state, received, failure):
-    """A signal, or data that this or another process could not read: saves, then says how to go on."""
+    """After a signal, or where a process could not read its data: saves, then says how to go on."""
     accelerator = state.accelerator
     if accelerator.is_main_process:
         state.save()
@@ -482,15 +501,17 @@ def describe_bad_step(state, dataset):
 
 @contextlib.contextmanager
 def saved_on_error(state):
-    """Saves the steps that are done before an error ends the run (a full disk, a clip, the GPU's memory, a bug)."""
+    """Saves the steps that are done before an error ends the run (a full disk, a clip, the GPU's memory, a bug).
+
+    The process that fails saves, whichever it is: the others may wait for it until they are killed.
+    """
     try:
         yield
     except Exception:
-        print(file=sys.stderr)  # the progress bar's line ends
-        if state.whole and state.steps and state.accelerator.is_main_process:
+        if state.whole and state.steps:
             with contextlib.suppress(OSError, RuntimeError):  # the error that is on its way out is the one to show
                 state.save()
-                print(f"the {state.steps} steps that are done are saved", file=sys.stderr)
+                print(f"\nsaved: the {counted(state.steps, 'step')} before this error", file=sys.stderr)
         raise
 
 

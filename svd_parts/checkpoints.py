@@ -49,7 +49,7 @@ def save_checkpoint(folder, state, resumable=True, **more):
             tensors, numbers = flatten_state(state.optimizer, state.trained)
             write_tensors(aside / "optimizer.safetensors", tensors)
             saved |= {"optimizer": numbers, "scaler": state.scaler.state_dict() if state.scaler else None}
-            saved |= {"ema_step": state.ema.optimization_step if state.ema else None, "clips": state.clips}
+            saved["clips"] = state.clips
             saved["files"] = {file.name: file_digest(file) for file in aside.glob("*.safetensors")}
         write_file(aside / CHECKPOINT_STATE, json.dumps(saved, indent=1))
         old = folder.with_name(f".{folder.name}.{os.urandom(4).hex()}.old")
@@ -68,6 +68,14 @@ def checkpoints_of(output_dir):
     return sorted(found, key=checkpoint_step)
 
 
+def read_best(output_dir):
+    """(step, {metric: score}) of what `best/` holds, of this run or of before it was resumed; (None, {}) if nothing."""
+    with contextlib.suppress(FileNotFoundError, ValueError, KeyError):
+        saved = json.loads((Path(output_dir) / "best" / CHECKPOINT_STATE).read_text())
+        return saved["step"], saved["metrics"]
+    return None, {}
+
+
 def read_checkpoint(folder):
     """The state of a complete checkpoint. Raises `UserError` that names the damaged or missing file."""
     path = folder / CHECKPOINT_STATE
@@ -77,11 +85,11 @@ def read_checkpoint(folder):
         raise UserError(f"{path}: missing; not a checkpoint of train_svd.py") from None
     if "files" not in saved and "step" in saved:
         raise UserError(f"{folder}: holds weights to generate with, no training to go on with")
-    for name, kind in (("step", int), ("settings", dict), ("optimizer", dict), ("files", dict)):
+    for name, kind in (("step", int), ("settings", dict), ("optimizer", dict), ("files", dict), ("clips", dict)):
         if not isinstance(saved.get(name), kind):
             raise UserError(f"{path}: damaged, it has no {name}; use another checkpoint")
-    if "max_train_steps" not in saved["settings"] or not isinstance(saved.get("clips", {}), dict):
-        raise UserError(f"{path}: damaged, its settings or clips are not whole; use another checkpoint")
+    if not {"max_train_steps", "validation_dir", "trained_on", "held_out"} <= saved["settings"].keys():
+        raise UserError(f"{path}: damaged, its settings are not whole; use another checkpoint")
     for name, digest in saved["files"].items():
         file = folder / name
         if not file.is_file() or file_digest(file) != digest:
@@ -134,18 +142,16 @@ def check_resume(settings, clips, saved, folder):
 
     Clips that are gone are named, and the run goes on without them: that is how one that cannot be read is left out.
     """
-    before = {"lora_rank": 0, **saved["settings"]}  # older versions had none
+    before = saved["settings"]
     free = {*MAY_DIFFER_ON_RESUME, *(["num_validation_videos"] if settings["validation_dir"] else [])}
-    changed = [key for key in settings if key not in free and settings[key] != before.get(key, settings[key])]
+    changed = [key for key in settings if key not in free and settings[key] != before.get(key)]
     if settings["max_train_steps"] != before["max_train_steps"] and "constant" not in settings["lr_scheduler"]:
         changed.append("max_train_steps")  # it shapes the learning-rate schedule
     if changed:
-        pairs = ", ".join(f"{key} was {before[key]!r}, is {settings[key]!r}" for key in changed)
+        pairs = ", ".join(f"{key} was {before.get(key)!r}, is {settings[key]!r}" for key in changed)
         raise UserError(f"{folder}: {pairs}; use the checkpoint's, or start a new run in another --output_dir")
     if saved["step"] > settings["max_train_steps"]:
         raise UserError(f"{folder} is beyond --max_train_steps {settings['max_train_steps']}")
-    if "clips" not in saved:
-        return print(f"warning: {folder} is of an older version and does not say which frames it was trained on")
     known = saved["clips"]
     changed = [name for name in clips if name in known and known[name] != clips[name]]
     new, gone = sorted(clips.keys() - known.keys()), sorted(known.keys() - clips.keys())

@@ -78,13 +78,14 @@ def run_script(main):
 
 def check_launcher():
     """Refuses variables of a launcher that is not there, which accelerate would take for several processes."""
-    sizes = "WORLD_SIZE PMI_SIZE OMPI_COMM_WORLD_SIZE MV2_COMM_WORLD_SIZE".split()
-    for name in (name for name in sizes if os.environ.get(name, "1") != "1"):
-        missing = [other for other in ("MASTER_ADDR", "MASTER_PORT") if other not in os.environ]
+    alone = dict.fromkeys("WORLD_SIZE PMI_SIZE OMPI_COMM_WORLD_SIZE MV2_COMM_WORLD_SIZE".split(), ("", "1"))
+    alone["LOCAL_RANK"] = ("", "-1")
+    for name in (name for name in alone if os.environ.get(name, "") not in alone[name]):
+        wanted = ["MASTER_ADDR", "MASTER_PORT"] + ["RANK", "WORLD_SIZE"] * (name in ("WORLD_SIZE", "LOCAL_RANK"))
+        missing = [other for other in wanted if other not in os.environ]
         if missing or not os.environ[name].isdecimal():
-            what = (
-                f"{name}={os.environ[name]} is set in the environment, but {' and '.join(missing) or 'no number'} not"
-            )
+            why = f"{' and '.join(missing)} not" if missing else "is no number"
+            what = f"{name}={os.environ[name]} is set in the environment, but {why}"
             raise UserError(f"{what}: unset {name}, or start several processes by `accelerate launch`")
 
 
@@ -151,10 +152,16 @@ class Lines:
         sys.stderr.flush()
 
 
-def progress_bar(desc, unit, total=None, **options):
-    """A tqdm bar on a terminal; in a log file, which is no terminal, a line now and then."""
+def progress_bar(desc, unit, total=None, left=True, **options):
+    """A tqdm bar on a terminal; in a log file, which is no terminal, a line now and then.
+
+    left: whether tqdm is to say how much time is left; training knows better.
+    """
     from tqdm import tqdm
 
+    if not left:
+        options["bar_format"] = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}, {rate_fmt}{postfix}]"
     if not sys.stderr.isatty():
-        options |= {"bar_format": LOG_LINE, "delay": 10, "mininterval": 10, "miniters": 1, "file": Lines()}
+        line = LOG_LINE if left else LOG_LINE.replace(", {remaining} left", "")
+        options |= {"bar_format": line, "delay": 10, "mininterval": 10, "miniters": 1, "position": 0, "file": Lines()}
     return tqdm(desc=desc, unit=unit, total=total, dynamic_ncols=True, **options)

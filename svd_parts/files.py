@@ -33,6 +33,11 @@ def listed(names):
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
+def counted(number, noun):
+    """`1 clip`, `2 clips`."""
+    return f"{number} {noun}{'s' * (number != 1)}"
+
+
 def same_name(name):
     """A name as all systems write it: macOS takes letters with accents apart, here they are one character."""
     return unicodedata.normalize("NFC", name)

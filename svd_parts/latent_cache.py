@@ -10,11 +10,11 @@ import torch
 from diffusers import StableVideoDiffusionPipeline
 from PIL import Image
 from safetensors import SafetensorError, safe_open
-from tqdm.auto import tqdm
 
 import svd_common as common
-from svd_parts.files import UserError, plain_name
-from svd_parts.weights import PARTS, encoders_fingerprint, write_tensors
+from svd_parts.console import progress_bar
+from svd_parts.files import UserError, counted, lock_file, plain_name, tidy
+from svd_parts.weights import PARTS, write_tensors
 
 
 @contextlib.contextmanager
@@ -62,13 +62,14 @@ def load_encoders(base, device):
     return StableVideoDiffusionPipeline(unet=None, **parts)
 
 
-def load_frozen(clips, options, base, accelerator):
+def load_frozen(clips, options, base, fingerprint, accelerator):
     """What training needs of the frozen parts: (pipeline that encodes, or None with the cache; VAE; its decoder).
 
-    With the cache, which is filled here, training needs the VAE's encoder alone, and CLIP not at all.
+    With the cache, which is filled here, training needs the VAE's encoder alone, and CLIP not at all. fingerprint: of
+    the VAE and CLIP, a part of the cache's name.
     """
     if options.cache_latents:
-        build_cache(clips, options, base, accelerator)
+        build_cache(clips, options, base, fingerprint, accelerator)
         pipe, vae = None, common.load_part(base, "vae", torch.float32).requires_grad_(False)
     else:
         pipe = load_encoders(base, accelerator.device)
@@ -77,14 +78,14 @@ def load_frozen(clips, options, base, accelerator):
     return pipe, vae, decoder
 
 
-def build_cache(clips, options, base, accelerator):
+def build_cache(clips, options, base, fingerprint, accelerator):
     """Fills `clip["cache"]` for every clip, encoding those that have no current file; the processes share the work."""
-    fingerprint = encoders_fingerprint(base)
     for clip in clips:
         root, name = clip["root"] / ".cache", "/".join(map(plain_name, clip["directory"].split("/")))
         if options.cache_dir:  # may be shared by several datasets
             root, name = Path(options.cache_dir), f"{name}-{clip['digest']}"
         clip["cache"] = root / f"{options.width}x{options.height}-{fingerprint}" / f"{name}.safetensors"
+        clip["cache_root"] = root
     missing = [clip for clip in clips if not cache_is_current(clip["cache"], clip["digest"])]
     for folder in {clip["cache"].parent for clip in missing}:
         try:
@@ -95,27 +96,42 @@ def build_cache(clips, options, base, accelerator):
             why = getattr(error, "strerror", "the name is not UTF-8")
             cure = "name a folder that can by --cache_dir, or train without: --no-cache_latents"
             raise UserError(f"{folder}: the cache cannot be written there ({why}); {cure}") from None
+    if missing:
+        frames = sum(len(clip["frames"]) for clip in missing)
+        accelerator.print(f"caching latents of {counted(len(missing), 'clip')}, {counted(frames, 'frame')}")
     accelerator.wait_for_everyone()  # every process has looked before one of them writes
     mine = missing[accelerator.process_index :: accelerator.num_processes]
     if mine:
-        encode_clips(mine, options, load_encoders(base, accelerator.device), accelerator)
+        with lock_cache({clip["cache_root"] for clip in mine}):
+            encode_clips(mine, options, load_encoders(base, accelerator.device), accelerator)
         gc.collect()
         torch.cuda.empty_cache()  # what the encoders took: `usable_memory` would not count it as free
     accelerator.wait_for_everyone()
+
+
+@contextlib.contextmanager
+def lock_cache(roots):
+    """Marks the caches as being written; who finds that nobody else is at it removes first what a killed run left."""
+    with contextlib.ExitStack() as locks:
+        for root in sorted(roots):
+            with contextlib.suppress(UserError), lock_file(root / ".lock", "busy"):
+                tidy([*root.glob("[0-9]*x*-*/**/.*.part")])
+            locks.enter_context(lock_file(root / ".lock", None, shared=True))
+        yield
 
 
 @torch.no_grad()
 def encode_clips(clips, options, pipe, accelerator):
     """Writes the cache file of every clip: posterior mean and std (N, 4, h, w), CLIP embeddings (N, 1, D), all fp32."""
     total, chunk, device = sum(len(clip["frames"]) for clip in clips), frames_at_once(options), accelerator.device
-    with tqdm(total=total, desc="caching latents", unit="frame", disable=not accelerator.is_main_process) as progress:
+    hidden = not accelerator.is_main_process
+    with progress_bar("caching latents", "frame", total, disable=hidden) as progress:
         for clip in clips:
             parts = []
             for i in range(0, len(clip["frames"]), chunk):
                 with cure_named(clip):
-                    frames = common.read_frames(
-                        clip["frames"][i : i + chunk], options.width, options.height
-                    )  # (n, H, W, 3)
+                    paths = clip["frames"][i : i + chunk]
+                    frames = common.read_frames(paths, options.width, options.height)  # (n, H, W, 3)
                 posterior = pipe.vae.encode(common.to_pixels(frames).to(device)).latent_dist
                 embeddings = pipe._encode_image([Image.fromarray(frame) for frame in frames], device, 1, False)
                 parts.append([part.cpu() for part in (posterior.mean, posterior.std, embeddings)])

@@ -1,5 +1,6 @@
 """Progress, metrics.jsonl and trackers."""
 
+import contextlib
 import io
 import json
 import time
@@ -8,25 +9,33 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 import svd_common as common
+from svd_parts.console import progress_bar
 from svd_parts.files import UserError, printable, write_file
 from svd_parts.metrics import finite, read_metrics
 from svd_parts.page import write_run_page
-from svd_parts.validation import keep_best, report_scores
 
 
-def start_trackers(options, accelerator):
-    """Starts --report_to before anything expensive; what it needs of the user is one line."""
+def start_trackers(options, accelerator, step):
+    """Starts --report_to before anything expensive; what it needs of the user is one line.
+
+    step: where the run begins. TensorBoard forgets what a killed run wrote beyond it.
+    """
     if options.report_to:
         simple = {name: value for name, value in options._asdict().items() if isinstance(value, (int, float, str))}
+        again = {"tensorboard": {"purge_step": step + 1 if step else 0}} if options.resume_from_checkpoint else {}
         try:
-            accelerator.init_trackers("svd", simple)
+            accelerator.init_trackers("svd", simple, again)
         except Exception as error:  # each tracker has errors of its own
             cure = "run `wandb login`, or set WANDB_MODE=offline" if options.report_to == "wandb" else "or leave it out"
             why = str(error).strip().splitlines() or [type(error).__name__]
             raise UserError(f"--report_to {options.report_to}: cannot be started ({why[0]}); {cure}") from None
+
+
+def is_validated(options, step):
+    return step == options.max_train_steps or step % options.validation_steps == 0
 
 
 class Log:
@@ -34,19 +43,29 @@ class Log:
 
     def __init__(self, state):
         self.state, self.accelerator, options = state, state.accelerator, state.options
-        self.path = Path(options.output_dir) / "metrics.jsonl"
+        self.path, lines = Path(options.output_dir) / "metrics.jsonl", []
         if self.accelerator.is_main_process:  # a resumed run writes the lines after its checkpoint again
-            kept = [line for line in read_metrics(options.output_dir) if line["step"] <= state.steps and state.steps]
-            write_file(self.path, "".join(json.dumps(line) + "\n" for line in kept))
+            lines = [line for line in read_metrics(options.output_dir) if line["step"] <= state.steps and state.steps]
+            write_file(self.path, "".join(json.dumps(line) + "\n" for line in lines))
             write_run_page(self.path.parent)
-        self.progress = tqdm(total=options.max_train_steps, initial=state.steps, desc="training", unit="step",
+        known = (line.get("seconds_of_validation") for line in reversed(lines))
+        self.seconds_of_validation = next(filter(None, known), 0.0)
+        self.progress = progress_bar("training", "step", options.max_train_steps, left=False, initial=state.steps,
             disable=not self.accelerator.is_main_process)  # fmt: skip
         self.start(state.steps)
 
     def start(self, step):
+        """Begins to measure the steps of the next line."""
         self.values, self.waited, self.since, self.step = defaultdict(list), 0.0, time.perf_counter(), step
         if self.accelerator.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
+
+    @contextlib.contextmanager
+    def waiting(self):
+        """The time within counts as waiting for data."""
+        start = time.perf_counter()
+        yield
+        self.waited += time.perf_counter() - start
 
     def add(self, values):
         """Device scalars by name; a line holds the mean of those since the last one."""
@@ -67,14 +86,21 @@ class Log:
         line = {"step": step, **means, "learning_rate": self.state.lr_scheduler.get_last_lr()[0]}
         line["seconds_per_step"] = round(elapsed / (step - self.step), 4)
         line["data_wait_share"] = round(self.waited / elapsed, 4)
+        line["seconds_left"] = round(self.seconds_left(step, elapsed / (step - self.step)))
         shown = {"loss": f"{means['loss_v']:.4f}", "lr": f"{line['learning_rate']:.1e}"}
         if self.accelerator.device.type == "cuda":
             line["peak_memory_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
             line["peak_reserved_gib"] = round(torch.cuda.max_memory_reserved() / 2**30, 2)
             shown["mem"] = f"{line['peak_memory_gib']:.1f}G"
         self.append(line)
-        self.progress.set_postfix(shown, refresh=False)
+        self.progress.set_postfix({**shown, "left": tqdm.format_interval(line["seconds_left"])}, refresh=False)
         self.start(step)
+
+    def seconds_left(self, step, seconds_per_step):
+        """Until the last step is done and validated, if each validation takes as long as the last one did."""
+        last, every = self.state.options.max_train_steps, self.state.options.validation_steps
+        validations = last // every - (step - 1) // every + bool(last % every)  # this step's is still to come
+        return (last - step) * seconds_per_step + validations * self.seconds_of_validation
 
     def append(self, line):
         """Adds a line of numbers to metrics.jsonl and to --report_to."""
@@ -85,15 +111,13 @@ class Log:
         numbers = {name: value for name, value in line.items() if name != "step" and value is not None}
         self.accelerator.log(numbers, step=line["step"])
 
-    def scores(self, metrics):
-        """Writes and shows what a validation gave, and keeps the weights where they are the best so far."""
-        if metrics:
-            keep_best(metrics, self.state)  # before the line, without which a resumed run does all of this again
-            self.append({"step": self.state.steps, **{f"validation_{name}": v for name, v in metrics.items()}})
-            report_scores(metrics, self.state)
-            self.send_videos()
-            write_run_page(self.path.parent)
-        self.start(self.state.steps)
+    def scores(self, metrics, seconds):
+        """Writes what a validation gave, its videos too, and how many seconds it took."""
+        self.seconds_of_validation = round(seconds, 1)
+        scores = {f"validation_{name}": value for name, value in metrics.items()}
+        self.append({"step": self.state.steps, **scores, "seconds_of_validation": self.seconds_of_validation})
+        self.send_videos()
+        write_run_page(self.path.parent)
 
     def has_scores(self, step):
         return any(line["step"] == step and "validation_loss_v" in line for line in read_metrics(self.path.parent))

@@ -10,7 +10,7 @@ from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file
 
 from svd_parts.checkpoints import checkpoint_step, checkpoints_of, save_checkpoint, unflatten_state
-from svd_parts.files import tidy
+from svd_parts.files import lock_file, tidy
 from svd_parts.optimizers import OPTIMIZERS, build_optimizer, gradients_freed_early, step_in_backward
 from svd_parts.page import write_run_page
 from svd_parts.unet import trained_parameters
@@ -36,6 +36,7 @@ class TrainingState:
         unet.__dict__.pop("forward", None)  # with fp16, accelerate's fp32 outputs would break the stock pipeline
         self.scaler = accelerator.scaler
         # A loss or gradient that is not finite sets `bad`, on the device: to look at every step would stall the GPU.
+        # From then on no step changes the weights or the average.
         self.bad = torch.zeros((), dtype=torch.bool, device=accelerator.device)
         self.bad_step = torch.full((), -1, dtype=torch.int64, device=accelerator.device)  # the first of them
         self.whole = True  # not in the middle of a step that changes weights as it goes
@@ -52,7 +53,6 @@ class TrainingState:
         if self.ema:
             average = load_file(folder / "ema.safetensors")
             self.ema.shadow_params = [average[name].to(self.accelerator.device) for name in self.trained]
-            self.ema.optimization_step = saved["ema_step"]
         if self.scaler:
             self.scaler.load_state_dict(saved["scaler"])
         self.steps = saved["step"]
@@ -71,8 +71,10 @@ class TrainingState:
         self.accelerator.backward(loss)
 
     def update(self, look):
-        """One optimizer step with the gradients that are there. Returns False if a step was bad, which only shows
-        when the CPU may wait for the GPU to `look`; the weights are then those before it, and so is `self.steps`."""
+        """One optimizer step with the gradients that are there.
+
+        look: whether the CPU may wait for the GPU to see if all is well. Returns False where it is not.
+        """
         if not self.freed_early:
             norm = self.accelerator.clip_grad_norm_(self.trained.values(), self.options.max_grad_norm or math.inf)
             if not self.scaler:  # with fp16 an overflow is the scaler's business: it skips that step
@@ -85,34 +87,42 @@ class TrainingState:
             self.take_step(self.optimizer, self.optimizer.param_groups, self.bad)
         self.optimizer.zero_grad(set_to_none=True)
         self.whole = True
-        if look and (bad_step := self.bad_step.item()) >= 0:
-            self.steps = bad_step
-            return False
-        if look and self.overflows():
+        if look and (self.is_bad() or self.overflows()):
             return False
         self.lr_scheduler.step()
-        if self.ema:
-            self.ema.optimization_step += 1  # its own step() would hold a copy of all weights for a moment
-            decay = self.ema.get_decay(self.ema.optimization_step)
-            torch._foreach_lerp_(self.ema.shadow_params, [p.data for p in self.trained.values()], 1 - decay)
+        if self.ema:  # its own step() would hold a copy of all weights for a moment, and would take a bad step in
+            weight = ~self.bad * (1 - self.ema.get_decay(self.steps + 1))
+            averages, weights = self.ema.shadow_params, [p.data for p in self.trained.values()]
+            torch._foreach_lerp_(averages, weights, [weight] * len(weights))
         self.steps += 1
         return True
+
+    def is_bad(self):
+        """Whether a step was bad; waits for the GPU. If so, the weights and `self.steps` are those before that step."""
+        bad_step = self.bad_step.item()
+        if bad_step >= 0:
+            self.steps = bad_step
+        return bad_step >= 0
 
     def overflows(self):
         """Whether fp16's scaler has fallen so low that no step gets through; waits for the GPU."""
         return bool(self.scaler) and self.scaler.get_scale() < 2**-14
 
     def save(self):
-        """Writes `checkpoint-<steps>/`; only then goes the oldest beyond --checkpoints_total_limit."""
+        """Writes `checkpoint-<steps>/`; only then goes the oldest beyond --checkpoints_total_limit.
+
+        After an error any process may do it: all hold the same state. The lock lets one after the other in.
+        """
+        self.is_bad()
         if self.steps:
             output = Path(self.options.output_dir)
-            if not (output / f"checkpoint-{self.steps}").exists():
-                save_checkpoint(output / f"checkpoint-{self.steps}", self)
-            self.prune()
+            with lock_file(output / ".saving", busy=None):
+                if not (output / f"checkpoint-{self.steps}").exists():
+                    save_checkpoint(output / f"checkpoint-{self.steps}", self)
+                self.prune()
             write_run_page(output)
 
     def prune(self):
         """Removes the oldest checkpoints beyond --checkpoints_total_limit."""
         done = [path for path in checkpoints_of(self.options.output_dir) if checkpoint_step(path) <= self.steps]
-        for old in done[: -self.options.checkpoints_total_limit]:
-            tidy([old])
+        tidy(done[: -self.options.checkpoints_total_limit])

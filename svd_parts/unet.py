@@ -127,6 +127,3 @@ def gated_recomputed(geglu):
 def trained_parameters(unet):
     """{name: parameter} of what is trained, in the model's order."""
     return {name: parameter for name, parameter in unet.named_parameters() if parameter.requires_grad}
-
-
-# The stock pipeline. Only --compile, --low_vram and a smaller decode_chunk_size change more than the rounding.

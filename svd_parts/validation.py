@@ -1,7 +1,6 @@
 """Scores of held-out clips: is the model learning?"""
 
-import contextlib
-import json
+import time
 from pathlib import Path
 
 import numpy as np
@@ -9,21 +8,24 @@ import torch
 from diffusers import StableVideoDiffusionPipeline
 from PIL import Image
 from safetensors import SafetensorError
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 import svd_common as common
 from svd_parts.actions import acting
-from svd_parts.checkpoints import save_checkpoint
-from svd_parts.files import UserError, name_digest, plain_name, tidy
+from svd_parts.checkpoints import read_best, save_checkpoint
+from svd_parts.console import progress_bar
+from svd_parts.files import UserError, counted, name_digest, plain_name, tidy
 from svd_parts.latent_cache import frames_to_decode, read_cached
-from svd_parts.metrics import METRICS, finite, mean_scores, read_metrics, video_metrics
+from svd_parts.metrics import METRICS, finite, mean_scores, read_metrics, table_metrics, video_metrics
 from svd_parts.objective import random_generator, training_loss
 from svd_parts.samples import ClipDataset
 from svd_parts.unet import compute_dtype
-from svd_parts.weights import CHECKPOINT_STATE
 
-# Is it learning? Held-out clips: the loss at fixed noise, by noise level, and generated videos scored against the real.
 VALIDATION_SIGMAS = (0.1, 0.5, 2.0, 10.0, 100.0)  # 8 of the 25 inference steps lie over 80
+
+
+class Stopped(Exception):
+    """A stop signal came during a validation."""
 
 
 class Validation:
@@ -40,8 +42,28 @@ class Validation:
         parts = {part: common.load_part(base, part, None) for part in ("scheduler", "feature_extractor")}
         self.pipe = StableVideoDiffusionPipeline(unet=None, vae=vae, image_encoder=None, **parts)
         self.pipe.set_progress_bar_config(disable=True)
+        self.header_shown = False
 
-    def losses(self, unet, device):
+    def __call__(self, state, log, stop):
+        """Scores the state as it is, keeps it in `best/` if none was better, and writes and prints the scores.
+
+        A signal that `stop` received ends it within seconds. No fault of it ends the run: a line says what was wrong.
+        """
+        start, metrics = time.perf_counter(), {}
+        try:
+            metrics = self.score(state, stop)
+        except Stopped:
+            tqdm.write("the validation was stopped; a resumed run does it again")
+        except (RuntimeError, OSError, SafetensorError, UserError) as error:  # out of memory has many names
+            tqdm.write(f"validation failed and was left out; training goes on ({str(error).splitlines()[0]})")
+        if metrics:
+            is_best = keep_best(metrics, state)  # before the line, without which a resumed run does all of this again
+            seconds = time.perf_counter() - start
+            log.scores(metrics, seconds)
+            self.report(metrics, state, seconds, is_best)
+        log.start(state.steps)
+
+    def losses(self, unet, device, stop):
         """Mean v loss by noise level, on the first window of every clip, with the same noise every time."""
         sums = dict.fromkeys(VALIDATION_SIGMAS, 0.0)
         for place, clip in enumerate(self.clips):
@@ -49,13 +71,14 @@ class Validation:
             batch = {name: value[None].to(device) for name, value in sample.items()}
             batch |= {name: torch.ones_like(batch[name]) for name in ("keep", "keep_actions") if name in batch}
             for sigma in VALIDATION_SIGMAS:
+                check(stop)
                 batch["sigmas"] = torch.full_like(batch["sigmas"], sigma)
                 loss, _ = training_loss(unet, self.vae, batch, self.weight_dtype)
                 sums[sigma] += loss.item() / len(self.clips)
         by_sigma = {f"loss_v_sigma_{sigma:g}": value for sigma, value in sums.items()}
         return {**by_sigma, "loss_v": sum(sums.values()) / len(sums)}
 
-    def generate(self, clip, device):
+    def generate(self, clip, device, stop):
         """The continuation of the clip's first frame by the stock pipeline: (T, H, W, 3) uint8, the first frame too.
 
         T is --num_frames, at the clip's fps and motion. The noise is the same every time.
@@ -69,7 +92,7 @@ class Validation:
             latents = pipe(
                 Image.fromarray(first), width=options.width, height=options.height, num_frames=options.num_frames,
                 fps=round(clip["fps"]), motion_bucket_id=clip["motion_bucket_id"], output_type="latent",
-                generator=torch.Generator().manual_seed(0),
+                generator=torch.Generator().manual_seed(0), callback_on_step_end=lambda *_: check(stop),
             ).frames  # fmt: skip
         self.vae.decoder = self.decoder.to(device)
         try:
@@ -80,70 +103,76 @@ class Validation:
         return (pipe.video_processor.postprocess_video(frames, "np")[0] * 255).round().astype(np.uint8)
 
     @torch.no_grad()
-    def __call__(self, state):
-        """{metric: mean over clips} of the state as it is; writes `validation/step-N/<clip>.mp4`, real and generated.
-
-        {} where it failed, with a line that says so: nothing here is worth the run.
-        """
-        device = state.accelerator.device
+    def score(self, state, stop):
+        """{metric: mean over the clips} of the state; writes `validation/step-N/<clip>.mp4`, real and generated."""
+        device, options = state.accelerator.device, self.options
+        target = Path(options.output_dir) / "validation" / f"step-{state.steps:06d}"
+        target.mkdir(parents=True, exist_ok=True)
+        tidy(target.glob(".*.part"))  # of a killed run
         if state.ema:
             state.ema.store(state.trained.values())
             state.ema.copy_to(state.trained.values())
         try:
             self.pipe.unet = state.bare_unet
-            metrics, scores, copied = self.losses(state.bare_unet, device), [], []
-            target = Path(self.options.output_dir) / "validation" / f"step-{state.steps:06d}"
-            target.mkdir(parents=True, exist_ok=True)
-            tidy(target.glob(".*.part"))  # of a killed run
-            for clip in self.clips:
-                real = common.read_frames(
-                    clip["frames"][: self.options.num_frames], self.options.width, self.options.height
-                )
-                generated = self.generate(clip, device)
-                scores.append(video_metrics(generated, real))
-                copied.append(video_metrics(np.repeat(real[:1], len(real), axis=0), real))
-                sheet = common.side_by_side({"real": real, f"generated, step {state.steps}": generated})
-                name = clip["directory"].replace("/", "_")
-                name += f"+{name_digest(clip['directory'])}" if "/" in clip["directory"] else ""
-                common.write_video(target / f"{plain_name(name)}.mp4", sheet, clip["fps"])
+            scores, copied = [], []
+            with progress_bar("validating", "clip", len(self.clips), leave=False) as progress:
+                metrics = self.losses(state.bare_unet, device, stop)
+                for clip in self.clips:
+                    real = common.read_frames(clip["frames"][: options.num_frames], options.width, options.height)
+                    generated = self.generate(clip, device, stop)
+                    scores.append(video_metrics(generated, real))
+                    copied.append(video_metrics(np.repeat(real[:1], len(real), axis=0), real))
+                    sheet = common.side_by_side({"real": real, f"generated, step {state.steps}": generated})
+                    name = clip["directory"].replace("/", "_")
+                    name += f"+{name_digest(clip['directory'])}" if "/" in clip["directory"] else ""
+                    common.write_video(target / f"{plain_name(name)}.mp4", sheet, clip["fps"])
+                    progress.update()
             copied = {f"copied_{name}": value for name, value in mean_scores(copied).items()}
             return {**metrics, **mean_scores(scores), **copied}
-        except (RuntimeError, OSError, SafetensorError, UserError) as error:  # out of memory has many names
-            tqdm.write(f"validation failed and was left out; training goes on ({str(error).splitlines()[0]})")
-            return {}
         finally:
             torch.cuda.empty_cache()
             if state.ema:
                 state.ema.restore(state.trained.values())
 
+    def report(self, metrics, state, seconds, is_best):
+        """Prints one line of scores; before the first, a table of what they are to be compared with."""
+        base = next((line for line in read_metrics(self.options.output_dir) if line["step"] == 0), {})  # scores alone
+        copied = {name.removeprefix("copied_"): v for name, v in metrics.items() if name.startswith("copied_")}
+        base = {name.removeprefix("validation_"): value for name, value in base.items()}
+        if not self.header_shown:
+            self.header_shown, names = True, {"loss_v": METRICS["loss_v"].title, **table_metrics()}
+            clips = counted(len(self.clips), "held-out clip")
+            tqdm.write(f"{clips:22s}" + "".join(f"{title:>16s}" for title in names.values()))
+            for label, row in {"first frame copied": copied, "step 0, the base": base}.items():
+                cells = (f"{row[name]:.3f}" if row.get(name) is not None else "-" for name in names)
+                tqdm.write(f"{label:22s}" + "".join(f"{cell:>16s}" for cell in cells))
+        texts = []
+        for name in ("psnr_moving", "loss_v", "motion_ratio", "flow_error"):
+            if metrics.get(name) is not None:
+                others = {"copied": copied.get(name), "base": base.get(name)} if name == "psnr_moving" else {}
+                others = ", ".join(f"{label} {value:.1f}" for label, value in others.items() if value is not None)
+                text = f"{METRICS[name].title} {metrics[name]:.3g} {METRICS[name].unit}".strip()
+                texts.append(text + (f" ({others})" if others else ""))
+        best = f"; best so far -> {Path(self.options.output_dir, 'best')}" if is_best else ""
+        tqdm.write(f"step {state.steps}: {', '.join(texts)}; validated in {seconds:.0f} s{best}")
+        if metrics.get("motion_ratio", 1.0) < 0.5:
+            moves = f"generated video moves {metrics['motion_ratio']:.2f} times as much as the real one"
+            cure = "Try --P_mean 1.0, fewer steps or a lower --learning_rate; check fps and motion in metadata.jsonl"
+            tqdm.write(f"warning: {moves}. {cure}")
 
-def is_validated(options, step):
-    return step == options.max_train_steps or step % options.validation_steps == 0
 
-
-def report_scores(metrics, state):
-    """Prints the scores beside those of the base and of a copied first frame; warns of video that does not move."""
-    base = next(
-        (line for line in read_metrics(state.options.output_dir) if line["step"] == 0), None
-    )  # only scores have 0
-    rows = {f"step {state.steps}": metrics}
-    if base and state.steps:
-        rows["base model"] = {name.removeprefix("validation_"): value for name, value in base.items()}
-    rows["first frame copied"] = {n.removeprefix("copied_"): v for n, v in metrics.items() if n.startswith("copied_")}
-    for label, row in rows.items():
-        names = [n for n in ("loss_v", "psnr_moving", "motion_ratio", "flow_error") if row.get(n) is not None]
-        tqdm.write(f"{label}: " + ", ".join(f"{name} {row[name]:.3f}" for name in names))
-    if metrics.get("motion_ratio", 1.0) < 0.5:
-        moves = f"generated video moves {metrics['motion_ratio']:.2f} times as much as the real one"
-        cure = "Try --P_mean 1.0, fewer steps or a lower --learning_rate; check fps and motion in metadata.jsonl"
-        tqdm.write(f"warning: {moves}. {cure}")
+def check(stop):
+    """Raises `Stopped` once a stop signal was received; what the pipeline's callback returns changes nothing."""
+    if stop.signal:
+        raise Stopped
+    return {}
 
 
 def keep_best(metrics, state):
-    """Keeps the weights of the best step by --validation_metric in `best/`, to generate with."""
-    folder, name = Path(state.options.output_dir) / "best", state.options.validation_metric
-    sign, best = -1 if METRICS[name].better == "lower" else 1, None
-    with contextlib.suppress(FileNotFoundError, ValueError, KeyError):  # of this run, or of before it was resumed
-        best = json.loads((folder / CHECKPOINT_STATE).read_text())["metrics"].get(name)
-    if metrics.get(name) is not None and (best is None or sign * metrics[name] > sign * best):
-        save_checkpoint(folder, state, resumable=False, metrics=finite(metrics))
+    """Keeps the weights in `best/`, to generate with, if this step is the best by --validation_metric; says whether."""
+    name = state.options.validation_metric
+    sign, best = -1 if METRICS[name].better == "lower" else 1, read_best(state.options.output_dir)[1].get(name)
+    is_best = metrics.get(name) is not None and (best is None or sign * metrics[name] > sign * best)
+    if is_best:
+        save_checkpoint(Path(state.options.output_dir) / "best", state, resumable=False, metrics=finite(metrics))
+    return is_best

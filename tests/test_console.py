@@ -7,7 +7,8 @@ import sys
 import pytest
 from conftest import ROOT, TINY, run
 
-from svd_parts.console import Parser, number, progress_bar, run_script
+from svd_parts.console import Parser, check_launcher, number, progress_bar, run_script
+from svd_parts.files import UserError
 
 
 @pytest.mark.parametrize(
@@ -116,3 +117,27 @@ def test_the_home_folder_is_found_where_the_shell_leaves_it(monkeypatch, tmp_pat
         run_script(lambda: 0)
     home = str(tmp_path)
     assert sys.argv[1:] == [f"--output_dir={home}/out", f"@{home}/list", f"{home}/a", "--task", "a ~ b", "~no-such/x"]
+
+
+LAUNCHED = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
+
+
+@pytest.mark.parametrize(
+    "there", [{}, LAUNCHED, {"WORLD_SIZE": "1"}, {"MASTER_ADDR": "localhost"}, {"LOCAL_RANK": "-1"}, {"RANK": "0"}]
+)
+def test_a_whole_environment_of_a_launcher_or_none_is_taken(there, monkeypatch):
+    for name in LAUNCHED:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in there.items():
+        monkeypatch.setenv(name, value)
+    check_launcher()
+
+
+@pytest.mark.parametrize("there", [("WORLD_SIZE",), ("LOCAL_RANK", "RANK"), ("WORLD_SIZE", "RANK", "LOCAL_RANK")])
+def test_a_part_of_it_is_refused_by_name(there, monkeypatch):
+    for name in LAUNCHED:
+        monkeypatch.delenv(name, raising=False)
+    for name in there:
+        monkeypatch.setenv(name, LAUNCHED[name])
+    with pytest.raises(UserError, match=f"{there[0]}=. is set in the environment, but .* not: unset "):
+        check_launcher()
