@@ -336,9 +336,9 @@ def train(options, device):
             put_aside_other_run(state)
             state.prune()
             warn_of_disk(state, base)
-            scored = held_out if accelerator.is_main_process else []
-            validation = Validation(options, base, scored, vae, decoder) if scored else None
-            accelerator.print(describe_start(state, clips, held_out, checkpointing))
+        scored = held_out if accelerator.is_main_process else []
+        validation = Validation(options, base, scored, vae, decoder) if scored else None
+        accelerator.print(describe_start(state, clips, held_out, checkpointing))
         with saved_on_error(state):
             status = run_steps(state, dataset, pipe, vae, validation)
         if not status and accelerator.is_main_process:
