@@ -55,6 +55,7 @@ from svd_parts.files import (
     write_file,
 )
 from svd_parts.lerobot import LEROBOT_V2, LEROBOT_V3, lerobot_fields, read_episodes, read_lerobot
+from svd_parts.lerobot_actions import write_actions
 from svd_parts.metrics import clip_motion, flow_magnitude, motion_bucket, motion_stride, motion_thumbnail
 from svd_parts.probe import check_file, opencv_is_right, probe_video
 from svd_parts.records import (
@@ -328,7 +329,7 @@ def prepare_video(video, run, old):
         if not changed and old["options"] == clip_options(args) and is_complete(old, run.output):
             return old
         for clip in old["clips"]:
-            refuse_others(run.output / clip["directory"], clip["num_frames"])
+            refuse_others(run.output / clip["directory"], clip["num_frames"], "action_names" in clip)
     first_only = args.max_frames and not args.fps and video.episodes is None
     probe = probe_video(video, args.max_frames + 64 if first_only else None)
     wanted = min(args.max_frames or probe.packets, probe.packets)
@@ -358,6 +359,7 @@ def prepare_video(video, run, old):
     for directory, clip in clips.items():
         line = describe_clip(directory, clip, video, probe, stride, args)
         line["decoder"] = "opencv" if reader is read_opencv else "ffmpeg"
+        write_actions(clip, line, video, episodes, run.args.action_key)
         line.update({key: getattr(probe, key) for key in ("codec", "truncated", "problems", "notes")})
         if line["num_frames"] < args.min_frames:
             record["dropped"][directory] = f"{line['num_frames']} frames, fewer than {args.min_frames}"
@@ -483,6 +485,8 @@ def build_parser():
     add("--include", **patterns, help="take only these, as '*/left/*' or 'demo_*.mp4'; @FILE: the names in this list")
     add("--exclude", **patterns, help="leave these out; @FILE as above")
     add("--camera", nargs="+", default=[], help="take only these of a LeRobot dataset: a name or its last part")
+    acts = "the LeRobot column that goes into actions.npy, for train_svd.py --condition_on actions (default action)"
+    add("--action_key", default="action", metavar="KEY", help=acts)
     add("--image_format", choices=("png", "jpg"), default="png", help="png is lossless; jpg (95) a quarter the time")
     add("--fast_png", action="store_true", help="stop where isal is missing: it writes PNG in a third of the time")
     add("--num_workers", type=count, default=cores, help="encoding threads (default: one a core, here %(default)s)")

@@ -1,6 +1,7 @@
 """Reads LeRobot datasets of versions 2.1 and 3.0: episodes, tasks, cameras."""
 
 import functools
+import os
 import re
 from pathlib import Path
 
@@ -10,6 +11,12 @@ LEROBOT_V2 = re.compile(r"(?P<root>.*/)videos/chunk-\d+/(?P<camera>[^/]+)/(?P<ep
 LEROBOT_V3 = re.compile(r"(?P<root>.*/)videos/(?P<camera>[^/]+)/chunk-(?P<chunk>\d+)/file-(?P<file>\d+)\.\w+")
 EPISODE_FIELDS = "chunk_index", "file_index", "from_timestamp", "to_timestamp"
 EPISODE_COLUMNS = rf"videos/[^/]+/({'|'.join(EPISODE_FIELDS)})|episode_index|length|tasks"  # statistics would be large
+
+
+def lerobot_match(path):
+    """How the path of a video in a LeRobot dataset is made up, or None: its `root` ends with a slash."""
+    path = str(path).replace(os.sep, "/")
+    return LEROBOT_V3.fullmatch(path) or LEROBOT_V2.fullmatch(path)
 
 
 @functools.cache

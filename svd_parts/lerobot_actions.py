@@ -2,12 +2,13 @@
 
 import functools
 import importlib.util
-import json
 from pathlib import Path
 
 import numpy as np
 
+from svd_parts.ffmpeg import Failure
 from svd_parts.files import UserError, read_json
+from svd_parts.lerobot import lerobot_match
 
 ACTIONS_FILE = "actions.npy"
 
@@ -54,10 +55,11 @@ def data_files(root):
     return files
 
 
-def actions_at(root, episode, times, key):
+def actions_at(root, episode, times, key, early=0.0):
     """The rows of an episode at `times`, seconds since its first frame: (T, A) float32, and the names of the columns.
 
-    None where the dataset has no actions. Raises `UserError` where it says that it has, and they are not there.
+    early: by how many frames the clock starts before the first frame. None where the dataset has no actions. Raises
+    `UserError` where it says that it has, and they are not there.
     """
     feature = action_feature(root, key)
     if feature is None:
@@ -75,7 +77,8 @@ def actions_at(root, episode, times, key):
     if not np.isfinite(rows).all():
         raise UserError(f"{path}: {key} of episode {episode} has values that are no numbers")
     gap = np.median(np.diff(seconds)) if len(seconds) > 1 else np.inf
-    place = np.abs(np.subtract.outer(np.asarray(times), seconds)).argmin(1)  # the nearest
+    times = np.asarray(times) - (early * gap if early else 0)
+    place = np.abs(np.subtract.outer(times, seconds)).argmin(1)  # the nearest
     if np.abs(seconds[place] - times).max() > 1.5 * gap:
         raise UserError(
             f"{path}: episode {episode} has {key} for {seconds[-1]:.1f} s, its video lasts {times[-1]:.1f} s"
@@ -83,9 +86,21 @@ def actions_at(root, episode, times, key):
     return rows[place], feature.get("names")
 
 
-def write_actions(folder, line, root, times, key):
-    """Writes actions.npy into the folder of a clip, where its dataset has actions, and their names into its line."""
-    found = actions_at(root, line["episode_index"], times, key)
+def write_actions(clip, line, video, places, key):
+    """Writes actions.npy into the folder of a clip, where its dataset has actions, and their names into its line.
+
+    clip: with `folder` and `times`, seconds in its video; places: what `place_episodes` gives for the video.
+    """
+    match = lerobot_match(video.path)
+    if not match:
+        return
+    episode = line["episode_index"]
+    start = next((begin for begin, _, number in places or [] if number == episode), 0.0)
+    try:
+        times = np.array(clip.times) - start  # a place begins half a frame before its first one
+        found = actions_at(match["root"], episode, times, key, early=0.5 if places else 0)
+    except UserError as error:
+        raise Failure(str(error)) from None
     if found is not None:
-        np.save(folder / ACTIONS_FILE, found[0])
-        line["action_names"] = json.loads(json.dumps(found[1]))
+        np.save(clip.folder / ACTIONS_FILE, found[0])
+        line["action_names"] = found[1]

@@ -20,7 +20,7 @@ RECORD = {"source": str, "size": int, "mtime_ns": int, "options": dict, "clips":
 CLIP = {"directory": str, "num_frames": int, "width": int, "height": int, "duration": NUMBER, "fps": NUMBER}
 CLIP |= {"motion": NUMBER, "motion_bucket_id": NUMBER, "problems": list, "notes": list}
 CLIP_OPTIONS = "max_frames width height fps clip_frames clip_stride min_frames min_motion split_scenes image_format"
-CLIP_OPTIONS = CLIP_OPTIONS.split()
+CLIP_OPTIONS = [*CLIP_OPTIONS.split(), "action_key"]
 
 
 def clip_options(options):
@@ -60,11 +60,13 @@ def is_complete(record, output):
     return True
 
 
-def refuse_others(folder, num_frames):
+def refuse_others(folder, num_frames, has_actions=False):
     """Raises `Failure` where the folder of a clip that is to be made again is none, or holds what others put there."""
     ours = re.compile(r"\d{5,}\.(png|jpg)|\..*|thumbs\.db|desktop\.ini|@eadir", re.IGNORECASE)  # and what systems leave
     names = [path.name for path in folder.iterdir()] if folder.is_dir() else [""] * os.path.lexists(folder)
     for name in names:
+        if has_actions and name == "actions.npy":
+            continue
         if not ours.fullmatch(name) or (name[:5].isdecimal() and int(Path(name).stem) >= num_frames):
             raise Failure(f"{folder / name} is not of this program, and the clip is to be made again: move it away")
 

@@ -4,9 +4,11 @@ import json
 
 import numpy as np
 import pytest
+from conftest import moving_square, run
 
+import svd_common as common
 from svd_parts.files import UserError
-from svd_parts.lerobot_actions import actions_at, write_actions
+from svd_parts.lerobot_actions import actions_at
 
 pyarrow = pytest.importorskip("pyarrow")
 from pyarrow import parquet  # noqa: E402
@@ -53,12 +55,6 @@ def test_each_frame_gets_the_row_of_its_time(lerobot):
         assert np.array_equal(rows, rows_of(1)[np.rint(times * 10).astype(int)])
 
 
-def test_a_clip_gets_its_file_and_names(lerobot, tmp_path):
-    line = {"episode_index": 2}
-    write_actions(tmp_path, line, lerobot, [0.1, 0.2], "action")
-    assert np.array_equal(np.load(tmp_path / "actions.npy"), rows_of(2)[1:3]) and line["action_names"] == NAMES
-
-
 def test_what_is_wrong_is_said_in_a_line(lerobot, tmp_path):
     for episode, times, key, said in (
         (1, [0.1], "observation.state", "has no such feature"),
@@ -71,3 +67,45 @@ def test_what_is_wrong_is_said_in_a_line(lerobot, tmp_path):
         assert "\n" not in str(raised.value)
     (tmp_path / "none").mkdir()
     assert actions_at(str(tmp_path / "none"), 0, [0.1], "action") is None
+
+
+@pytest.mark.parametrize("version", ["v2.1", "v3.0"])
+def test_preparing_carries_the_actions_of_the_frames_that_it_keeps(version, tmp_path):
+    root = tmp_path / "set"
+    features = {key: {"dtype": "float32", "shape": [3], "names": NAMES} for key in ("action", "observation.state")}
+    (root / "meta").mkdir(parents=True)
+    (root / "meta" / "info.json").write_text(json.dumps({"codebase_version": version, "features": features}))
+    videos, camera = root / "videos", "observation.images.front"
+    if version == "v2.1":
+        for episode in range(2):
+            path = videos / "chunk-000" / camera / f"episode_{episode:06d}.mp4"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            common.write_video(path, moving_square(20, seed=episode), 10)
+            write_table(root / "data" / "chunk-000" / f"episode_{episode:06d}.parquet", [episode])
+    else:
+        path = videos / camera / "chunk-000" / "file-000.mp4"
+        path.parent.mkdir(parents=True)
+        common.write_video(path, np.concatenate([moving_square(20, seed=episode) for episode in range(2)]), 10)
+        write_table(root / "data" / "chunk-000" / "file-000.parquet", range(2))
+        places = {"episode_index": [0, 1], "length": [20, 20], "data/chunk_index": [0, 0], "data/file_index": [0, 0]}
+        places |= {f"videos/{camera}/{name}_index": [0, 0] for name in ("chunk", "file")}
+        places |= {f"videos/{camera}/from_timestamp": [0.0, 2.0], f"videos/{camera}/to_timestamp": [2.0, 4.0]}
+        (root / "meta" / "episodes" / "chunk-000").mkdir(parents=True)
+        parquet.write_table(pyarrow.table(places), root / "meta" / "episodes" / "chunk-000" / "file-000.parquet")
+    for name, more, kept in (
+        ("all", [], [range(20)]),
+        ("slow", ["--fps", 5], [range(0, 20, 2)]),
+        ("cut", ["--clip_frames", 8], [range(8), range(8, 16)]),
+    ):
+        run("prepare_dataset.py", "--video_dir", root, "--output_dir", tmp_path / name, *more)
+        lines = [json.loads(line) for line in (tmp_path / name / "metadata.jsonl").read_text().splitlines()]
+        assert len(lines) == 2 * len(kept)
+        for place, line in enumerate(lines):
+            rows = np.load(tmp_path / name / line["directory"] / "actions.npy")
+            expected = rows_of(line["episode_index"])[list(kept[place % len(kept)])]
+            assert line["action_names"] == NAMES and rows.dtype == np.float32 and len(rows) == line["num_frames"]
+            assert np.abs(rows - expected).max() <= (1 if more else 0) and np.array_equal(rows[:, 0], expected[:, 0])
+    done = run(
+        "prepare_dataset.py", "--video_dir", root, "--output_dir", tmp_path / "x", "--action_key", "no", ok=False
+    )
+    assert "has no such feature" in done.stdout
