@@ -33,6 +33,7 @@ import svd_common as common
 from svd_parts.actions import acting, give_actions, load_encoder, scaled_actions
 from svd_parts.clip_set import CARRIED, OPTIONS, PIPELINE_OPTIONS, ClipSet, SingleClip, clip_settings, is_file
 from svd_parts.console import Parser, number, progress_bar, run_script
+from svd_parts.crop import describe_crop
 from svd_parts.dataset import find_folders, list_clips, read_metadata
 from svd_parts.files import UserError, count_kinds, file_digest, listed, natural_key, parse_shard, same_name
 from svd_parts.formats import FORMATS
@@ -295,15 +296,11 @@ def what_is_lost(image, settings, multiple):
 
     multiple: what width and height must be multiples of, for the advice: a size of as many pixels that would fit.
     """
-    (w, h), width, height = image["size"], settings.width, settings.height
-    lost = 1 - min(w * height, h * width) / max(w * height, h * width)
-    fitting = [max(1, round((width * height * ratio) ** 0.5 / multiple)) * multiple for ratio in (w / h, h / w)]
-    advice = "--width {} --height {} would fit".format(*fitting)
-    crop = f"some {round(20 * lost) / 20:.0%} of the picture is lost to the crop to {width}x{height}; {advice}"
+    crop = describe_crop(image["size"], settings.width, settings.height, multiple)
     with Image.open(image["path"]) as opened:
         alpha = "A" in opened.getbands() or "transparency" in opened.info
         losses = {
-            crop: lost > 0.15,
+            crop: bool(crop),
             "what is transparent becomes white": alpha and opened.convert("RGBA").getextrema()[3][0] < 255,
             "CMYK becomes RGB, its colours are near": opened.mode == "CMYK",
             "more than 8 bits a channel become 8": opened.mode[0] in "IF",

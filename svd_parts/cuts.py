@@ -132,19 +132,34 @@ def cut_clips(frames, video, episodes, options):
             return  # --max_frames: what follows is not decoded
 
 
-def average_fps(times, *claims):
-    """The true mean rate, frames a second, of timestamps in seconds, holes left out; and the holes' lengths in seconds.
+def average_fps(times, claim, chosen=None):
+    """(rate, lengths of the holes in seconds, note or None) of timestamps in seconds.
 
-    `claims`: rates that somebody else names; the first counts where there are no timestamps.
+    The rate is that of nearly all gaps: where all are whole multiples of the usual gap, frames are missing, and the
+    note says how many. Where the gaps really vary, the rate is their mean, holes left out, and the note says so.
+    claim: the rate in the header, 0 where there is none; chosen: --fps, to whose ticks the frames were taken.
     """
     gaps = [b - a for a, b in zip(times, times[1:])]
     longest = max(1.0, 10 * statistics.median(gaps)) if gaps else 0
-    steady = [gap for gap in gaps if gap <= longest]
+    steady, note = [gap for gap in gaps if gap <= longest], None
     if not sum(steady):
-        return next((claim for claim in claims if claim), 25.0), []
+        return claim or chosen or 25.0, [], None
+
+    def agree(fps, named):  # timestamps in whole milliseconds leave an error that a named rate does not have
+        return bool(named) and abs(fps - named) <= 0.01 * min(1, fps) + fps * 0.0015 / sum(steady)
+
     fps = len(steady) / sum(steady)
-    for claim in claims:  # timestamps in whole milliseconds leave an error that the rate in the header does not have
-        if claim and abs(fps - claim) <= 0.01 * min(1, fps) + fps * 0.0015 / sum(steady):
-            fps = claim
+    if not agree(fps, chosen) and max(steady) > 1.5 * min(steady):
+        usual = statistics.median_low(steady)
+        steps = [max(1, round(gap / usual)) for gap in steady]
+        missing = sum(steps) - len(steps)
+        whole = sum(steps) / sum(steady)  # the rate if the wider gaps are missing frames
+        likely = steps.count(1) >= 0.8 * len(steps) or agree(whole, claim)
+        if likely and all(abs(gap - step * usual) < 0.2 * usual for gap, step in zip(steady, steps)):
+            fps = whole
+            note = f"{missing} of {len(times) + missing} frames are missing"
+        else:
+            note = f"its frames come {min(steady):.3g} to {max(steady):.3g} s apart, and the rate is the mean"
+    fps = chosen if agree(fps, chosen) else claim if agree(fps, claim) else fps
     fps = round(fps, 3) if fps >= 1 else float(f"{fps:.6g}")  # a picture an hour has a rate too
-    return fps, [gap for gap in gaps if gap > longest]
+    return fps, [gap for gap in gaps if gap > longest], note

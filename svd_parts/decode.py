@@ -30,6 +30,7 @@ class Decoded:
     errors: list = dataclasses.field(default_factory=list)
     notes: list = dataclasses.field(default_factory=list)
     said: str = ""  # the first error of whatever kind
+    flaws: object = None  # `flaws.Flaws` of the frames
 
 
 def read_opencv(video, probe, options, threads, decoded):

@@ -43,6 +43,7 @@ class Probe:
     fps: float  # as claimed; 0 where it is not
     times: list  # seconds of every packet in display order; None where the file has none, or they run backwards
     packets: int
+    total: int  # frames of the whole video, where only its beginning was listed: about so many
     middle: bytes  # the middle of the first key frame, at most 640x360, RGB; empty where it cannot be decoded
     truncated: bool = False
     problems: list = dataclasses.field(default_factory=list)
@@ -129,10 +130,16 @@ def probe_video(video, max_packets=None):
         fps=float(fps[1]) * (1000 if fps[2] else 1) if fps else 0.0,
         times=[(stamp - stamps[0]) * ticks[0] for stamp in stamps] if steady else None,
         packets=len(shown),
+        total=len(shown),
         middle=middle,
     )
     probe.notes += ["interlaced"] * (scan != "P") + [f"HDR ({transfer}) made SDR"] * (transfer in HDR)
     probe.notes += ["alpha dropped"] * bool(re.match(r"yuva|gbra|rgba|bgra|argb|abgr|ya\d", pixel_format))
+    if re.match(r"(gray|ya|rgb|bgr|rgba|bgra|gbra?p)(9|1[0-6]|48|64|f)", pixel_format):
+        probe.notes.append(f"more than 8 bits a channel ({pixel_format}) made 8")
+    if max_packets and (clock := re.search(r"^\[info\]   Duration: (\d+):(\d+):([\d.]+)", header, re.MULTILINE)):
+        hours, minutes, seconds = map(float, clock.groups())
+        probe.total = max(len(shown), round((hours * 3600 + minutes * 60 + seconds) * probe.fps))
     if re.search(r"DOVI configuration record:.*profile: 5\b", header):
         probe.notes.append("Dolby Vision profile 5: its colours are wrong without Dolby's decoder")
     if not max_packets:

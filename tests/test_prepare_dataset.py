@@ -105,7 +105,7 @@ def test_fields_and_frames(tmp_path):
     assert names == [f"{n:05d}.png" for n in range(7)]
     expected = extract(tmp_path / "videos/sub/x.MP4", tmp_path / "ffmpeg")[:7]
     assert np.array_equal(frames_of(tmp_path / "out", line), expected)
-    assert "kept: 1 clips of 1 videos, 7 frames" in text
+    assert "kept: 1 clip of 1 video, 7 frames" in text
 
 
 def test_all_frames_by_default(tmp_path):
@@ -223,7 +223,7 @@ def test_a_log_file_gets_a_line_of_progress_now_and_then(tmp_path):
     code += "run.bar.update(10); run.bar.close()"
     command = [sys.executable, "-c", code, "--video_dir", tmp_path, "--output_dir", tmp_path.parent / "out"]
     lines = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stderr.split("\n")
-    assert any(line.strip().startswith("10 of about 400 frames after 01:00") for line in lines), lines
+    assert any(line.strip().startswith("preparing: 10 of 400 frames after 01:00") for line in lines), lines
 
 
 def test_names_do_not_collide(tmp_path):
@@ -408,7 +408,7 @@ FILES = {  # name: encoder options, what the record must say
     "full.mp4": ([*LIBX264, "-vf", "setparams=range=pc", "-color_range", "pc"], {"decoder": "opencv"}),
     "2020.mp4": ([*LIBX264, "-vf", "setparams=colorspace=bt2020nc", "-colorspace", "bt2020nc"], {"decoder": "ffmpeg"}),
     "tff.mp4": ([*LIBX264, "-vf", "setfield=tff", "-x264opts", "tff=1"], {"notes": ["interlaced"]}),
-    "vfr.mp4": ([*LIBX264, "-vf", "setpts='(N+floor(N/5))/25/TB'", *UNEVEN_MP4], {"fps": 21.429}),
+    "vfr.mp4": ([*LIBX264, "-vf", "setpts='(N+floor(N/5))/25/TB'", *UNEVEN_MP4], {"fps": 25.0}),
     "hole.mp4": (
         [*LIBX264, "-vf", "setpts='if(lt(N,10),N,N+125)/25/TB'", *UNEVEN_MP4],
         {"fps": 25, "holes": [5.04], "num_frames": 25},
@@ -1109,8 +1109,8 @@ def test_a_video_dir_that_is_none(tmp_path):
 
 def test_summary_counts_what_is_alike_and_names_what_is_gone(tmp_path):
     make(tmp_path / "videos/x.mp4"), make(tmp_path / "videos/gone.mp4", "-frames:v", "3")
-    text = prepare(tmp_path / "videos", tmp_path / "out", "--split_scenes", "--min_frames", "30")[0]
-    assert "dropped: 2" in text
+    text = prepare(tmp_path / "videos", tmp_path / "out", "--split_scenes", "--min_frames", "30", status=2)[0]
+    assert "dropped: 2" in text and "kept: 0 clips of 2 videos" in text
     for number in range(5):
         make(tmp_path / f"videos/{number}.mp4", "-frames:v", str(2 + number))
     text = prepare(tmp_path / "videos", tmp_path / "out2", "--min_frames", "20")[0]
@@ -1230,3 +1230,88 @@ def test_nothing_is_written_to_the_videos(tmp_path):
     before = {p: p.stat().st_mtime_ns for p in [tmp_path / "videos", *(tmp_path / "videos").rglob("*")]}
     prepare(tmp_path / "videos", tmp_path / "out")
     assert {p: p.stat().st_mtime_ns for p in [tmp_path / "videos", *(tmp_path / "videos").rglob("*")]} == before
+
+
+# ------------------------------------------------------------------------------------------------- nothing in silence
+
+
+def test_missing_frames_change_no_rate_and_are_counted(tmp_path):
+    make(tmp_path / "videos/cut.mp4", *LIBX264, "-vf", "setpts='(N+gt(N,11))/25/TB'", *UNEVEN_MP4)
+    text, lines = prepare(tmp_path / "videos", tmp_path / "out")
+    assert lines["cut.mp4"]["fps"] == 25 and "cut.mp4: 1 of 26 frames are missing" in text
+
+
+@pytest.mark.parametrize(
+    "filters, note",
+    [
+        ("fps=8,fps=24", "each picture stands for 3 frames: --fps 8 takes each once"),
+        ("fps=24,fps=30", "--fps 24"),
+        ("", ""),
+    ],
+)
+def test_repeated_pictures_are_named_with_the_cure(filters, note, tmp_path):
+    options = ["-vf", filters] if filters else []
+    make(tmp_path / "videos/x.mp4", *LIBX264, *options, picture="testsrc2=s=96x64:r=24:d=4")
+    text = prepare(tmp_path / "videos", tmp_path / "out")[0]
+    assert (note in text) if note else ("with a note" not in text), text
+
+
+def test_black_bars_and_the_crop_are_named(tmp_path):
+    bars = ["-vf", "pad=96:96:0:16:black"]
+    make(tmp_path / "videos/bars.mp4", *LIBX264, *bars, picture="testsrc2=s=96x64:r=8:d=2")
+    text = prepare(tmp_path / "videos", tmp_path / "out")[0]
+    assert "bars.mp4: black bars: 33% of the height" in text
+    text = prepare(tmp_path / "videos", tmp_path / "out2", "--width", "96", "--height", "48")[0]
+    assert (
+        "96x96 (1 clip): some 50% of the picture is lost to the crop to 96x48; --width 64 --height 64 would fit" in text
+    )
+    assert f"look at {tmp_path}/out2/preview.jpg; next: python train_svd.py" in text
+
+
+def test_frames_that_max_frames_leaves_out_are_counted(tmp_path):
+    make(tmp_path / "videos/x.mp4", *LIBX264, picture="testsrc2=s=96x64:r=25:d=8")
+    text = prepare(tmp_path / "videos", tmp_path / "out", "--max_frames", "25")[0]
+    assert "--max_frames 25: 175 of 200 frames left out; --clip_frames 25 cuts whole videos into clips" in text
+
+
+def test_videos_of_any_name_are_read_and_the_rest_is_counted(tmp_path):
+    make(tmp_path / "videos/a.mp4"), make(tmp_path / "videos/b.mp4")
+    (tmp_path / "videos/b.mp4").rename(tmp_path / "videos/30080.m4s")
+    for name in ("x.json", "y.json", "z.zip", "r.mcap"):
+        (tmp_path / "videos" / name).write_bytes(b"{}")
+    text, lines = prepare(tmp_path / "videos", tmp_path / "out")
+    assert set(lines) == {"a.mp4", "30080.m4s"}
+    assert (
+        "2 .json, 1 .mcap (export mp4 or a LeRobot set first), 1 .zip (unpack it)" in text or ".zip (unpack it)" in text
+    )
+
+
+def test_chosen_clips_of_a_generated_set_stay_generated_and_seeds_stay_together(tmp_path):
+    records = []
+    for seed in range(2):
+        make(tmp_path / f"set/c_seed{seed}.mp4")
+        more = {"generated": True, "task": "push", "source_image": "c.png", "source_image_sha256": "ab" * 32}
+        records.append({"file_name": f"c_seed{seed}.mp4", **more})
+    (tmp_path / "set/metadata.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    lines = prepare(tmp_path / "set", tmp_path / "out")[1]
+    assert all(line["generated"] is True and line["task"] == "push" for line in lines.values())
+    assert len({line["group"] for line in lines.values()}) == 1
+
+
+def test_deep_grey_is_named(tmp_path):
+    make(tmp_path / "videos/depth.mkv", "-c:v", "ffv1", "-pix_fmt", "gray16le")
+    assert "more than 8 bits a channel (gray16le) made 8" in prepare(tmp_path / "videos", tmp_path / "out")[0]
+
+
+def test_a_record_that_leads_outside_touches_nothing(tmp_path):
+    make(tmp_path / "videos/a.mp4")
+    prepare(tmp_path / "videos", tmp_path / "out", "--max_frames", "3")
+    shutil.copytree(tmp_path / "out/a", tmp_path / "victim")
+    path = tmp_path / "out/.prepare/a.json"
+    record = json.loads(path.read_text())
+    record["clips"].append({**record["clips"][0], "directory": "../victim"})
+    path.write_text(json.dumps(record))
+    (tmp_path / "videos/a.mp4").touch()
+    done = prepare_only(tmp_path / "videos", tmp_path / "out", "--max_frames", "3", "--overwrite")
+    assert done.returncode == 2 and b"which is not inside its folder" in done.stderr
+    assert len(list((tmp_path / "victim").iterdir())) == 3

@@ -1,0 +1,194 @@
+"""Which videos of a folder are prepared, under which names, and what is left out."""
+
+import contextlib
+import dataclasses
+import os
+import re
+import unicodedata
+from pathlib import Path
+
+import svd_common as common
+from svd_parts.dataset import SYSTEM_FOLDERS, find_folders
+from svd_parts.files import UserError, count_kinds, is_named, name_digest, names_of_nothing, natural_key, read_lines
+from svd_parts.lerobot import LEROBOT_V2, LEROBOT_V3, read_episodes, read_lerobot
+
+VIDEO_SUFFIXES = frozenset(
+    ".264 .265 .3g2 .3gp .amv .apng .asf .av1 .avc .avi .dav .dif .divx .dv .evo .f4v .flv .gif .h264 .h265 .hevc .insv"
+    " .ivf .lrv .m1v .m2t .m2ts .m2v .m4v .mj2 .mjpeg .mjpg .mk3d .mkv .mod .mov .mp4 .mp4v .mpe .mpeg .mpg .mpv .mts"
+    " .mxf .nut .obu .ogm .ogv .qt .rm .rmvb .tod .trp .ts .vob .vvc .webm .webp .wmv .wtv .xvid .y4m".split()
+)
+PARTIAL_SUFFIXES = (".part", ".crdownload", ".download", ".aria2", ".ytdl")  # x.mp4.part: x.mp4 is not whole yet
+
+
+@dataclasses.dataclass
+class Video:
+    path: str
+    source: str  # relative to --video_dir, with slashes
+    directory: str  # its folder in the dataset, and the stem of its record
+    group: str  # clips of one group (the cameras of an episode) belong on one side of a held-out split
+    camera: str = ""
+    episodes: list = None  # LeRobot v3: (first second, end, episode, frames or None) of the episodes in this file
+    lerobot: tuple = None  # what `read_lerobot` gives for the dataset that it is of
+    guessed: bool = False  # its name is no video's, but it begins like one
+    known: dict = dataclasses.field(default_factory=dict)  # of a generated clip: `generated`, task, group
+
+
+def directory_name(source):
+    """A folder name that depends on the source's path alone: stable, readable, unique, and safe on every system.
+
+    `a/x.mp4` -> `a__x`, `a/x.avi` -> `a__x.avi`. A name that had to change, or that another could hit (also on a disk
+    that ignores case, or as a device of Windows), carries `+` and eight digits of a hash; no plain name has a `+`.
+    """
+    stem, suffix = os.path.splitext(source)
+    short = stem if suffix == ".mp4" and "." not in os.path.basename(stem) else source
+    parts = [re.sub(r"[^\w.-]", "_", unicodedata.normalize("NFC", part)) for part in short.split("/")]
+    name = "__".join(parts).lstrip(".-") or "video"
+    plain = name == short.replace("/", "__") and name == name.casefold() and len(name.encode()) <= 120
+    if any("__" in part or part[0] == "_" or part[-1] == "_" for part in parts):
+        plain = False
+    if re.match(r"(con|prn|aux|nul|com\d|lpt\d)(\.|$)", name, re.IGNORECASE) or name in SYSTEM_FOLDERS:
+        name, plain = "_" + name, False
+    return name if plain else f"{name.encode()[:100].decode(errors='ignore')}+{name_digest(source)}"
+
+
+def find_videos(options):
+    """The videos of --video_dir that the options choose, in name order; and `{source: why}` of unfinished downloads."""
+    root = os.path.abspath(options.video_dir)
+    folders, left_out = find_folders(root)
+    files = [str(Path(root, folder, name)) for folder, names in folders.items() for name in names]
+    broken = [path for path in left_out if not (os.path.isdir(path) and os.access(path, os.R_OK))]  # no second ways
+    files = [path for path in files if path not in left_out]
+    present, videos, unfinished = set(files), [describe_video(path, root) for path in broken], {}
+    for path in files:
+        is_video = os.path.splitext(path)[1].lower() in VIDEO_SUFFIXES and not is_still_webp(path)
+        if not is_video and looks_like_video(path):
+            is_video = guessed = True
+        else:
+            guessed = False
+        if is_video:
+            video = describe_video(path, root)
+            video.guessed = guessed
+            partial = next((video.source + p for p in PARTIAL_SUFFIXES if path + p in present), None)
+            if partial:
+                unfinished[video.source] = f"beside it lies {partial}; if it is whole nevertheless, delete that"
+            else:
+                videos.append(video)
+    taken = {video.path for video in videos} | {os.path.join(root, source) for source in unfinished}
+    others = [path for path in files if path not in taken]
+    if videos and (line := describe_left_out(others, root)):
+        print(line)
+    if not videos:
+        hint = " but unfinished downloads: " + ", ".join(unfinished) if unfinished else ""
+        if any(path.lower().endswith(common.IMAGE_SUFFIXES) for path in files):
+            hint += ", but images: train_svd.py --dataset_dir takes a folder with a folder of frames for each clip"
+        raise UserError(f"--video_dir {options.video_dir}: no video in it{hint}")
+    names = [(video.source, os.path.basename(video.source)) for video in videos] + [(name,) for name in unfinished]
+    if unknown := names_of_nothing([*options.include, *options.exclude], names):
+        many = f"{len(unknown)} names of --include and --exclude"
+        print(f"warning: {many} are no video of {options.video_dir}: {unknown[0]}")
+    chosen = [video for video in videos if is_wanted(video, options)]
+    if not chosen:
+        cameras = sorted({video.camera for video in videos if video.camera})
+        hint = f"; the cameras are {', '.join(cameras)}" if options.camera and cameras else ""
+        raise UserError(f"--camera, --include and --exclude leave none of {len(videos)} videos{hint}")
+    known = {folder: read_known(folder) for folder in {os.path.dirname(video.path) for video in chosen}}
+    for video in chosen:
+        video.known = known[os.path.dirname(video.path)].get(os.path.basename(video.path), {})
+        posix = video.path.replace(os.sep, "/")
+        if match := LEROBOT_V3.fullmatch(posix):
+            place = match["camera"], int(match["chunk"]), int(match["file"])
+            video.episodes = sorted(read_episodes(match["root"])[0].get(place, []))
+        if match := match or LEROBOT_V2.fullmatch(posix):
+            video.lerobot = read_lerobot(match["root"])
+    return sorted(chosen, key=lambda video: natural_key(video.source)), unfinished
+
+
+MAGIC = re.compile(  # how the files of video containers begin
+    rb"....(ftyp(?!heic|heix|avif|mif1|M4A |M4B )|styp|moof|moov|mdat)|\x1aE\xdf\xa3|RIFF....AVI |FLV\x01"
+    rb"|\x30\x26\xb2\x75|\0\0\x01\xba|\x06\x0e\x2b\x34|G(?=.{187}G)",
+    re.DOTALL,
+)
+NO_VIDEO_SUFFIXES = frozenset(".m4a .mka .aac .mp3 .wav .flac .ogg .opus .heic .avif .txt .json .jsonl .md".split())
+
+
+def looks_like_video(path):
+    """Whether a file whose name is no video's begins like one: a recorder's own suffix, or `.m4s`."""
+    suffix = os.path.splitext(path)[1].lower()
+    if suffix in NO_VIDEO_SUFFIXES or suffix in common.IMAGE_SUFFIXES or suffix in PARTIAL_SUFFIXES:
+        return False
+    with contextlib.suppress(OSError):
+        if os.path.isfile(path):
+            with open(path, "rb") as file:
+                return bool(MAGIC.match(file.read(512)))
+    return False
+
+
+ADVICE = {
+    **dict.fromkeys((".zip", ".tar", ".gz", ".tgz", ".7z", ".rar"), "unpack it"),
+    **dict.fromkeys((".h5", ".hdf5", ".mcap", ".bag", ".db3", ".rrd", ".npz"), "export mp4 or a LeRobot set first"),
+}
+
+
+def describe_left_out(paths, root):
+    """One line on the files that are no videos, by kind; those of a LeRobot dataset's own folders are no news."""
+    own = re.compile(r"(^|/)(meta|data)/")
+    names = [os.path.relpath(path, root).replace(os.sep, "/") for path in paths]
+    names = [name for name in names if not own.search(name) and os.path.basename(name) != "metadata.jsonl"]
+    kinds = count_kinds(names)
+    for suffix, advice in ADVICE.items():
+        kinds = re.sub(rf"(\d+ {re.escape(suffix)})(?=,|$)", rf"\1 ({advice})", kinds)
+    return f"left out, as they are no videos: {kinds}" if names else None
+
+
+def read_known(folder):
+    """{file name: what stays known of it} of a set that infer_svd.py made, from the metadata.jsonl beside its clips.
+
+    The group is the image that a clip began from, so that two seeds of one image are held out together.
+    """
+    known = {}
+    with contextlib.suppress(UserError):
+        for _, line in read_lines(Path(folder, "metadata.jsonl"), ""):
+            if line.get("generated") is True and isinstance(line.get("file_name"), str):
+                fields = {key: line[key] for key in ("generated", "task", "source_image") if line.get(key)}
+                image = line.get("source_image_sha256") or line.get("source_image")
+                known[line["file_name"]] = {**fields, "group": f"image {image}"} if image else fields
+    return known
+
+
+def is_still_webp(path):
+    if not path.lower().endswith(".webp"):
+        return False
+    with contextlib.suppress(OSError), open(path, "rb") as file:  # `check_file` says why it cannot be read
+        head = file.read(21)
+        return head[8:12] == b"WEBP" and not (head[12:16] == b"VP8X" and head[20] & 2)
+
+
+def describe_video(path, root):
+    source = os.path.relpath(path, root).replace(os.sep, "/")
+    video = Video(path, source, directory_name(source), group=source)
+    posix = path.replace(os.sep, "/")
+    if match := LEROBOT_V2.fullmatch(posix) or LEROBOT_V3.fullmatch(posix):
+        dataset = os.path.relpath(match["root"], root).replace(os.sep, "/")
+        video.camera = match["camera"]
+        video.group = "" if dataset.startswith(".") else dataset + "/"  # the episode follows
+        video.group += match.groupdict().get("episode", "")
+    return video
+
+
+def is_wanted(video, options):
+    names = video.source, os.path.basename(video.source)
+    camera = not options.camera or any(video.camera == c or video.camera.endswith("." + c) for c in options.camera)
+    included = not options.include or is_named(options.include, *names)
+    return camera and included and not is_named(options.exclude, *names)
+
+
+def find_twins(videos):
+    """`{source: why}` of videos that seem to show what one beside them shows: a small copy, another format."""
+    originals, twins = {}, {}
+    for video in sorted(videos, key=lambda video: video.source.lower().endswith((".lrv", ".webm", ".gif"))):
+        stem = re.sub(r"[ ._-](proxy|preview|small|low|thumb|\d{3,4}p)$", "", os.path.splitext(video.source)[0].lower())
+        stem = re.sub(r"(^|/)g[xhl](\d{6})$", r"\1g\2", stem)  # GoPro: GL010001.LRV is the small GX010001.MP4
+        original = originals.setdefault(stem, video.source)
+        if original != video.source:
+            twins[video.source] = f"the same recording as {original}? --exclude leaves one of them out"
+    return twins

@@ -1,0 +1,87 @@
+"""What is said at the end of preparing: what was kept, what was not and why, and what comes next."""
+
+import collections
+import math
+import shlex
+
+from svd_parts.crop import describe_crops
+
+
+def plural(count, word):
+    """`1 clip`, `2 clips`, `1,737 frames`."""
+    return f"{count:,} {word}" + "s" * (count != 1)
+
+
+def duration(seconds):
+    """`45 seconds`, `3.2 minutes`, `1.50 hours`."""
+    if seconds < 120:
+        return f"{seconds:.0f} seconds"
+    return f"{seconds / 60:.1f} minutes" if seconds < 7200 else f"{seconds / 3600:.2f} hours"
+
+
+def print_totals(records):
+    """What was kept, and the range in which --motion_bucket_id means something."""
+    clips = [clip for record in records for clip in record["clips"]]
+    frames, seconds = sum(clip["num_frames"] for clip in clips), sum(clip["duration"] for clip in clips)
+    kept = f"kept: {plural(len(clips), 'clip')} of {plural(len(records), 'video')}"
+    if not clips:
+        return print(kept)
+    print(f"{kept}, {plural(frames, 'frame')}, {duration(seconds)}")
+    sizes = collections.Counter(f"{clip['width']}x{clip['height']}" for clip in clips)
+    more = f" and {plural(len(sizes) - 1, 'other size')}" if len(sizes) > 1 else ""
+    print(f"  size: {sizes.most_common(1)[0][0]}{more}")
+    for key, title in (("fps", "fps"), ("motion", "motion, % of the longer side a second"), ("motion_bucket_id",) * 2):
+        values = sorted(clip[key] for clip in clips)
+        low, middle, high = (values[round(q * (len(values) - 1))] for q in (0.1, 0.5, 0.9))
+        print(f"  {title}: {values[0]:g} to {values[-1]:g}; 10 % / median / 90 %: {low:g} / {middle:g} / {high:g}")
+
+
+def print_reasons(title, reasons, most=math.inf):
+    """A line for each of `{name: reason}`; more than `most` with the same words after the comma share one."""
+    if reasons:
+        print(f"{title}: {len(reasons)}")
+    groups = {}
+    for name, reason in reasons.items():
+        name = name if name.isprintable() else ascii(name)  # one line, whatever is in it
+        groups.setdefault(reason.rpartition(", ")[2], []).append(f"{name}: {reason}")
+    for what, rows in groups.items():
+        for row in rows if len(rows) <= most else [f"{len(rows)} clips {what}, as {rows[0]}"]:
+            print(f"  {row}")
+
+
+def summarize(records, failures, unfinished, twins, gone):
+    """Prints what was kept, what was not and why. Returns whether all of it is whole."""
+    print_totals(records)
+    first = {record["source"]: record["clips"][0] for record in records if record["clips"]}
+    flawed = {source: "; ".join(clip["problems"]) for source, clip in first.items() if clip["problems"]}
+    noted = {source: "; ".join(clip["notes"]) for source, clip in first.items() if clip["notes"]}
+    print_reasons("kept, with a note", noted)
+    print_reasons("kept, but", flawed)
+    print_reasons("perhaps twice", twins)
+    print_reasons("in the dataset, though not in --video_dir any more", dict.fromkeys(gone, "its clips stay"))
+    print_reasons("left out", unfinished)
+    print_reasons("dropped", {name: why for record in records for name, why in record["dropped"].items()}, most=3)
+    print_reasons("not kept", failures)
+    return not (failures or flawed)
+
+
+def print_left_out(found, options):
+    """What the options leave out of videos that were prepared now. found: [(frames, frames left out, size)] a video."""
+    total, left = sum(frames for frames, _, _ in found), sum(out for _, out, _ in found)
+    if left and options.max_frames:
+        cure = "" if options.clip_frames else f"; --clip_frames {options.max_frames} cuts whole videos into clips"
+        print(f"--max_frames {options.max_frames}: {left:,} of {plural(total, 'frame')} left out{cure}")
+    if options.width:
+        for line in describe_crops([size for _, _, size in found], options.width, options.height, 16):
+            print(f"warning: {line}")
+
+
+def print_next(options):
+    """What to look at, and the command of the next step."""
+    frames = options.clip_frames or options.max_frames or 25
+    size = f" --width {options.width} --height {options.height}" if options.width else ""
+    folder = shlex.quote(options.output_dir)
+    command = f"python train_svd.py --pretrained_model_name MODEL --dataset_dir {folder} --output_dir ./outputs"
+    print(
+        f"look at {folder}/preview.jpg; next: {command} --num_frames {min(frames, 25)}{size} --num_validation_videos 4"
+    )
