@@ -292,7 +292,7 @@ def train(options, device):
     """
     from svd_parts.actions import prepare_actions
     from svd_parts.checkpoints import check_resume, find_checkpoint, put_aside_newer, put_aside_other_run
-    from svd_parts.dataset import add_digests
+    from svd_parts.dataset import add_digests, warn_of_crop
     from svd_parts.hub import push_to_hub
     from svd_parts.latent_cache import load_frozen
     from svd_parts.log import start_trackers
@@ -303,7 +303,7 @@ def train(options, device):
     from svd_parts.samples import ClipDataset, leave_out
     from svd_parts.state import TrainingState
     from svd_parts.validation import Validation
-    from svd_parts.weights import check_sizes, resolve_model
+    from svd_parts.weights import check_sizes, resolve_model, size_multiple
 
     base = resolve_model(options.pretrained_model_name)
     check_sizes(options, base)
@@ -312,6 +312,7 @@ def train(options, device):
     sides = choose_sides(options, known_held_out(before) if saved else None)
     clips, held_out = leave_out(sides, options.exclude)
     add_digests([*clips, *held_out])
+    warn_of_crop([*clips, *held_out], options.width, options.height, size_multiple(base))
     accelerator = build_accelerator(options, device)
     settings = describe_run(options, base, clips, sides[1], before, accelerator.num_processes)
     settings |= prepare_actions(options.condition_on, clips, held_out, before)

@@ -1,5 +1,6 @@
 """A dataset's folder: its clips, their frames in order, and metadata.jsonl."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -9,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 
 import svd_common as common
-from svd_parts.files import UserError, count_kinds, inside, natural_key, read_lines, same_name
+from svd_parts.files import UserError, count_kinds, counted, inside, listed, natural_key, read_lines, same_name
 
 
 def sort_frames(names, folder):
@@ -180,6 +181,26 @@ def list_clips(dataset_dir):
     if not clips:
         raise UserError(f"{root}: holds no folder of frames; expected <video>/00000.png, from prepare_dataset.py")
     return clips
+
+
+def warn_of_crop(clips, width, height, multiple):
+    """Prints what the crop to `width` x `height` takes away, a line for all clips of one size; looks at first frames.
+
+    multiple: what width and height must be multiples of, for the size that would fit.
+    """
+    from PIL import Image
+
+    sizes = {}
+    for clip in clips:
+        with (
+            contextlib.suppress(OSError, ValueError),
+            Image.open(clip["frames"][0]) as image,
+        ):  # a bad one is told later
+            turned = image.getexif().get(274, 1) >= 5
+            sizes.setdefault(image.size[::-1] if turned else image.size, []).append(clip["directory"])
+    for size, names in sizes.items():
+        if crop := common.describe_crop(size, width, height, multiple):
+            print(f"warning: {counted(len(names), 'clip')} of {size[0]}x{size[1]} ({listed(names)}): {crop}")
 
 
 def add_digests(clips):

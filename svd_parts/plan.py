@@ -10,13 +10,21 @@ from diffusers import AutoencoderKLTemporalDecoder, UNetSpatioTemporalConditionM
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from svd_parts.checkpoints import checkpoints_of
-from svd_parts.dataset import list_clips
+from svd_parts.dataset import list_clips, warn_of_crop
 from svd_parts.files import UserError
 from svd_parts.forecast import choose_checkpointing, forecast, forecast_memory
 from svd_parts.memory import advice, usable_memory, why_no_cuda
 from svd_parts.optimizers import optimizer_bytes
 from svd_parts.unet import compute_dtype, trained_layers
-from svd_parts.weights import MODEL_PARTS, check_sizes, latent_factor, read_config, resolve_config, weight_files
+from svd_parts.weights import (
+    MODEL_PARTS,
+    check_sizes,
+    latent_factor,
+    read_config,
+    resolve_config,
+    size_multiple,
+    weight_files,
+)
 
 
 def dry_run(options, device):
@@ -28,6 +36,7 @@ def dry_run(options, device):
     plan = forecast(options, folder, mode, weight_dtype, count_flops=True)
     clips = list_clips(options.dataset_dir) if Path(options.dataset_dir).is_dir() else ()
     frames = sum(len(clip["frames"]) for clip in clips)
+    warn_of_crop(clips, options.width, options.height, size_multiple(folder))
     plan |= disk_space(options, folder, frames, plan)
     size = f"{options.width}x{options.height}, {options.num_frames} frames, batch {options.train_batch_size}"
     what = f"{plan['trainable_parameters'] / 1e6:.1f} M parameters ({trained_layers(options)})"
