@@ -541,6 +541,7 @@ def main(argv=None):
             report_drift(sets[0].records.values())
         if complete and (settings.compare_with or settings.reference):
             judge(settings, sets, real_clips, seen)
+            sets[0].publisher.publish()  # the page shows the scores, too
         if made and not sets[0].single:
             print(f"look at {sets[0].folder / 'index.html'}: sort, compare and choose the clips")
     for text in failed:

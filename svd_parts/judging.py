@@ -10,6 +10,7 @@ from svd_parts.dataset import add_digests, clip_group
 from svd_parts.files import write_file
 from svd_parts.formats import FORMATS
 from svd_parts.metrics import table_metrics, video_metrics
+from svd_parts.page import real_clip
 
 
 def find_trained_on(clips, folder, trainings):
@@ -44,7 +45,7 @@ def judge(settings, sets, real_clips, seen):
     labels = ["generated"] if len(sets) == 1 else [f"generated ({names[0]}{lora})", f"generated ({names[1]})"]
     if len(set(labels)) < len(sets):  # a model beside itself
         labels[1] = f"compared ({names[1]})"
-    scores = {}  # {label: {real clip: [scores]}}
+    scores, files = {}, {}  # {label: {real clip: [scores]}}, {clip: {"generated" or "compared": scores}}
     for jobs in zip(*(s.jobs for s in sets)):
         if not all(job["target"].exists() for job in jobs):  # a clip that failed
             continue
@@ -57,7 +58,14 @@ def judge(settings, sets, real_clips, seen):
                 found = video_metrics(video, real)
                 found |= {name: min(found[name], 100.0) for name in ("psnr", "psnr_moving") if found[name] is not None}
                 scores.setdefault(label, {}).setdefault(jobs[0]["image"], []).append(found)
+                if label in labels:
+                    what = ("generated", "compared")[labels.index(label)]
+                    files.setdefault(jobs[0]["name"], {})[what] = found
             videos = {"real": real, **videos}
+            kept = Path(settings.output_video) / real_clip(jobs[0]["sha256"])  # for the page
+            if not kept.exists():
+                kept.parent.mkdir(parents=True, exist_ok=True)
+                common.write_video(kept, real, settings.fps)
         if len(videos) > 1:
             target = Path(settings.output_video) / "side_by_side" / f"{jobs[0]['title']}.mp4"
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -65,7 +73,7 @@ def judge(settings, sets, real_clips, seen):
     if scores:
         table = {label: bootstrap(found) for label, found in scores.items()}
         asked = {name: getattr(settings, name) for name in ("model_dir", "compare_with", "reference")}
-        result = {"settings": asked, "trained_on": sorted(seen), "mean": table, "clips": scores}
+        result = {"settings": asked, "trained_on": sorted(seen), "mean": table, "clips": scores, "files": files}
         write_file(Path(settings.output_video) / "metrics.json", json.dumps(result, indent=1))
         print_table(table, len(next(iter(scores.values()))), len(seen))
 
@@ -87,7 +95,7 @@ def bootstrap(scores, draws=2000):
     return result
 
 
-def print_table(table, count, seen):
+def print_table(table, count, seen=0):
     """Prints {label: {metric: {mean, low, high}}} of so many real clips, a row a label; seen: how many trained on."""
     names = table_metrics()
     if seen:

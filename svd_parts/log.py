@@ -17,6 +17,8 @@ from svd_parts.files import UserError, printable, write_file
 from svd_parts.metrics import finite, read_metrics
 from svd_parts.page import write_run_page
 
+PAGE_EVERY = 60  # seconds: the page of the run loads itself again as often
+
 
 def start_trackers(options, accelerator, step):
     """Starts --report_to before anything expensive; what it needs of the user is one line.
@@ -47,7 +49,8 @@ class Log:
         if self.accelerator.is_main_process:  # a resumed run writes the lines after its checkpoint again
             lines = [line for line in read_metrics(options.output_dir) if line["step"] <= state.steps and state.steps]
             write_file(self.path, "".join(json.dumps(line) + "\n" for line in lines))
-            write_run_page(self.path.parent)
+            write_run_page(self.path.parent, state.settings)
+        self.page_written = time.monotonic()
         known = (line.get("seconds_of_validation") for line in reversed(lines))
         self.seconds_of_validation = next(filter(None, known), 0.0)
         self.progress = progress_bar("training", "step", options.max_train_steps, left=False, initial=state.steps,
@@ -108,6 +111,9 @@ class Log:
         if self.accelerator.is_main_process:
             with open(self.path, "a") as file:
                 file.write(json.dumps(line) + "\n")
+            if time.monotonic() - self.page_written > PAGE_EVERY:
+                write_run_page(self.path.parent, self.state.settings)
+                self.page_written = time.monotonic()
         numbers = {name: value for name, value in line.items() if name != "step" and value is not None}
         self.accelerator.log(numbers, step=line["step"])
 
@@ -117,7 +123,7 @@ class Log:
         scores = {f"validation_{name}": value for name, value in metrics.items()}
         self.append({"step": self.state.steps, **scores, "seconds_of_validation": self.seconds_of_validation})
         self.send_videos()
-        write_run_page(self.path.parent)
+        write_run_page(self.path.parent, self.state.settings)
 
     def has_scores(self, step):
         return any(line["step"] == step and "validation_loss_v" in line for line in read_metrics(self.path.parent))

@@ -3,11 +3,16 @@
 import contextlib
 import json
 import os
+import re
+import time
+from datetime import timedelta
 from pathlib import Path
 from urllib.parse import quote
 
+import numpy as np
+
 from svd_parts.files import write_file
-from svd_parts.metrics import MEASURES, METRICS, read_metrics
+from svd_parts.metrics import MEASURES, METRICS, read_metrics, table_metrics
 
 
 def write_page(path, data):
@@ -21,20 +26,78 @@ def write_page(path, data):
             write_file(path, template.replace("{{DATA}}", json.dumps(data).replace("<", "\\u003c")))
 
 
-def write_run_page(output):
-    """Writes index.html of a run: the loss and the scores by step, and the validation's videos."""
+def write_run_page(output, settings=None):
+    """Writes index.html of a run: settings, time, the loss and the scores by step, and the validation's videos.
+
+    settings: as `describe_run` makes them; they say until when the page loads itself again, and what the best step is.
+    """
     videos = [path.relative_to(output) for path in sorted(output.glob("validation/step-*/*.mp4"))]
     shown = [{"step": p.parent.name[5:], "name": p.stem, "url": as_url(p)} for p in videos]
     metrics = {name: [metric.title, metric.note] for name, metric in METRICS.items()}
-    run = {"title": output.absolute().name, "lines": read_metrics(output), "videos": shown, "metrics": metrics}
+    lines = read_metrics(output)
+    run = {"title": output.absolute().name, "lines": lines, "videos": shown, "metrics": metrics}
+    if settings:
+        best = best_step(lines, settings["validation_metric"])
+        run |= {"steps": settings["max_train_steps"], "updated": time.time(), "best": best}
+        run["facts"] = describe_settings(settings) | describe_time(lines, settings["max_train_steps"], best)
     write_page(output / "index.html", run)
 
 
-def write_clips_page(folder, clips):
-    """Writes index.html of a generated set; clips: what `page_entry` gives of each."""
-    measures = {name: [measure.title, measure.note] for name, measure in MEASURES.items()}
+def best_step(lines, name):
+    """{metric, step} of the best validation by --validation_metric; None where there is none yet."""
+    scored = [line for line in lines if isinstance(line.get(f"validation_{name}"), (int, float))]
+    sign = -1 if METRICS[name].better == "lower" else 1
+    best = max(scored, key=lambda line: sign * line[f"validation_{name}"], default=None)
+    return {"metric": name, "step": best["step"]} if best else None
+
+
+def describe_settings(settings):
+    """What the page says of a run's settings: {words: text}."""
+    base = settings.get("base_model_name") or Path(str(settings["pretrained_model_name"])).name
+    rank = settings.get("lora_rank")
+    return {
+        "base model": base,
+        "clips": str(settings["num_clips"]),
+        "held out": str(len(settings["held_out"])),
+        "size": f"{settings['width']} x {settings['height']} x {settings['num_frames']}",
+        "steps": f"{settings['max_train_steps']} x {settings['global_batch_size']}",
+        "learning rate": f"{settings['learning_rate']:g}",
+        "trained": f"LoRA, rank {rank}" if rank else str(settings["trainable"]),
+        "precision": "fp32" if settings["mixed_precision"] == "no" else str(settings["mixed_precision"]),
+    }
+
+
+def describe_time(lines, steps, best):
+    """What the page says of a run's course: time, memory, the best step."""
+    timed = [line for line in lines if line.get("seconds_per_step")]
+    if not timed:
+        return {}
+    last, usual = timed[-1], float(np.median([line["seconds_per_step"] for line in timed]))
+    left = last.get("seconds_left", (steps - last["step"]) * usual)
+    facts = {"a step": f"{usual:.3g} s"} | (
+        {"left": str(timedelta(seconds=round(left)))} if last["step"] < steps else {}
+    )
+    facts |= {"GPU memory": f"{last['peak_memory_gib']:g} GiB"} if last.get("peak_memory_gib") else {}
+    return facts | ({"best step": str(best["step"])} if best else {})
+
+
+def write_clips_page(folder, records):
+    """Writes index.html of a generated set; records: {name: record} of the clips that are there."""
+    scores = read_scores(folder)
+    clips = [page_entry(folder, name, record, scores.get(name, {})) for name, record in records.items()]
+    headings = table_metrics()
+    measures = {name: [headings[name], METRICS[name].note] for name in headings if any(name in clip for clip in clips)}
+    measures |= {name: [measure.title, measure.note] for name, measure in MEASURES.items()}
     measures["asked_motion_bucket_id"] = ["bucket asked", "the --motion_bucket_id that the clip was made with"]
     write_page(folder / "index.html", {"title": folder.absolute().name, "clips": clips, "measures": measures})
+
+
+def read_scores(folder):
+    """{clip: {"generated": {metric: number}, "compared": ...}} of metrics.json; empty where there is none."""
+    with contextlib.suppress(OSError, ValueError):
+        found = json.loads((folder / "metrics.json").read_text(encoding="utf-8")).get("files")
+        return found if isinstance(found, dict) else {}
+    return {}
 
 
 def as_url(path):
@@ -42,8 +105,8 @@ def as_url(path):
     return quote(os.fsencode(path.as_posix()))
 
 
-def page_entry(name, record):
-    """What index.html shows of a clip."""
+def page_entry(folder, name, record, scores):
+    """What index.html shows of a clip: its measures and scores, and where its videos are."""
     bucket = record.get("motion_bucket_id")  # in a set of frames, the measured one
     fields = [*MEASURES, *"seed fps task width height".split()]
     entry = {field: record.get(field) for field in fields}
@@ -51,4 +114,16 @@ def page_entry(name, record):
     entry["asked_motion_bucket_id"] = record.get("requested", {}).get("motion_bucket_id", bucket)
     entry["frames"] = record.get("num_frames") if "directory" in record else None
     first = f".infer/{record.get('source_image_sha256')}.jpg"
-    return {**entry, "first": first, "name": name, "url": quote(os.fsencode(name))}
+    image = re.sub(r"_seed\d+_motion\d+(\.\w+)?$", "", name)
+    if image == name:  # a LeRobot set's clips have numbers
+        image = "/".join(Path(str(record.get("source_image"))).with_suffix("").parts[-2:])
+    entry |= {"first": first, "name": name, "url": as_url(Path(name)), "image": image}
+    for what, path in (("real", real_clip(record.get("source_image_sha256"))), ("other", Path(".compare", name))):
+        if (folder / path).exists():
+            entry[what] = as_url(path)
+    return {**scores.get("generated", {}), **entry, "compared": scores.get("compared")}
+
+
+def real_clip(sha256):
+    """Where the real clip of an image is kept for the page, inside the set."""
+    return Path(".infer", "real", f"{sha256}.mp4")

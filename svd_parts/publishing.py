@@ -17,7 +17,7 @@ from svd_parts.files import (
     write_json,
 )
 from svd_parts.lerobot_writer import DEFAULT_CAMERA, EPISODES_A_FOLDER, LEROBOT_FILE, write_lerobot
-from svd_parts.page import page_entry, write_clips_page
+from svd_parts.page import write_clips_page
 
 DAMAGED = "damaged, or not UTF-8; repair or delete it"
 LEROBOT_FIELDS = {"stats": dict, "task": str, "height": int, "width": int, "fps": (int, float)}
@@ -98,13 +98,13 @@ class Publisher:
 
     def publish(self):
         """Writes metadata.jsonl, the page and LeRobot's tables: the records of the clips that are there."""
-        path, lines, made, shown = self.folder / "metadata.jsonl", "", [], []
+        path, lines, made, shown = self.folder / "metadata.jsonl", "", [], {}
         for name in sorted(self.records, key=natural_key):
             record = self.records[name]
             if (self.folder / name).exists():
                 made.append(record)
                 lines += json.dumps({key: value for key, value in record.items() if key != "deleted"}) + "\n"
-                shown.append(page_entry(name, record))
+                shown[name] = record
                 self.listed[name] = record
             elif name in self.listed and not record.get("deleted"):
                 self.write_record(name, {**record, "deleted": True})

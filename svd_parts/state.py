@@ -120,7 +120,7 @@ class TrainingState:
                 if not (output / f"checkpoint-{self.steps}").exists():
                     save_checkpoint(output / f"checkpoint-{self.steps}", self)
                 self.prune()
-            write_run_page(output)
+            write_run_page(output, self.settings)
 
     def prune(self):
         """Removes the oldest checkpoints beyond --checkpoints_total_limit."""

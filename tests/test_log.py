@@ -9,11 +9,11 @@ from svd_parts.log import Log
 
 def test_the_time_left_includes_the_validations_that_are_still_to_come(tmp_path):
     options = argparse.Namespace(output_dir=str(tmp_path), max_train_steps=10, validation_steps=4, report_to=None)
-    log = Log(argparse.Namespace(options=options, steps=0, accelerator=Accelerator(cpu=True)))
+    log = Log(argparse.Namespace(options=options, settings={}, steps=0, accelerator=Accelerator(cpu=True)))
     assert log.seconds_left(1, 2.0) == 18
     log.scores({"loss_v": 1.0}, 100.0)  # of step 0
     assert log.seconds_left(1, 2.0) == 18 + 300  # steps 4, 8 and 10
     assert log.seconds_left(4, 2.0) == 12 + 300  # a step's line is written before its validation
     assert log.seconds_left(10, 2.0) == 100
-    resumed = Log(argparse.Namespace(options=options, steps=3, accelerator=Accelerator(cpu=True)))
+    resumed = Log(argparse.Namespace(options=options, settings={}, steps=3, accelerator=Accelerator(cpu=True)))
     assert resumed.seconds_of_validation == 100

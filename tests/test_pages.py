@@ -10,7 +10,7 @@ import threading
 
 import numpy as np
 import pytest
-from conftest import SIZE, TINY, moving_square, run
+from conftest import SIZE, TINY, moving_square, run, write_clip
 
 import svd_common as common
 from svd_parts.dataset import read_metadata
@@ -19,7 +19,7 @@ from svd_parts.page import write_page, write_run_page
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 FLAGS = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
-FLAGS += " --disable-component-update --disable-sync --window-size=1300,2500 --remote-debugging-pipe"
+FLAGS += " --disable-component-update --disable-sync --remote-debugging-pipe"
 needs_browser = pytest.mark.skipif(not BROWSER, reason="no Chromium here")
 NAMES = [f"{name}_seed0_motion{bucket}" for name in ("b cup", "机器 手#1%") for bucket in (60, 180)]
 
@@ -36,13 +36,14 @@ return seen;
 })()"""
 
 
-def see(page, script, profile):
+def see(page, script, profile, query="", size="1300,2500"):
     """What a script saw that did something in the page: its object `seen`. Chromium's protocol, over two pipes."""
+    flags, url = [*FLAGS.split(), f"--window-size={size}"], page.as_uri() + query
     to_browser, from_browser = os.pipe(), os.pipe()
     pipes = to_browser[0], from_browser[1]
     moved = "import os, sys; _, a, b, *c = sys.argv; os.dup2(int(a), 3); os.dup2(int(b), 4); os.execv(c[0], c)"
-    command = [sys.executable, "-c", moved, *map(str, pipes), BROWSER, *FLAGS.split(), f"--user-data-dir={profile}"]
-    process = subprocess.Popen([*command, page.as_uri()], pass_fds=pipes, stderr=subprocess.DEVNULL)
+    command = [sys.executable, "-c", moved, *map(str, pipes), BROWSER, *flags, f"--user-data-dir={profile}"]
+    process = subprocess.Popen([*command, url], pass_fds=pipes, stderr=subprocess.DEVNULL)
     for pipe in pipes:
         os.close(pipe)
     killer = threading.Timer(60, process.kill)
@@ -60,7 +61,7 @@ def see(page, script, profile):
         targets = []
         while not targets:
             found = ask("Target.getTargets")["targetInfos"]
-            targets = [target["targetId"] for target in found if target["url"] == page.as_uri()]
+            targets = [target["targetId"] for target in found if target["url"] == url]
         session = ask("Target.attachToTarget", targetId=targets[0], flatten=True)["sessionId"]
         loaded = "Boolean(document.title) && document.readyState === 'complete'"  # there is an empty page before it
         while not ask("Runtime.evaluate", session, expression=loaded)["result"]["value"]:
@@ -242,3 +243,102 @@ def test_no_page_of_another_maker_is_overwritten_and_none_is_needed(tmp_path, mo
     monkeypatch.setattr("svd_parts.page.__file__", str(tmp_path / "page.py"))  # the scripts were copied without it
     write_page(tmp_path / "other.html", {"title": "x", "clips": []})
     assert not (tmp_path / "other.html").exists()
+
+
+@needs_browser
+def test_a_page_shows_the_real_clip_the_compared_one_and_the_scores_and_plays_them_larger(tmp_path):
+    for seed, name in enumerate(("clip0", "clip1")):
+        write_clip(tmp_path / "real" / name, moving_square(9, seed=seed))
+    run("infer_svd.py", "--model_dir", TINY, "--input_image", tmp_path / "real", "--output_video", tmp_path / "set",
+        *SIZE, "--num_inference_steps", 1, "--num_videos_per_image", 2, "--compare_with", TINY,
+        "--reference", tmp_path / "real")  # fmt: skip
+    [first, *_] = clips = data_of(tmp_path / "set" / "index.html")["clips"]
+    metrics = json.loads((tmp_path / "set" / "metrics.json").read_text())
+    scores = metrics["files"][first["name"]]["generated"]
+    assert first["psnr_moving"] == scores["psnr_moving"] == first["compared"]["psnr_moving"]
+    assert common.read_video(tmp_path / "set" / first["real"]).shape == (8, 64, 96, 3)
+    assert (
+        len({clip["real"] for clip in clips}) == 2
+        and [clip["image"] for clip in clips] == ["clip0"] * 2 + ["clip1"] * 2
+    )
+    script = """
+      const key = (name, target = document.body) =>
+        target.dispatchEvent(new KeyboardEvent("keydown", { key: name, bubbles: true, cancelable: true }));
+      seen.captions = [...document.querySelectorAll(".card figcaption")].slice(0, 4).map((e) => e.textContent);
+      seen.numbers = document.querySelector(".card .numbers").textContent;
+      seen.sorts = [...by_id("sort").options].map((option) => option.value);
+      by_id("grouped").click();
+      seen.groups = [...document.querySelectorAll(".grid h2")].map((element) => element.textContent);
+      document.querySelector(".card .pair video").click();
+      const dialog = by_id("larger"), videos = [...dialog.querySelectorAll("video")];
+      await wait(() => shown(videos).length === 3 && videos.every((video) => !video.paused));
+      seen.large = [dialog.open, shown(videos).length, document.querySelectorAll("input:checked").length];
+      key(" ", dialog);
+      await wait(() => videos.every((video) => video.paused));
+      seen.paused = videos.every((video) => video.paused);
+      for (const video of videos) video.currentTime = 0;
+      key(".", dialog);
+      seen.stepped = videos.map((video) => +video.currentTime.toFixed(2));
+      by_id("half-speed").click();
+      seen.rate = videos.map((video) => video.playbackRate);
+      key("k", dialog);
+      seen.kept = by_id("count").textContent;
+      key("ArrowRight", dialog);
+      await wait(() => dialog.querySelector(".name").textContent.includes("seed1"));
+      seen.next = dialog.querySelector(".name").textContent;
+      by_id("close").click();
+      seen.open = dialog.open;
+      key("ArrowRight");
+      key("k");
+      seen.at = document.querySelector(".card.at .name").textContent;
+      seen.more = by_id("count").textContent;
+    """
+    seen = see(tmp_path / "set" / "index.html", script, tmp_path / "profile")
+    assert seen["captions"] == ["input image", "real", "generated, seed 0", "compared model"]
+    assert "PSNR moving dB" in seen["numbers"] and " / " in seen["numbers"] and "psnr_moving" in seen["sorts"]
+    assert seen["groups"] == ["clip0", "clip1"] and seen["large"] == [True, 3, 1] and seen["paused"]  # 1: grouped
+    assert seen["stepped"] == [0.14] * 3 and seen["rate"] == [0.5] * 3 and seen["kept"] == "4 of 4 clips shown, 1 kept"
+    assert "clip0_seed1" in seen["next"] and seen["open"] is False
+    assert "clip1_seed0" in seen["at"] and seen["more"] == "4 of 4 clips shown, 2 kept"
+
+
+@needs_browser
+def test_on_a_phone_the_filters_are_folded_and_a_chinese_browser_reads_chinese(clips, tmp_path):
+    script = """
+      seen.filters = document.querySelector("details").open;
+      seen.overflow = document.documentElement.scrollWidth - innerWidth;
+      seen.columns = getComputedStyle(document.querySelector(".numbers")).gridTemplateColumns.split(" ").length;
+      seen.words = [by_id("save-kept").textContent, by_id("order").textContent, document.documentElement.lang];
+      seen.language = navigator.language;
+    """
+    seen = see(clips / "index.html", script, tmp_path / "a", "?lang=zh-CN", "500,900")
+    assert seen["words"] == ["保存 kept.txt", "从低到高", "zh"]
+    assert not seen["filters"] and seen["overflow"] <= 0 and seen["columns"] in (2, 3)  # Chromium has at least 500
+    seen = see(clips / "index.html", script, tmp_path / "b")
+    assert seen["filters"] and seen["words"][2] == ("zh" if seen["language"].startswith("zh") else "en")
+
+
+@needs_browser
+def test_the_page_of_a_run_shows_settings_time_the_best_step_and_what_is_missing(tmp_path):
+    settings = {"pretrained_model_name": "/models/svd", "num_clips": 9, "held_out": {"a": "0"}, "width": 512,
+        "height": 320, "num_frames": 25, "max_train_steps": 40, "global_batch_size": 1, "learning_rate": 1e-5,
+        "trainable": "temporal", "mixed_precision": "no", "validation_metric": "psnr_moving"}  # fmt: skip
+    lines = [{"step": step, "loss_v": 1 / step, "seconds_per_step": 2.5} for step in range(1, 31)]
+    script = """
+      seen.facts = by_id("facts").innerText;
+      seen.missing = by_id("missing")?.textContent ?? null;
+      seen.best = document.querySelectorAll("line.best").length;
+    """
+
+    def look(name):
+        (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        write_run_page(tmp_path, settings)
+        return see(tmp_path / "index.html", script, tmp_path / name)
+
+    seen = look("without")
+    assert "--num_validation_videos 4" in seen["missing"] and not seen["best"]
+    for fact in ("svd", "512 x 320 x 25", "40 x 1", "1e-05", "fp32", "2.5 s", "0:00:25"):
+        assert fact in seen["facts"], seen["facts"]
+    lines += [{"step": s, "validation_psnr_moving": value} for s, value in ((0, 1.0), (15, 9.0), (30, 8.0))]
+    seen = look("with")
+    assert seen["missing"] is None and seen["best"] == 1 and data_of(tmp_path / "index.html")["best"]["step"] == 15
