@@ -91,3 +91,11 @@ def other_paths(paths):
     mirrored = paths.copy()
     mirrored[..., 1] = np.clip(2 * paths[:, :1, 1] - paths[..., 1], -0.34, 0.34)
     return {"mirrored": mirrored, "half speed": slower, "stopped half-way": paths[:, np.minimum(np.arange(FRAMES), 3)]}
+
+
+def to_pixels(path, width, height):
+    """Positions (T, 3) in metres -> (T, 2) pixels of the front camera."""
+    view = np.reshape(p.computeViewMatrix(*render.CAMERAS["front"], [0, 0, 1]), (4, 4)).T
+    projection = np.reshape(p.computeProjectionMatrixFOV(48, width / height, 0.05, 5), (4, 4)).T
+    x, y, _, w = projection @ view @ np.vstack([path.T, np.ones(len(path))])
+    return np.stack([(x / w + 1) / 2 * width, (1 - y / w) / 2 * height], axis=1)

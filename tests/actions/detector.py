@@ -37,32 +37,21 @@ def to_tensor(frames):
     return torch.from_numpy(np.ascontiguousarray(frames)).permute(0, 3, 1, 2).float() / 255
 
 
-def train_detector(frames, places, steps=2500, batch=32, seed=0):
+def train_detector(path, frames, places, steps=2500, batch=32, seed=0):
     """frames: (N, H, W, 3) uint8; places: (N, 3) metres. Returns a function from such frames to such places.
 
     Each batch is softened, brightened and made noisy at random, since generated frames are softer than real ones.
+    path: where it is kept; what is there is taken.
     """
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
-    pictures, targets = to_tensor(frames), torch.from_numpy(np.asarray(places)).float()
+    targets = torch.from_numpy(np.asarray(places)).float()
     mean, spread = targets.mean(0), targets.std(0)
     model = Detector()
-    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=1e-3)
-    for step in range(steps):
-        for group in optimizer.param_groups:
-            group["lr"] = 2e-3 * min(1, (step + 1) / 50) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
-        chosen = torch.randint(len(pictures), (batch,), generator=generator)
-        uniform = torch.rand(3, batch, 1, 1, 1, generator=generator)
-        shown = torch.lerp(
-            pictures[chosen], F.avg_pool2d(pictures[chosen], 3, 1, 1, count_include_pad=False), uniform[0]
-        )
-        shown = (shown - 0.5) * (0.85 + 0.3 * uniform[1]) + 0.5 + 0.1 * (uniform[2] - 0.5)
-        shown = shown + 0.02 * torch.randn(shown.shape, generator=generator)
-        loss = F.smooth_l1_loss(model(shown), (targets[chosen] - mean) / spread, beta=0.1)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    model.eval()
+    if not path.exists():
+        fit(model, to_tensor(frames), (targets - mean) / spread, steps, batch, generator)
+        torch.save(model.state_dict(), path)
+    model.load_state_dict(torch.load(path, weights_only=True))
 
     @torch.no_grad()
     def detect(frames):
@@ -70,3 +59,20 @@ def train_detector(frames, places, steps=2500, batch=32, seed=0):
         return (torch.cat(found) * spread + mean).numpy()
 
     return detect
+
+
+def fit(model, pictures, targets, steps, batch, generator):
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=1e-3)
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = 2e-3 * min(1, (step + 1) / 50) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
+        chosen = torch.randint(len(pictures), (batch,), generator=generator)
+        uniform = torch.rand(3, batch, 1, 1, 1, generator=generator)
+        sharp = pictures[chosen]
+        shown = torch.lerp(sharp, F.avg_pool2d(sharp, 3, 1, 1, count_include_pad=False), uniform[0])
+        shown = (shown - 0.5) * (0.85 + 0.3 * uniform[1]) + 0.5 + 0.1 * (uniform[2] - 0.5)
+        shown = shown + 0.02 * torch.randn(shown.shape, generator=generator)
+        loss = F.smooth_l1_loss(model(shown), targets[chosen], beta=0.1)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()

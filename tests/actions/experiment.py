@@ -6,6 +6,7 @@ results.json, steer.webp. Run again after a stop, it goes on.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import subprocess
@@ -17,6 +18,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tensors are small: two trai
 sys.path.insert(0, str(Path(__file__).parent))
 
 import data  # isort: skip  (first: it finds svd_common, which quiets OpenCV)
+import cv2
 import numpy as np
 import torch
 from detector import train_detector
@@ -57,12 +59,14 @@ def build_parser():
 
 
 def train(output, dataset, options):
-    """Both models side by side, one process each; goes on where it was."""
-    running = []
+    """Both models side by side; goes on where it was. The second begins when the first has encoded the frames."""
+    running, clips = [], len(list(dataset.glob("*/00000.png")))
     for name, more in (("with", ["--condition_on", "actions"]), ("without", [])):
         model = output / name
         if (model / "model_index.json").exists():
             continue
+        while running and running[0].poll() is None and len(list(dataset.glob(".cache/*/*.safetensors"))) < clips:
+            time.sleep(1)
         command = [
             sys.executable,
             data.ROOT / "train_svd.py",
@@ -73,13 +77,10 @@ def train(output, dataset, options):
         ]
         command += ["--output_dir", model, *TRAINING.split(), "--max_train_steps", options.steps, *options.more.split()]
         command += [*more, *(["--resume_from_checkpoint", "latest"] if model.exists() else [])]
-        log = open(output / f"{name}.log", "a")
-        running.append(
-            subprocess.Popen([*map(str, command)], env={**os.environ, "HF_HUB_OFFLINE": "1"}, stdout=log, stderr=log)
-        )
-    for process in running:
-        if process.wait():
-            sys.exit(f"training failed: see {output}/*.log")
+        environment, log = {**os.environ, "HF_HUB_OFFLINE": "1"}, open(output / f"{name}.log", "a")
+        running.append(subprocess.Popen([*map(str, command)], env=environment, stdout=log, stderr=log))
+    if any([process.wait() for process in running]):
+        sys.exit(f"training failed: see {output}/*.log")
 
 
 # Generating
@@ -93,7 +94,7 @@ def load(model):
 
 
 @torch.no_grad()
-def generate(model, firsts, paths=None, seed=0, steps=INFERENCE_STEPS):
+def generate(model, firsts, paths=None, seed=0, steps=INFERENCE_STEPS, guidance=1.0):
     """(N, T, H, W, 3) uint8 by the paths (N, T, 3), if there are any; clip i has the noise of seed + i."""
     pipe, settings = model
     made = []
@@ -102,7 +103,7 @@ def generate(model, firsts, paths=None, seed=0, steps=INFERENCE_STEPS):
         with acting(pipe.unet, rows):
             frames = pipe(
                 Image.fromarray(first), width=96, height=64, num_frames=data.FRAMES, fps=data.FPS, motion_bucket_id=127,
-                num_inference_steps=steps, min_guidance_scale=1.0, max_guidance_scale=1.0, output_type="np",
+                num_inference_steps=steps, min_guidance_scale=guidance, max_guidance_scale=guidance, output_type="np",
                 noise_aug_strength=0.02, generator=torch.Generator().manual_seed(seed + index),
             ).frames[0]  # fmt: skip
         made.append((frames * 255).round().astype(np.uint8))
@@ -118,6 +119,26 @@ def round_trip(model, videos):
         frames = vae.decode(latents, num_frames=len(video)).sample
         made.append(((frames / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy() * 255).round().astype(np.uint8))
     return np.stack(made)
+
+
+@contextlib.contextmanager
+def guided_on_actions(pipe):
+    """While this lasts, the pipeline's guidance compares with the same picture and no actions, not with no picture."""
+
+    def share_picture(unet, inputs, known):
+        sample, *others = inputs
+        first, second = sample.chunk(2)
+        sample = torch.cat([torch.cat([first[:, :, :4], second[:, :, 4:]], 2), second])
+        known["encoder_hidden_states"] = known["encoder_hidden_states"][1:].repeat(2, 1, 1)
+        if len(unet.actions.vectors) == 1:
+            unet.actions.vectors = torch.cat([0 * unet.actions.vectors, unet.actions.vectors])
+        return (sample, *others), known
+
+    handle = pipe.unet.register_forward_pre_hook(share_picture, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 # Measuring
@@ -183,14 +204,42 @@ def main(options):
     train(out, out / "dataset", options)
 
     frames = np.concatenate([videos.reshape(-1, *videos.shape[2:]) for videos, _ in training.values()])
-    detect = train_detector(frames, np.concatenate([paths.reshape(-1, 3) for _, paths in training.values()]))
+    places = np.concatenate([paths.reshape(-1, 3) for _, paths in training.values()])
+    detect = train_detector(out / "detector.pt", frames, places)
     models = {name: load(out / name) for name in ("with", "without")}
-    rows = measure(models, detect, *data.read_clips(judged, judged, options.clips), seed)
+    real, paths = data.read_clips(judged, judged, options.clips)
+    rows = measure(models, detect, real, paths, seed)
     pushes = data.read_clips(out / "held_out_push", out / "held_out_push", 32)
     rows |= {f"push: {name}": found for name, found in measure_task(models, detect, *pushes).items()}
+    write_steer(out / "steer.webp", models["with"], real[:, 0], paths, (0, 1))
     write_file(out / "results.json", json.dumps({"options": vars(options), "rows": rows}, indent=1, default=str))
     print(write_table(out / "table.md", rows))
     print(f"Done in {time.time() - started:.0f} s: {out}/table.md")
+
+
+def write_steer(path, model, firsts, paths, chosen):
+    """The picture of the README: first frames, three paths from each, what the model makes of them. A ring is where the
+    action says that the fingertip is."""
+    rows, scale = [], 3
+    for index in chosen:
+        other = paths[(index + 1) % len(paths)]
+        ways = [
+            paths[index],
+            data.other_paths(paths[index : index + 1])["mirrored"][0],
+            paths[index, :1] + other - other[:1],
+        ]
+        made = generate(model, np.repeat(firsts[index : index + 1], len(ways), axis=0), np.array(ways, np.float32))
+        films = []
+        for video, way in zip(made, ways):
+            video = np.stack([cv2.resize(f, None, fx=scale, fy=scale, interpolation=cv2.INTER_CUBIC) for f in video])
+            for frame, place in zip(video, data.to_pixels(way, 96 * scale, 64 * scale)):
+                cv2.circle(frame, tuple(int(x) for x in place.round()), 7, (230, 20, 40), 2, cv2.LINE_AA)
+            films.append(np.pad(video, ((0, 0), (2, 2), (2, 2), (0, 0)), constant_values=255))
+        rows.append(np.concatenate(films, axis=2))
+    film = np.concatenate(rows, axis=1)
+    frames = [Image.fromarray(frame) for frame in np.concatenate([film, film[-1:].repeat(3, axis=0)])]
+    more = {"append_images": frames[1:], "duration": 1000 // data.FPS, "loop": 0, "quality": 60, "method": 6}
+    frames[0].save(path, save_all=True, **more)
 
 
 def measure_task(models, detect, real, paths):
