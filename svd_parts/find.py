@@ -10,7 +10,7 @@ from pathlib import Path
 import svd_common as common
 from svd_parts.dataset import SYSTEM_FOLDERS, find_folders
 from svd_parts.files import UserError, count_kinds, is_named, name_digest, names_of_nothing, natural_key, read_lines
-from svd_parts.lerobot import LEROBOT_V2, LEROBOT_V3, read_episodes, read_lerobot
+from svd_parts.lerobot import LEROBOT_V2, LEROBOT_V3, is_depth, read_episodes, read_lerobot
 
 VIDEO_SUFFIXES = frozenset(
     ".264 .265 .3g2 .3gp .amv .apng .asf .av1 .avc .avi .dav .dif .divx .dv .evo .f4v .flv .gif .h264 .h265 .hevc .insv"
@@ -100,6 +100,11 @@ def find_videos(options):
             video.episodes = sorted(read_episodes(match["root"])[0].get(place, []))
         if match := match or LEROBOT_V2.fullmatch(posix):
             video.lerobot = read_lerobot(match["root"])
+    if depth := sorted({video.camera for video in chosen if is_depth(video)}):
+        chosen = [video for video in chosen if not is_depth(video)]
+        print(f"left out: depth cameras, which are no pictures ({', '.join(depth)})")
+        if not chosen:
+            raise UserError(f"--video_dir {options.video_dir}: no video but of depth cameras; name others by --camera")
     return sorted(chosen, key=lambda video: natural_key(video.source)), unfinished
 
 

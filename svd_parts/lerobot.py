@@ -66,6 +66,12 @@ def read_lerobot(root):
     return known, tasks, {name: found for name, found in videos.items() if isinstance(found, dict)}
 
 
+def is_depth(video):
+    """Whether a video is a depth camera's, by the info.json of its dataset: distances, which SVD cannot see."""
+    info = video.lerobot[2].get(video.camera, {}) if video.lerobot else {}
+    return any(info.get(key) is True for key in ("is_depth_map", "video.is_depth_map"))
+
+
 def lerobot_fields(video, group):
     """What of it goes into the line of a clip: nothing for a video that is of no LeRobot dataset."""
     if not video.lerobot:

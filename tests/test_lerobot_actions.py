@@ -109,3 +109,24 @@ def test_preparing_carries_the_actions_of_the_frames_that_it_keeps(version, tmp_
         "prepare_dataset.py", "--video_dir", root, "--output_dir", tmp_path / "x", "--action_key", "no", ok=False
     )
     assert "has no such feature" in done.stdout
+
+
+@pytest.mark.parametrize("key", ["is_depth_map", "video.is_depth_map"])
+def test_a_depth_camera_is_left_out_by_name(key, tmp_path):
+    root, cameras = tmp_path / "set", ("observation.images.front", "observation.images.depth")
+    for camera in cameras:
+        path = root / "videos" / "chunk-000" / camera / "episode_000000.mp4"
+        path.parent.mkdir(parents=True)
+        common.write_video(path, moving_square(8), 10)
+    (root / "meta").mkdir()
+    features = {
+        camera: {"dtype": "video", "shape": [64, 96, 3], "info": {key: camera == cameras[1]}} for camera in cameras
+    }
+    (root / "meta" / "info.json").write_text(json.dumps({"codebase_version": "v2.1", "features": features}))
+    done = run("prepare_dataset.py", "--video_dir", root, "--output_dir", tmp_path / "out")
+    assert "left out: depth cameras, which are no pictures (observation.images.depth)" in done.stdout
+    [line] = map(json.loads, (tmp_path / "out" / "metadata.jsonl").read_text().splitlines())
+    assert line["camera"] == cameras[0] and "action_names" not in line
+    assert not (tmp_path / "out" / line["directory"] / "actions.npy").exists()
+    done = run("prepare_dataset.py", "--video_dir", root, "--output_dir", tmp_path / "x", "--camera", "depth", ok=False)
+    assert "no video but of depth cameras" in done.stdout
