@@ -1,5 +1,6 @@
 """state.py: what a bad step leaves as it was."""
 
+import pytest
 import torch
 from accelerate import Accelerator
 from conftest import TINY, train_arguments
@@ -11,13 +12,16 @@ from svd_parts.state import TrainingState
 from svd_parts.unet import prepare_unet
 
 
-def test_the_average_does_not_take_a_bad_step_in_and_the_checkpoint_is_that_of_the_step_before(tmp_path):
-    """Nobody looks for two steps: neither the weights nor the average nor the number of steps may show the bad one."""
-    flags = ["--use_ema", "--ema_decay", "0.5"]
+def make_state(tmp_path, *flags):
     options = train_svd.parse_args([*map(str, train_arguments(tmp_path, tmp_path / "out")), *flags])
     (tmp_path / "out").mkdir()
     unet = prepare_unet(common.load_part(TINY, "unet", torch.float32), "temporal", torch.float32, "none")
-    state = TrainingState(unet, options, Accelerator(cpu=True), {"global_batch_size": 1}, {})
+    return TrainingState(unet, options, Accelerator(cpu=True), {"global_batch_size": 1}, {})
+
+
+def test_the_average_does_not_take_a_bad_step_in_and_the_checkpoint_is_that_of_the_step_before(tmp_path):
+    """Nobody looks for two steps: neither the weights nor the average nor the number of steps may show the bad one."""
+    state = make_state(tmp_path, "--use_ema", "--ema_decay", "0.5")
     for factor in (1.0, 1.0, float("nan"), 1.0):
         for place, parameter in enumerate(state.trained.values()):
             parameter.grad = torch.full_like(parameter, factor * (-1) ** place)
@@ -30,3 +34,18 @@ def test_the_average_does_not_take_a_bad_step_in_and_the_checkpoint_is_that_of_t
     state.save()
     assert state.steps == 2 and [path.name for path in checkpoints_of(tmp_path / "out")] == ["checkpoint-2"]
     assert not state.update(look=True)
+
+
+def test_the_process_that_fails_saves_and_an_old_checkpoint_that_cannot_go_is_no_reason_to_stop(tmp_path, capsys):
+    state = make_state(tmp_path, "--checkpoints_total_limit", "1")
+    (tmp_path / "out" / "checkpoint-1").mkdir()
+    (tmp_path / "out" / ".checkpoint-1.gone" / "busy").mkdir(parents=True)  # where it would have to go to
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "out" / "checkpoint-2").symlink_to(tmp_path / "elsewhere")
+    state.steps, state.accelerator = 3, None  # whichever process this is
+    with pytest.raises(RuntimeError, match="out of memory"), train_svd.saved_on_error(state):
+        raise RuntimeError("out of memory")
+    assert [path.name for path in checkpoints_of(tmp_path / "out")] == ["checkpoint-1", "checkpoint-3"]
+    assert (tmp_path / "out" / "checkpoint-3" / "training_state.json").exists() and (tmp_path / "elsewhere").exists()
+    printed = capsys.readouterr().err
+    assert "checkpoint-1: cannot be removed" in printed and "saved: the 3 steps before this error" in printed

@@ -18,6 +18,7 @@ import torch
 from accelerate import Accelerator
 from conftest import ROOT, SIZE, TINY, moving_square, run, train_arguments, write_clip
 from diffusers import StableVideoDiffusionPipeline, UNetSpatioTemporalConditionModel
+from diffusers.optimization import SchedulerType
 from diffusers.training_utils import EMAModel
 from PIL import Image
 from safetensors import safe_open
@@ -31,10 +32,12 @@ from svd_parts.files import UserError, read_patterns
 from svd_parts.forecast import forecast, memory_tracker
 from svd_parts.latent_cache import add_latents
 from svd_parts.log import Log
+from svd_parts.metrics import METRICS
 from svd_parts.objective import loss_weight, sample_sigmas, scalings, training_loss, v_target
+from svd_parts.optimizers import OPTIMIZERS
 from svd_parts.samples import ClipDataset, hold_out, leave_out, load_clips
 from svd_parts.shortcuts import avoid_conv3d
-from svd_parts.unet import TRAINABLE, is_trained, prepare_unet, trained_parameters
+from svd_parts.unet import DTYPES, RECOMPUTED, TRAINABLE, is_trained, prepare_unet, trained_parameters
 from svd_parts.validation import VALIDATION_SIGMAS
 from svd_parts.weights import SVD_XT_CONFIG
 
@@ -539,6 +542,15 @@ def test_all_cameras_of_an_episode_fall_on_one_side(capsys):
 # ------------------------------------------------------------------------------------------------ users' mistakes
 
 
+def test_the_choices_of_options_are_the_tables():
+    choices = {action.dest: list(action.choices or ()) for action in train_svd.build_parser()._actions}
+    assert choices["lr_scheduler"] == train_svd.SCHEDULES and choices["optimizer"] == list(OPTIMIZERS)
+    assert set(train_svd.SCHEDULES) == {kind.value for kind in SchedulerType} - {"piecewise_constant"}  # needs rules
+    assert choices["trainable"] == list(TRAINABLE) and choices["mixed_precision"] == list(DTYPES)
+    assert choices["gradient_checkpointing"] == [*RECOMPUTED, "auto"]
+    assert choices["validation_metric"] == [name for name, metric in METRICS.items() if metric.picks_best]
+
+
 def test_a_users_mistake_is_one_line_and_a_status(tmp_path):
     done = run("train_svd.py", *train_arguments(tmp_path / "nowhere", tmp_path / "out"), ok=False)
     assert done.returncode == 2 and done.stdout.count("\n") == 1 and "no such folder" in done.stdout
@@ -758,16 +770,20 @@ def test_half_precision_convolutions_over_time_equal_the_stock_ones():
     assert torch.equal(module64(x64), module64._conv_forward(x64, module64.weight, module64.bias))
 
 
-def test_tensorboard_gets_numbers_and_videos(dataset, tmp_path):
+def test_tensorboard_gets_numbers_and_videos_and_each_step_once_after_a_kill(dataset, tmp_path):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     write_clip(tmp_path / "held_out" / "clip9", moving_square(8, seed=5))
-    run("train_svd.py", *train_arguments(dataset, tmp_path / "out"), "--max_train_steps", 1, "--report_to",
-        "tensorboard", "--validation_dir", tmp_path / "held_out")  # fmt: skip
+    arguments = [*train_arguments(dataset, tmp_path / "out"), "--report_to", "tensorboard", "--checkpointing_steps", 2]
+    arguments += ["--validation_dir", tmp_path / "held_out", "--validation_steps", 99]
+    run("train_svd.py", *arguments, "--max_train_steps", 3)
+    shutil.rmtree(tmp_path / "out" / "checkpoint-3")  # as if killed after step 3
+    run("train_svd.py", *arguments, "--max_train_steps", 4, "--resume_from_checkpoint", "latest")
     events = EventAccumulator(str(tmp_path / "out" / "svd"))
     events.Reload()
-    assert "loss_v" in events.Tags()["scalars"] and events.Tags()["images"] == ["clip9"]
+    assert [event.step for event in events.Scalars("loss_v")] == [1, 2, 3, 4]
+    assert events.Tags()["images"] == ["clip9"]
 
 
 @pytest.mark.gpu
