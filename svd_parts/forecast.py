@@ -149,7 +149,12 @@ def generate_fake(options, folder, unet, batch, weight_dtype):
 
 
 def forecast_memory(base, settings):
-    """GiB of GPU memory that a clip needs in fp16: the real forward passes on tensors that have a shape but no data.
+    """GiB of GPU memory that a clip needs in fp16."""
+    return forecast_clip(base, settings)[0]
+
+
+def forecast_clip(base, settings):
+    """(GiB of GPU memory in fp16, TFLOP) of a clip: the real forward passes on tensors that have no data.
 
     base: where the configuration is. Without --low_vram all parts are there all the time; with it, only the one that
     works. CUDA itself takes 0.5 more.
@@ -166,6 +171,11 @@ def forecast_memory(base, settings):
             function(*inputs)
         return tracker.peak
 
+    def count(function, *inputs):
+        with FlopCounterMode(display=False, custom_mapping=ATTENTION_ON_CPU) as counter, torch.no_grad():
+            function(*inputs)
+        return counter.get_total_flops() / 1e12
+
     with FakeTensorMode(allow_non_fake_inputs=True):
         unet = UNetSpatioTemporalConditionModel.from_config(read_config(base, "unet"))
         vae = AutoencoderKLTemporalDecoder.from_config(read_config(base, "vae"))
@@ -181,13 +191,19 @@ def forecast_memory(base, settings):
         x = torch.empty(2, settings.num_frames, unet.config.in_channels, h, w).half()
         token, ids = torch.empty(2, 1, unet.config.cross_attention_dim).half(), torch.empty(2, 3).half()
         z = torch.empty(chunk, vae.config.latent_channels, h, w).half()
-        denoise = peak(unet, lambda x, token, ids: unet(x, torch.tensor(1.0), token, ids), x, token, ids)
+
+        def step(x, token, ids):
+            unet(x, torch.tensor(1.0), token, ids)
+
+        denoise = peak(unet, step, x, token, ids)
         decode = peak(vae, lambda z: vae.decode(z, num_frames=chunk), z)
+        tflop = settings.num_inference_steps * count(step, x, token, ids)
+        tflop += settings.num_frames / chunk * count(lambda z: vae.decode(z, num_frames=chunk), z)
         decode += 4 * 3 * settings.num_frames * settings.width * settings.height  # the frames, gathered in fp32
         sizes = [sum(2 * p.numel() for p in model.parameters()) for model in (unet, vae, clip)]
     if not settings.low_vram:
         denoise, decode = denoise + sizes[1] + sizes[2], decode + sizes[0] + sizes[2]
-    return max(denoise, decode, sizes[1] + sizes[2]) / 2**30
+    return max(denoise, decode, sizes[1] + sizes[2]) / 2**30, tflop
 
 
 def choose_checkpointing(options, folder, weight_dtype, available):

@@ -33,13 +33,14 @@ def is_out_of_memory(error):
 
 
 def smaller_memory(settings, reason):
-    """The settings with the next smaller memory mode, which it prints; None where there is none."""
+    """The settings with the next smaller memory mode; None where there is none. A reason is printed."""
     for low_vram, chunk in ((settings.low_vram, 8), (True, LOW_VRAM_CHUNK), (True, 1)):
         change = {"low_vram": low_vram, "decode_chunk_size": min(chunk, settings.decode_chunk_size)}
         change = {name: value for name, value in change.items() if getattr(settings, name) != value}
         if change:
             flags = " ".join(f"--{name}" + ("" if value is True else f" {value}") for name, value in change.items())
-            tqdm.write(f"{reason}: going on with {flags}")
+            if reason:
+                tqdm.write(f"{reason}: going on with {flags}")
             return settings._replace(**change, fallback=reason)
     return None
 

@@ -12,9 +12,10 @@ from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 from svd_parts.checkpoints import checkpoints_of
 from svd_parts.dataset import list_clips, warn_of_crop
 from svd_parts.files import UserError
-from svd_parts.forecast import choose_checkpointing, forecast, forecast_memory
-from svd_parts.memory import advice, usable_memory, why_no_cuda
+from svd_parts.forecast import choose_checkpointing, forecast, forecast_clip
+from svd_parts.memory import advice, smaller_memory, usable_memory, why_no_cuda
 from svd_parts.optimizers import optimizer_bytes
+from svd_parts.timing import print_clip_time, print_training_time
 from svd_parts.unet import compute_dtype, trained_layers
 from svd_parts.weights import (
     MODEL_PARTS,
@@ -57,6 +58,10 @@ def dry_run(options, device):
         print(f"{'fits' if fits else 'does not fit'} {torch.cuda.get_device_name()}: {available:.1f} GiB can be used")
         if not fits:
             print(advice(options, folder, weight_dtype, available))
+    held_out = options.num_validation_videos
+    if options.validation_dir and Path(options.validation_dir).is_dir():
+        held_out = len(list_clips(options.validation_dir)[: options.num_validation_videos or None])
+    plan["hours"] = print_training_time(options, plan, frames, held_out, mode, device)
     print(json.dumps(plan))
 
 
@@ -107,4 +112,10 @@ def print_plan(settings, images, base):
     count *= 2 if settings.compare_with else 1
     size, chunk = f"{settings.width}x{settings.height}", settings.decode_chunk_size
     print(f"{count} clips of {settings.num_frames} frames, {size}, {chunk} frames decoded at once")
-    print(f"{forecast_memory(base, settings):.1f} GiB of GPU memory in fp16, and about 0.5 GiB for CUDA itself")
+    needed, tflop = forecast_clip(base, settings)
+    print(f"{needed:.1f} GiB of GPU memory in fp16, and about 0.5 GiB for CUDA itself")
+    device, smaller = torch.device("cuda" if torch.cuda.is_available() else "cpu"), settings
+    while smaller := smaller_memory(smaller, ""):
+        flags = f"--decode_chunk_size {smaller.decode_chunk_size}" + " --low_vram" * smaller.low_vram
+        print(f"  with less memory the run goes on with {flags}: {forecast_clip(base, smaller)[0]:.1f} GiB")
+    print_clip_time(tflop * settings.num_segments, count, device)

@@ -5,10 +5,11 @@ import difflib
 import errno
 import hashlib
 import json
+import os
 import sys
 from pathlib import Path
 
-from svd_parts.files import UserError, inside, natural_key, read_json, replacing
+from svd_parts.files import UserError, inside, natural_key, read_json, replacing, umask
 
 PARTS = ("unet", "vae", "image_encoder", "scheduler", "feature_extractor")
 MODEL_PARTS = PARTS[:3]
@@ -22,14 +23,20 @@ SVD_XT_CONFIG = {  # as published, where it differs from the classes' defaults; 
 SVD_NAMES = [f"stabilityai/stable-video-diffusion-img2vid{kind}" for kind in ("", "-xt", "-xt-1-1")]
 CHECKPOINT_STATE = "training_state.json"  # what makes a folder a checkpoint of train_svd.py
 SETTINGS = "training_settings.json"  # beside every result: what it was trained with
-HUB_HELP = """{what}. Three ways to get the weights:
+HUB_HELP = """{what}. Ways to get the weights:
   1. accept the licence at https://huggingface.co/{name} , then: pip install -U huggingface_hub && hf auth login
   2. in mainland China: export HF_ENDPOINT=https://hf-mirror.com HF_TOKEN=hf_... , then run the same command again
-  3. download the folder on another machine (hf download {name} --exclude "svd*.safetensors"), copy it here whole,
+  3. in mainland China, without an account: pip install modelscope, then
+     modelscope download AI-ModelScope/{short} --local-dir ./{short} --include "*.json" "*.fp16.safetensors"
+     and give ./{short} in place of the name (the licence holds there, too)
+  4. download the folder on another machine (hf download {name} --exclude "svd*.safetensors"), copy it here whole,
      and give the folder's path in place of the name (infer_svd.py, for a checkpoint: as --base_model)"""
+AWAY = """the hub cannot be reached, and the model is not in the cache ({error}): is there a network, or a proxy to set
+(HTTPS_PROXY)? """
 NEEDED = (
     "what is needed is a whole diffusers folder of Stable Video Diffusion (model_index.json, unet/, vae/, ...): hf"
-    " download stabilityai/stable-video-diffusion-img2vid-xt --exclude 'svd*.safetensors' --local-dir svd"
+    " download stabilityai/stable-video-diffusion-img2vid-xt --exclude 'svd*.safetensors'"
+    " --local-dir ./stable-video-diffusion-img2vid-xt"
 )
 
 
@@ -92,6 +99,10 @@ def describe(path):
         return "no such model folder (and not a hub name, which has the form owner/name)"
     if (path / CHECKPOINT_STATE).is_file():
         return "a checkpoint of train_svd.py, not a whole model; go on from it with --resume_from_checkpoint"
+    if path.is_dir() and ((path / "metadata.jsonl").is_file() or (path / ".prepare").is_dir()):
+        return "a dataset (metadata.jsonl), not a model; give the --output_dir of its training, or a base model"
+    if path.name == "lora" and (path / "adapter_config.json").is_file():
+        return "a LoRA, which adds to a model and is none: infer_svd.py takes it as --lora"
     patterns = ("*", "snapshots/*", "*/snapshots/*")  # the latter two: the hub's cache
     for index in sorted(found for pattern in patterns for found in path.glob(f"{pattern}/model_index.json")):
         return f"no pipeline, but there is one in it: give {index.parent}"
@@ -145,14 +156,15 @@ def hub_errors(name):
         near = difflib.get_close_matches(str(name), SVD_NAMES, n=1, cutoff=0.8)
         unknown = "no folder here and no model of the hub, or a private one and no login"
         gated = "the weights are gated: no login, or its licence is not accepted yet"
-        away = f"the hub cannot be reached, and the model is not in the cache ({type(error).__name__})"
+        short = str(name).split("/")[-1]
+        away = AWAY.format(error=type(error).__name__).replace("\n", " ") + "Once there is one"
         for kind, text in (
-            (errors.GatedRepoError, HUB_HELP.format(name=name, what=gated)),
+            (errors.GatedRepoError, HUB_HELP.format(name=name, what=gated, short=short)),
             (errors.RepositoryNotFoundError, unknown + (f"; is it {near[0]}?" if near else "")),
-            (errors.LocalEntryNotFoundError, HUB_HELP.format(name=name, what=away)),
+            (errors.LocalEntryNotFoundError, HUB_HELP.format(name=name, what=away, short=short)),
             (errors.EntryNotFoundError, f"on the hub, but no diffusers pipeline; {NEEDED}"),
             (ValueError, "not usable from the hub ({})".format(str(error).partition("\n")[0])),
-            (Exception, HUB_HELP.format(name=name, what=away)),
+            (Exception, HUB_HELP.format(name=name, what=away, short=short)),
         ):
             if isinstance(error, kind):
                 raise UserError(f"{name}: {text}") from None
@@ -264,6 +276,7 @@ def write_tensors(path, tensors, metadata=None):
     try:
         with replacing(path) as aside:
             save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, aside, metadata)
+            os.chmod(aside, 0o666 & ~umask())  # safetensors writes files that only their owner can read
     except SafetensorError as error:
         raise OSError(errno.ENOSPC, f"cannot be written ({error})", str(path)) from error
 

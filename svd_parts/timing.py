@@ -1,0 +1,96 @@
+"""How long a run will take: measured on the GPU that is there, else estimated for some common cards."""
+
+import math
+import time
+from typing import NamedTuple
+
+
+class Card(NamedTuple):
+    """A GPU: its published dense bf16 rate with fp32 sums, its memory, and the share of the rate that is reached."""
+
+    tflops: float
+    gib: int
+    share: float
+
+
+# The share is our estimate, on no card measured. A roofline of the whole step gives 0.39 on an RTX 4090 (a quarter of
+# that time is elementwise work, which memory bounds); cards with more matrix rate for their memory reach less.
+CARDS = {
+    "RTX 4060 Ti 16 GB": Card(44, 16, 0.4),
+    "RTX 3090": Card(71, 24, 0.4),
+    "RTX 4090": Card(165, 24, 0.35),
+    "A100 80 GB": Card(312, 80, 0.3),
+    "H100 80 GB": Card(989, 80, 0.2),
+}
+MEASURED_SHARE = 0.4  # of a matrix rate that was measured, which is lower than the published one
+FORWARD_SHARE = {"none": 1 / 2.56, "transformers": 1 / 3.13, "full": 1 / 3.5}  # of a training step's FLOP
+ENCODE_TFLOP, DECODE_TFLOP = 0.676, 1.88  # the VAE, a frame of 512x320
+VAE_SLOWER = 2  # the VAE works in fp32, on tensor cores at half the rate of bf16 (TF32)
+VALIDATION_STEPS = 25  # denoising steps of a validation's clip
+
+
+def training_tflop(options, plan, frames, clips, mode):
+    """(a step, caching, all validations) in TFLOP of bf16; the VAE's count as so many more as they are slower."""
+    area = options.width * options.height / (512 * 320)
+    step = plan["flops_per_step"] / 1e12
+    forward = step * FORWARD_SHARE[mode] / (options.train_batch_size * options.gradient_accumulation_steps)
+    clip = VALIDATION_STEPS * 2 * forward + options.num_frames * DECODE_TFLOP * area * VAE_SLOWER
+    count = 1 + math.ceil(options.max_train_steps / options.validation_steps)
+    cache = frames * ENCODE_TFLOP * area * VAE_SLOWER if options.cache_latents else 0
+    return step, cache, count * clips * clip
+
+
+def readable(seconds):
+    """`40 s`, `12 min`, `3.2 h`."""
+    if seconds < 100:
+        return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def measured_rate(device):
+    """bf16 TFLOP/s (fp16 on older cards) of a large matrix product on this GPU, over half a second."""
+    import torch
+
+    dtype = torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+    a, b = torch.randn(2, 8192, 8192, device=device, dtype=dtype).unbind()
+    a @ b
+    torch.cuda.synchronize()
+    started, count = time.perf_counter(), 0
+    while time.perf_counter() - started < 0.5:
+        a @ b
+        torch.cuda.synchronize()
+        count += 1
+    return 2 * 8192**3 * count / (time.perf_counter() - started) / 1e12
+
+
+def rates(device):
+    """{name: (TFLOP/s that a run reaches, GiB or None)} of this GPU, or of the common cards where there is none."""
+    if device.type == "cuda":
+        import torch
+
+        return {torch.cuda.get_device_name(device): (MEASURED_SHARE * measured_rate(device), None)}
+    return {name: (card.tflops * card.share, card.gib) for name, card in CARDS.items()}
+
+
+def print_training_time(options, plan, frames, clips, mode, device):
+    """Prints seconds a step and hours; returns {card: hours} for the plan's JSON."""
+    step, cache, validation = training_tflop(options, plan, frames, clips, mode)
+    how = "from its measured matrix rate" if device.type == "cuda" else "from published rates, on no card measured"
+    parts = f"caching {frames} frames" + (f" and validating {clips} clips" if clips else "")
+    print(f"time for {options.max_train_steps} steps, {parts} included; an estimate {how}:")
+    hours = {}
+    for name, (rate, gib) in rates(device).items():
+        total = (step * options.max_train_steps + cache + validation) / rate
+        hours[name] = round(total / 3600, 2)
+        fits = "" if gib is None or plan["peak_memory_gib"] <= 0.95 * gib - 0.6 else f", but {gib} GiB are too few"
+        print(f"  {name:18s} {step / rate:6.2f} s a step, {readable(total)}{fits}")
+    return hours
+
+
+def print_clip_time(tflop, count, device):
+    """Prints how long `count` generated clips of `tflop` each take."""
+    how = "from its measured matrix rate" if device.type == "cuda" else "from published rates, on no card measured"
+    print(f"time for {count} clip{'s' * (count != 1)}; an estimate {how}:")
+    for name, (rate, _) in rates(device).items():
+        each = readable(tflop / rate)
+        print(f"  {name:18s} {each} a clip" + (f", {readable(count * tflop / rate)} in all" if count > 1 else ""))
