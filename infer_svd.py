@@ -519,6 +519,8 @@ def main(argv=None):
         warn_of_codec(images)
     if settings.actions:
         give_actions(images, settings, models[0])
+    elif models[0].settings.get("actions"):
+        print(f"{settings.model_dir} follows actions; without --actions it moves as it likes")
     warn_of_losses(images, settings, size_multiple(models[0].base))
     if settings.dry_run:
         from svd_parts.plan import print_plan

@@ -212,7 +212,7 @@ def check_output_dir(options):
         cure = "give other clips, or hold some of these out by --num_validation_videos"
         raise UserError(f"--validation_dir {options.validation_dir} is what is trained on; {cure}")
     run = checkpoints_of(output) or (output / "metrics.jsonl").is_file()
-    ours = ("model_index.json", SETTINGS, "README.md", "metrics.jsonl", "validation", "best", "lora")
+    ours = ("model_index.json", SETTINGS, "README.md", "metrics.jsonl", "validation", "best", "lora", "actions")
     there = [name for name in (*ours, *PARTS) if (output / name).exists()]
     if there and not run:
         raise UserError(f"--output_dir {output} holds what is no run of this script: {there[0]}; give another")

@@ -144,7 +144,7 @@ def find_lora(name):
         from huggingface_hub import snapshot_download
 
         with hub_errors(name):
-            wanted = ["adapter_*", SETTINGS, "lora/adapter_*", f"lora/{SETTINGS}"]
+            wanted = [f"{folder}{file}" for folder in ("", "lora/") for file in ("adapter_*", SETTINGS, "actions/*")]
             folder = Path(snapshot_download(str(name), allow_patterns=wanted))
     nested = folder / "lora" / "adapter_config.json"
     return nested.parent if nested.is_file() and not (folder / "adapter_config.json").is_file() else folder
@@ -185,6 +185,8 @@ def check_adapters(model, options):
             if shapes and found["base_fingerprint"] not in fingerprints_of(model):
                 print(f"warning: --lora {folder} was trained on another base than {model.name} ({known or 'unnamed'})")
             settings = settings or found
+            if found.get("actions"):  # whose encoder lies in the LoRA's folder
+                settings = {**settings, "actions": found["actions"]}
         elif known and known in SVD_NAMES and str(here) in SVD_NAMES and known != here:
             print(f"warning: --lora {folder} was trained on {known}, not on {here}")
     return model._replace(adapters=adapters, settings=settings)

@@ -127,9 +127,13 @@ def describe(path):
 def download_model(name):
     """Downloads (or finds in the cache) a pipeline of the hub: full precision, or fp16 if it has no other."""
     from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
 
     with hub_errors(name):
         check_pipeline(Path(hf_hub_download(name, "model_index.json")), name)  # before gigabytes of another model
+        with contextlib.suppress(EntryNotFoundError):  # of a model that was trained here
+            for file in (SETTINGS, "actions/actions.json", "actions/encoder.safetensors"):
+                hf_hub_download(name, file)
         from diffusers import DiffusionPipeline
 
         try:

@@ -241,9 +241,10 @@ def test_a_resumed_run_is_the_unbroken_one_to_the_last_bit(acted, model, tmp_pat
     done = train(acted, tmp_path / "run", "--max_train_steps", 6, "--action_dropout_prob", 0.5, *same_run, ok=False)
     assert "action_dropout_prob was 0.1, is 0.5" in done.stdout
     other = shutil.copytree(acted, tmp_path / "other")
-    np.save(other / "clip1" / acts.FILE, np.load(other / "clip1" / acts.FILE) + 1)
+    for path in other.glob(f"*/{acts.FILE}"):
+        np.save(path, np.load(path) + 1)
     done = train(other, tmp_path / "run", "--max_train_steps", 6, *same_run, ok=False)
-    assert "clip1 changed" in done.stdout
+    assert "changed (frames, fps, motion or actions)" in done.stdout
 
 
 def test_two_processes_share_the_encoders_gradients(acted, tmp_path):
@@ -280,7 +281,7 @@ def test_actions_train_with_everything_else(acted, tmp_path, more):
         )
         generate(output, acted / "clip0" / "00000.png", tmp_path / "whole.mp4", "--actions", rows)
         shown = [common.read_video(tmp_path / f"{name}.mp4").astype(int) for name in ("lora", "whole")]
-        assert np.abs(shown[0] - shown[1]).max() <= 3
+        assert np.abs(shown[0] - shown[1]).mean() < 2  # the merged one is stored in fp16
 
 
 def test_a_dry_run_counts_the_encoder(tmp_path, acted):
