@@ -151,19 +151,6 @@ def fit_frame(frame, width, height):
     return np.ascontiguousarray(frame[top : top + height, left : left + width])
 
 
-def describe_crop(size, width, height, multiple=2):
-    """How much of a picture of `size` (width, height) `fit_frame` cuts off, in words, "" for less than 15 %.
-
-    Names a size of as many pixels that would fit; multiple: what width and height must be multiples of.
-    """
-    w, h = size
-    lost = 1 - min(w * height, h * width) / max(w * height, h * width)
-    fitting = [max(1, round((width * height * ratio) ** 0.5 / multiple)) * multiple for ratio in (w / h, h / w)]
-    advice = "--width {} --height {} would fit".format(*fitting)
-    crop = f"some {round(20 * lost) / 20:.0%} of the picture is lost to the crop to {width}x{height}; {advice}"
-    return crop if lost > 0.15 else ""
-
-
 def encode_png(frame):
     """(H, W, 3) RGB -> PNG bytes."""
     return cv2.imencode(".png", cv2.cvtColor(frame, cv2.COLOR_RGB2BGR), PNG_OPTIONS)[1].tobytes()

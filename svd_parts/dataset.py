@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 
 import svd_common as common
+from svd_parts.crop import describe_crop
 from svd_parts.files import UserError, count_kinds, counted, inside, listed, natural_key, read_lines, same_name
 
 
@@ -199,7 +200,7 @@ def warn_of_crop(clips, width, height, multiple):
             turned = image.getexif().get(274, 1) >= 5
             sizes.setdefault(image.size[::-1] if turned else image.size, []).append(clip["directory"])
     for size, names in sizes.items():
-        if crop := common.describe_crop(size, width, height, multiple):
+        if crop := describe_crop(size, width, height, multiple):
             print(f"warning: {counted(len(names), 'clip')} of {size[0]}x{size[1]} ({listed(names)}): {crop}")
 
 

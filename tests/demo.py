@@ -25,6 +25,7 @@ TINY, DATA, DEMO = ROOT / "tests" / "tiny_svd", ROOT / "tests" / "data", ROOT / 
 TRAINING = "--num_frames 8 --width 96 --height 64 --train_batch_size 4 --max_train_steps 400 --learning_rate 2e-3"
 TRAINING += " --P_mean 1.5 --lr_scheduler cosine --lr_warmup_steps 30 --use_ema --ema_decay 0.98"
 TRAINING += " --checkpointing_steps 100 --gradient_checkpointing none"
+TRAINING += " --num_validation_videos 2 --validation_steps 200"  # for its page; they change nothing of the weights
 FPS = 4  # of the bundled clips
 SHOWN = (0, 2)  # the held-out clips in sample.mp4
 
@@ -46,7 +47,7 @@ def main():
     if not (model / "model_index.json").exists():
         resume = ["--resume_from_checkpoint", "latest"] if model.exists() else []
         script("train_svd.py", "--pretrained_model_name", TINY, "--dataset_dir", DEMO / "dataset",
-            "--output_dir", model, *TRAINING.split(), *resume)  # fmt: skip
+            "--output_dir", model, "--validation_dir", DEMO / "heldout", *TRAINING.split(), *resume)  # fmt: skip
     script("infer_svd.py", "--model_dir", model, "--input_image", DEMO / "heldout",
         "--output_video", DEMO / "generated", "--compare_with", TINY, "--reference", DEMO / "heldout",
         "--num_inference_steps", 3, "--max_guidance_scale", 1.0)  # fmt: skip
@@ -57,7 +58,8 @@ def main():
     scores = json.loads((DEMO / "generated" / "metrics.json").read_text())["mean"]
     moving = [f"{label} {table['psnr_moving']['mean']:.1f}" for label, table in scores.items()]
     print(f"\nPSNR on moving pixels, dB: {', '.join(moving)}. Done in {time.time() - started:.0f} s.")
-    print("Look at demo/sample.mp4, demo/contact_sheet.png and demo/generated/side_by_side.")
+    print("Look at demo/sample.mp4, demo/contact_sheet.png, and the pages demo/generated/index.html (the clips, beside")
+    print("the real ones and the base's) and demo/model/index.html (the training).")
 
 
 def read_clip(clip):
