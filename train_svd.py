@@ -46,11 +46,11 @@ def build_parser():
     add("--push_to_hub", metavar="OWNER/NAME", help="upload the result there, to a private repository where it is new")
     named = "leave these clips out: names, 'patterns*', or @FILE: the names in this list"
     add("--exclude", nargs="+", default=[], metavar="CLIP", help=named)
-    add("--num_frames", type=positive, default=25, help="frames in a training window (default 25)")
+    add("--num_frames", type=number(int, 2), default=25, help="frames in a training window (default 25)")
     add("--width", type=positive, default=512, help="pixels, a multiple of 64 for SVD (default 512)")
     add("--height", type=positive, default=320, help="pixels, a multiple of 64 for SVD (default 320)")
     add("--fps", type=at_least_zero, default=DEFAULT_FPS, help="for clips without metadata.jsonl (default 7)")
-    add("--motion_bucket_id", type=at_least_zero, default=DEFAULT_BUCKET, help="likewise, 0..255 (default 127)")
+    add("--motion_bucket_id", type=number(float, 0, 255), default=DEFAULT_BUCKET, help="likewise (default 127)")
     switch = argparse.BooleanOptionalAction
     add("--cache_latents", action=switch, default=True, help="encode every frame once (default)")
     add("--cache_dir", help="where the cache goes (default: DATASET_DIR/.cache)")
@@ -74,9 +74,10 @@ def build_parser():
     merged = "beside OUTPUT_DIR/lora, also the whole pipeline with the LoRA merged in (default)"
     add("--save_merged", action=switch, default=True, help=merged)
     add("--loss", choices=["v", "noise"], default="v", help="v: SVD's weighting; noise: plain noise MSE (default v)")
-    add("--P_mean", type=float, default=0.7, help="mean of ln sigma (default 0.7; 1.0 favours motion)")
-    add("--P_std", type=at_least_zero, default=1.6, help="standard deviation of ln sigma (default 1.6)")
-    add("--conditioning_dropout_prob", type=at_least_zero, default=0.1, help="for guidance (default 0.1)")
+    add("--P_mean", type=number(float, -20, 20), default=0.7, help="mean of ln sigma (default 0.7; 1.0 favours motion)")
+    add("--P_std", type=number(float, 0, 10), default=1.6, help="standard deviation of ln sigma (default 1.6)")
+    dropped = "how often a clip is trained without its image, which guidance needs (default 0.1)"
+    add("--conditioning_dropout_prob", type=number(float, 0, 1), default=0.1, help=dropped)
     acts = "learn to follow the clips' actions.npy, from prepare_dataset.py: a world model for infer_svd.py --actions"
     add("--condition_on", choices=["actions"], help=acts)
     dropped = "how often a clip is trained without its actions, so that the model works without, too (default 0.1)"
@@ -96,18 +97,19 @@ def build_parser():
 
     add = parser.add_argument_group("validation").add_argument
     add("--validation_dir", help="prepared folder of held-out clips")
-    add("--num_validation_videos", type=int, default=0, help="else: hold out so many clips, whole episodes (default 0)")
-    add("--validation_steps", type=positive, default=500, help="steps from one to the next (default 500)")
+    held_out = "else: how many clips of the dataset to hold out, whole episodes (default 0)"
+    add("--num_validation_videos", type=number(int, 0), default=0, help=held_out)
+    add("--validation_steps", type=positive, default=500, help="steps between two validations (default 500)")
     metrics = [name for name, metric in METRICS.items() if metric.picks_best]
     best = "the best step by this is kept in OUTPUT_DIR/best (default psnr_moving)"
     add("--validation_metric", default="psnr_moving", choices=metrics, help=best)
 
     add = parser.add_argument_group("checkpoints and logs").add_argument
-    add("--checkpointing_steps", type=positive, default=500, help="save every so many steps (default 500)")
-    add("--checkpoints_total_limit", type=positive, default=2, help="keep the newest so many (default 2)")
+    add("--checkpointing_steps", type=positive, default=500, help="steps between two checkpoints (default 500)")
+    add("--checkpoints_total_limit", type=positive, default=2, help="how many checkpoints are kept (default 2)")
     resume = "go on from a checkpoint of this run: the newest, checkpoint-N, or a folder"
     add("--resume_from_checkpoint", metavar="latest|FOLDER", help=resume)
-    add("--logging_steps", type=positive, default=10, help="a line in metrics.jsonl every so many steps (default 10)")
+    add("--logging_steps", type=positive, default=10, help="steps between two lines in metrics.jsonl (default 10)")
     add("--report_to", choices=["tensorboard", "wandb"], help="also log there, where it is installed")
     return parser
 
@@ -122,16 +124,10 @@ def parse_args(argv=None):
     check_launcher()
     for name, is_right, wanted in (
         ("fps", 0 < args.fps <= 240, "over 0 and at most 240"),
-        ("motion_bucket_id", args.motion_bucket_id <= 255, "0..255"),
-        ("conditioning_dropout_prob", args.conditioning_dropout_prob <= 1, "0..1"),
         ("action_dropout_prob", (args.action_dropout_prob or 0) <= 1, "0..1"),
         ("lr_warmup_steps", 0 <= args.lr_warmup_steps <= args.max_train_steps, f"0..{args.max_train_steps}"),
         ("ema_decay", args.ema_decay < 1, "under 1"),
-        ("num_validation_videos", args.num_validation_videos >= 0, "at least 0"),
-        ("num_frames", args.num_frames >= 2, "at least 2, for one frame has no motion to learn"),
         ("lora_alpha", args.lora_alpha != 0, "over 0: it is the LoRA's strength"),
-        ("P_mean", abs(args.P_mean) <= 20, "-20..20: a sigma is e to this"),
-        ("P_std", args.P_std <= 10, "0..10"),
     ):
         if not is_right:
             parser.error(f"--{name} must be {wanted}, got {getattr(args, name)}")
