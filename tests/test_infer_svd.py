@@ -15,17 +15,16 @@ import imageio_ffmpeg
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SIZE, TINY, moving_square, run, train_arguments, write_clip
+from conftest import ROOT, SIZE, TINY, moving_square, run, train_arguments
 from diffusers import AutoencoderKLTemporalDecoder, StableVideoDiffusionPipeline
 from PIL import Image
 
 import infer_svd
 import svd_common as common
 from svd_parts.console import run_script
-from svd_parts.dataset import add_digests, list_clips, read_metadata
+from svd_parts.dataset import list_clips, read_metadata
 from svd_parts.files import file_digest, lock_file
-from svd_parts.judging import bootstrap, find_trained_on
-from svd_parts.metrics import clip_motion, motion_bucket, ssim, video_metrics
+from svd_parts.metrics import clip_motion, motion_bucket, video_metrics
 from svd_parts.shortcuts import avoid_conv3d, wrap_unet
 
 STEPS = ["--num_inference_steps", "2"]
@@ -749,45 +748,6 @@ def test_scores_of_clips_that_were_trained_on_are_called_so_and_left_out_by_held
     assert metrics["trained_on"] == [] and list(metrics["clips"]["first frame copied"]) == ["other_clip2"]
     printed = infer(capsys, "--model_dir", trained, *arguments[2:], tmp_path / "none", "--held_out", ok=False)
     assert "--held_out: all 3 clips were trained on" in printed and not (tmp_path / "none").exists()
-
-
-def test_what_was_trained_on_is_told_by_frames_names_and_recordings(tmp_path):
-    clips = {}
-    for seed, name in enumerate(("a", "b", "c")):
-        write_clip(tmp_path / name, moving_square(3, seed=seed))
-        clips[name] = {"directory": name, "frames": sorted((tmp_path / name).iterdir())}
-    add_digests(list(clips.values()))
-    digests, here = {name: clip["digest"] for name, clip in clips.items()}, {"dataset_dir": str(tmp_path)}
-    assert find_trained_on(clips, tmp_path, [{}, {}]) == set()
-    assert find_trained_on(clips, tmp_path, [{"trained_on": {"x": digests["a"]}}]) == {"a"}
-    assert find_trained_on(clips, tmp_path, [{"trained_on": {"a": "0"}}]) == set()  # another dataset's first episode
-    assert find_trained_on(clips, tmp_path, [{"trained_on": {"a": "0"}, **here}]) == {"a"}  # prepared at another size
-    clips["b"]["group"] = clips["a"]["group"] = "video.mp4"
-    settings = {"trained_on": {"a": digests["a"]}, "held_out": {"c": digests["c"]}}
-    assert find_trained_on(clips, tmp_path, [settings]) == {"a", "b"}
-    clips["c"]["group"] = "video.mp4"
-    assert find_trained_on(clips, tmp_path, [settings]) == {"a", "b"}  # c was held out
-
-
-def test_ssim_is_that_of_scikit_image():
-    metrics = pytest.importorskip("skimage.metrics")
-    first, second = moving_square(2, seed=3)
-    second = np.clip(second.astype(int) + np.random.default_rng(0).integers(-20, 20, second.shape), 0, 255).astype(
-        np.uint8
-    )
-    theirs = metrics.structural_similarity(first, second, channel_axis=2, gaussian_weights=True, sigma=1.5,
-        use_sample_covariance=False, data_range=255)  # fmt: skip
-    assert ssim(first, second) == pytest.approx(theirs, abs=1e-3)
-
-
-def test_bootstrap_interval_covers_the_mean_and_leaves_out_what_a_clip_does_not_have():
-    rng = np.random.default_rng(1)
-    scores = {str(i): [{"psnr": rng.normal(20, 2), "motion_ratio": None if i else 1.5}] for i in range(100)}
-    result = bootstrap(scores)
-    width = result["psnr"]["high"] - result["psnr"]["low"]
-    assert result["psnr"]["low"] < result["psnr"]["mean"] < result["psnr"]["high"]
-    assert width == pytest.approx(2 * 1.96 * 2 / 10, rel=0.25)
-    assert result["motion_ratio"] == {"mean": 1.5, "low": 1.5, "high": 1.5}
 
 
 def test_conditioning_far_from_the_training_data_is_warned_of(capsys):

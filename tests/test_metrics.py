@@ -28,3 +28,14 @@ def test_metrics_of_equal_and_of_still_videos():
     assert same["psnr"] == float("inf") and same["ssim"] == pytest.approx(1) and same["motion_ratio"] == 1
     assert same["flow_error"] == 0 and same["flow_cosine"] == pytest.approx(1)
     assert still["psnr_moving"] is still["flow_error"] is still["motion_ratio"] is None and still["psnr"] > 0
+
+
+def test_ssim_is_that_of_scikit_image():
+    skimage = pytest.importorskip("skimage.metrics")
+    first, second = moving_square(2, seed=3)
+    second = np.clip(second.astype(int) + np.random.default_rng(0).integers(-20, 20, second.shape), 0, 255).astype(
+        np.uint8
+    )
+    theirs = skimage.structural_similarity(first, second, channel_axis=2, gaussian_weights=True, sigma=1.5,
+        use_sample_covariance=False, data_range=255)  # fmt: skip
+    assert metrics.ssim(first, second) == pytest.approx(theirs, abs=1e-3)
