@@ -156,6 +156,10 @@ def encode_png(frame):
     return cv2.imencode(".png", cv2.cvtColor(frame, cv2.COLOR_RGB2BGR), PNG_OPTIONS)[1].tobytes()
 
 
+# What the pixels are: ffmpeg makes YUV of RGB by BT.601's matrix. Untagged, a player takes a wide video for BT.709.
+COLORS = "-colorspace smpte170m -color_primaries bt709 -color_trc bt709 -color_range tv".split()
+
+
 def write_video(path, frames, fps, *options):
     """Writes (T, H, W, 3) uint8 RGB as H.264 yuv420p mp4 that browsers and phones play; whole or not at all.
 
@@ -164,7 +168,7 @@ def write_video(path, frames, fps, *options):
     import imageio_ffmpeg
 
     frames = np.asarray(frames)[:, : frames[0].shape[0] // 2 * 2, : frames[0].shape[1] // 2 * 2]
-    size, options = frames.shape[2:0:-1], ["-crf", "14", *options, "-movflags", "+faststart", "-f", "mp4"]
+    size, options = frames.shape[2:0:-1], ["-crf", "14", *options, *COLORS, "-movflags", "+faststart", "-f", "mp4"]
     codec = {"codec": "libx264", "pix_fmt_out": "yuv420p", "macro_block_size": 2, "output_params": options}
     with replacing(path) as aside:
         writer = imageio_ffmpeg.write_frames(str(aside), size, fps=fps, **codec)

@@ -1,6 +1,7 @@
 """A dataset's folder: its clips, their frames in order, and metadata.jsonl."""
 
 import contextlib
+import datetime
 import hashlib
 import json
 import os
@@ -12,6 +13,17 @@ from pathlib import Path, PurePosixPath
 import svd_common as common
 from svd_parts.crop import describe_crop
 from svd_parts.files import UserError, count_kinds, counted, inside, listed, natural_key, read_lines, same_name
+
+DATE = re.compile(r"(?<!\d)(\d{4})\D?(\d\d)\D?(\d\d)\D{0,2}(\d\d)\D?(\d\d)\D?(\d\d)(?:\D?(\d{1,6})(?!\d))?")
+
+
+def read_time(name):
+    """The seconds of a name with a date and a time of day in it, `2024-05-01_12-59-58.png`; None for other names."""
+    if found := DATE.search(name):
+        with contextlib.suppress(ValueError):
+            moment = datetime.datetime(*map(int, found.groups()[:6]), tzinfo=datetime.timezone.utc)
+            return moment.timestamp() + float(f"0.{found[7] or 0}")
+    return None
 
 
 def sort_frames(names, folder):
@@ -41,6 +53,7 @@ def sort_frames(names, folder):
     stamps = [re.sub(r"(\d)[_-](\d{9})(?!\d)", r"\1.\2", name) for name in names]  # seconds and nanoseconds
     decimals = (re.findall(r"(?<!\d)(?=(\d+\.\d+))", name) for name in stamps)
     columns += [[float(text) for text in column] for column in zip(*decimals)]
+    columns += [times] if len(times := [found for found in map(read_time, names) if found]) == len(names) else []
     orders = []  # (is irregular, unevenness, names in order, place of the widest step)
     for column in columns:
         values, ordered = zip(*sorted(zip(column, names)))

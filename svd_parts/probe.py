@@ -88,6 +88,9 @@ def probe_video(video, max_packets=None):
     header, _, output = "\n".join(log).partition("\n[info] Stream mapping:")
     packets = [parse_packet(row) for row in rows if row[:1].isdigit()]
     shown = [packet for packet in packets if packet.stream == 0]
+    if not max_packets:  # all video tracks are listed, so the one that is prepared comes twice
+        twin = next((p.stream for p in packets if p.stream and p[1:] == shown[0][1:]), None) if shown else None
+        packets = [packet for packet in packets if packet.stream != twin]
     if max_packets and len(shown) < max_packets:  # a short video: all of it, for the other tracks say where it ends
         return probe_video(video)
     encrypted = any(row[:2] == "0," and "Encryption info" in row for row in rows)
@@ -155,7 +158,7 @@ def list_packets(video, max_packets):
     All tracks are listed, because a whole file may end later than its video does; only the first `max_packets` of the
     video where no more is wanted.
     """
-    tracks, until = "-map 0:a? -map 0:s? -map 0:d? -copy_unknown", ""
+    tracks, until = "-map 0:v? -map 0:a? -map 0:s? -map 0:d? -copy_unknown", ""  # the first video is listed twice
     if max_packets:
         tracks, until = f"-frames:v {max_packets}", f"-t {max_packets / 5}"  # seconds: longer than these packets last
     packets = f"{tracks} -c copy -f framecrc pipe:1"

@@ -1315,3 +1315,12 @@ def test_a_record_that_leads_outside_touches_nothing(tmp_path):
     done = prepare_only(tmp_path / "videos", tmp_path / "out", "--max_frames", "3", "--overwrite")
     assert done.returncode == 2 and b"which is not inside its folder" in done.stderr
     assert len(list((tmp_path / "victim").iterdir())) == 3
+
+
+def test_a_second_video_track_that_is_longer_makes_no_cut_file(tmp_path):
+    make(tmp_path / "videos/two.mkv", *LIBX264, picture="testsrc2=s=96x64:r=12:d=2")
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-y", "-i", tmp_path / "videos/two.mkv"]
+    command += ["-f", "lavfi", "-i", "testsrc=s=64x64:r=12:d=6", "-map", "0", "-map", "1", *LIBX264]
+    subprocess.run([*command, tmp_path / "videos/both.mkv"], check=True)
+    text, lines = prepare(tmp_path / "videos", tmp_path / "out")
+    assert lines["both.mkv"]["num_frames"] == 24 and "ends after" not in text

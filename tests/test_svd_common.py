@@ -388,3 +388,9 @@ def test_frames_become_the_pipelines_pixels(tmp_path):
     assert frames.shape == (3, 64, 96, 3) and np.array_equal(frames, moving_square(3, 120, 64)[:, :, 12:108])
     pixels = VaeImageProcessor(do_resize=False).preprocess([Image.fromarray(frame) for frame in frames])
     assert common.to_pixels(frames).equal(pixels)
+
+
+def test_a_video_says_which_matrix_its_colours_were_made_by(tmp_path):
+    common.write_video(tmp_path / "x.mp4", moving_square(4), 5)
+    header = subprocess.run([imageio_ffmpeg.get_ffmpeg_exe(), "-i", tmp_path / "x.mp4"], capture_output=True, text=True)
+    assert "yuv420p(tv, smpte170m" in header.stderr
