@@ -27,5 +27,5 @@ def test_what_the_crop_takes_away_is_one_line_for_all_clips_of_one_size(tmp_path
 def test_frames_named_by_date_and_time_are_in_order_over_midnight():
     names = [f"cam_20240131_2359{second}.png" for second in (57, 58, 59)] + ["cam_20240201_000000.png"]
     assert sort_frames(names[::-1], "x") == (names, None)
-    names = ["2024-05-01 12.59.58.jpg", "2024-05-01 12.59.59.jpg", "2024-05-01 13.00.01.jpg"]
+    names = ["2024-05-01 12.59.58.jpg", "2024-05-01 12.59.59.jpg", "2024-05-01 13.00.00.jpg"]
     assert sort_frames(names, "x") == (names, None)

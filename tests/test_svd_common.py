@@ -4,6 +4,7 @@ import http.server
 import io
 import json
 import shutil
+import subprocess
 import threading
 
 import cv2
