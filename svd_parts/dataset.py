@@ -182,7 +182,7 @@ def list_clips(dataset_dir):
         if gap:
             warnings.append(f"{root / directory}: {gap[1]} follows {gap[0]}; the clip jumps where frames are missing")
         if names:
-            others += set(found[directory]) - set(names)
+            others += set(found[directory]) - {*names, "actions.npy"}
             known, frames = metadata.get(same_name(directory), {}), [root / directory / name for name in names]
             clips.append({**known, "directory": directory, "frames": frames, "root": root})
     if wrong:
