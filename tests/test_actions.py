@@ -377,3 +377,32 @@ def test_a_lerobot_set_carries_the_actions(acted, model, tmp_path):
     assert stats["count"] == [32] and np.allclose(stats["max"], given.max(0))
     episodes = parquet.read_table(out / "meta" / "episodes" / "chunk-000" / "file-000.parquet")
     assert np.allclose(episodes["stats/action/min"].to_pylist()[0], given[:8].min(0))
+
+
+def test_lerobot_itself_loads_and_merges_a_set_with_actions(acted, model, tmp_path):
+    pytest.importorskip("lerobot")
+    from lerobot.datasets.aggregate import aggregate_datasets
+    from lerobot.datasets.lerobot_dataset import LeRobotDataset
+
+    camera, made = "observation.images.image", tmp_path / "made"
+    generate(model, acted, made, "--output_format", "lerobot", "--task", "move", "--actions", acted)
+    given = np.concatenate([np.load(acted / f"clip{i}" / acts.FILE)[:8] for i in range(4)])
+
+    def check(dataset, first):
+        found = np.stack([dataset[first + t]["action"].numpy() for t in range(32)])
+        assert found.dtype == np.float32 and np.array_equal(found, given)
+
+    check(LeRobotDataset("local/made", root=made, video_backend="pyav"), 0)
+    features = {camera: {"dtype": "video", "shape": (64, 96, 3), "names": ["height", "width", "channels"]}}
+    features["action"] = {"dtype": "float32", "shape": (2,), "names": ["left", "seed"]}
+    recorded = LeRobotDataset.create("local/real", fps=7, features=features, root=tmp_path / "real")
+    for frame, action in zip(moving_square(10), np.zeros((10, 2), np.float32)):
+        recorded.add_frame({camera: frame, "action": action, "task": "move"})
+    recorded.save_episode()
+    recorded.finalize()
+    info, real = (json.loads((root / "meta" / "info.json").read_text()) for root in (made, tmp_path / "real"))
+    assert info["features"]["action"] == real["features"]["action"]
+    info["features"][camera] = real["features"][camera]  # the recorded video's codec is lerobot's own choice
+    (made / "meta" / "info.json").write_text(json.dumps(info))
+    aggregate_datasets(["a", "b"], "local/merged", roots=[tmp_path / "real", made], aggr_root=tmp_path / "merged")
+    check(LeRobotDataset("local/merged", root=tmp_path / "merged", video_backend="pyav"), 10)

@@ -7,11 +7,14 @@ results.json, steer.webp. Run again after a stop, it goes on.
 
 import argparse
 import contextlib
+import functools
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tensors are small: two trainings side by side instead
@@ -50,7 +53,7 @@ def build_parser():
         help="development: to choose something by",
     )
     add("--steps", type=int, default=600, help="of training, for each of the two models")
-    add("--clips", type=int, default=64, help="held-out clips of reach")
+    add("--clips", type=int, default=24, help="held-out clips of reach, and half as many of push")
     add("--more", default="", help="further options of train_svd.py for both models")
     return parser
 
@@ -86,34 +89,47 @@ def train(output, dataset, options):
 # Generating
 
 
+@functools.lru_cache(maxsize=2)
 def load(model):
+    torch.set_num_threads(1)
     pipe, settings = common.load_pipeline(model, torch.float32)
     pipe.set_progress_bar_config(disable=True)
     wrap_unet(pipe.unet)
     return pipe, settings
 
 
-@torch.no_grad()
-def generate(model, firsts, paths=None, seed=0, steps=INFERENCE_STEPS, guidance=1.0):
+@functools.cache
+def workers():
+    """A process for each core, which keeps its models."""
+    return ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn"))
+
+
+def generate(model, firsts, paths=None, seed=0, guidance=None):
     """(N, T, H, W, 3) uint8 by the paths (N, T, 3), if there are any; clip i has the noise of seed + i."""
-    pipe, settings = model
-    made = []
-    for index, first in enumerate(firsts):
-        rows = None if paths is None else scale_actions(paths[index], settings["actions"])[None]
-        with acting(pipe.unet, rows):
-            frames = pipe(
-                Image.fromarray(first), width=96, height=64, num_frames=data.FRAMES, fps=data.FPS, motion_bucket_id=127,
-                num_inference_steps=steps, min_guidance_scale=guidance, max_guidance_scale=guidance, output_type="np",
-                noise_aug_strength=0.02, generator=torch.Generator().manual_seed(seed + index),
-            ).frames[0]  # fmt: skip
-        made.append((frames * 255).round().astype(np.uint8))
-    return np.stack(made)
+    paths = [None] * len(firsts) if paths is None else paths
+    jobs = [(model, first, path, seed + index, guidance) for index, (first, path) in enumerate(zip(firsts, paths))]
+    return np.stack(list(workers().map(generate_clip, jobs)))
+
+
+@torch.no_grad()
+def generate_clip(job):
+    """guidance: on the actions, or None."""
+    model, first, path, seed, guidance = job
+    pipe, settings = load(model)
+    rows = None if path is None else scale_actions(path, settings["actions"])[None]
+    with acting(pipe.unet, rows), guided_on_actions(pipe) if guidance else contextlib.nullcontext():
+        frames = pipe(
+            Image.fromarray(first), width=96, height=64, num_frames=data.FRAMES, fps=data.FPS, motion_bucket_id=127,
+            num_inference_steps=INFERENCE_STEPS, min_guidance_scale=guidance or 1.0, max_guidance_scale=guidance or 1.0,
+            noise_aug_strength=0.02, output_type="np", generator=torch.Generator().manual_seed(seed),
+        ).frames[0]  # fmt: skip
+    return (frames * 255).round().astype(np.uint8)
 
 
 @torch.no_grad()
 def round_trip(model, videos):
     """What the VAE alone makes of real clips: the ceiling."""
-    vae, made = model[0].vae, []
+    vae, made = load(model)[0].vae, []
     for video in videos:
         latents = vae.encode(common.to_pixels(video)).latent_dist.mode()
         frames = vae.decode(latents, num_frames=len(video)).sample
@@ -196,7 +212,7 @@ def main(options):
     data.render_clips(out / "push", "push", 1, 192, cameras=())
     judged = out / options.judge_on.replace(" ", "_")
     data.render_clips(judged, "reach", seed, options.clips)
-    data.render_clips(out / "held_out_push", "push", SEEDS["push"], 32)
+    data.render_clips(out / "held_out_push", "push", SEEDS["push"], options.clips // 2)
     training = {"reach": data.read_clips(out / "reach", out / "reach", 320)}
     training["push"] = data.read_clips(data.BUNDLED, out / "push", 192)
     if not (out / "dataset" / "metadata.jsonl").exists():
@@ -206,10 +222,10 @@ def main(options):
     frames = np.concatenate([videos.reshape(-1, *videos.shape[2:]) for videos, _ in training.values()])
     places = np.concatenate([paths.reshape(-1, 3) for _, paths in training.values()])
     detect = train_detector(out / "detector.pt", frames, places)
-    models = {name: load(out / name) for name in ("with", "without")}
+    models = {name: str(out / name) for name in ("with", "without")}
     real, paths = data.read_clips(judged, judged, options.clips)
     rows = measure(models, detect, real, paths, seed)
-    pushes = data.read_clips(out / "held_out_push", out / "held_out_push", 32)
+    pushes = data.read_clips(out / "held_out_push", out / "held_out_push", options.clips // 2)
     rows |= {f"push: {name}": found for name, found in measure_task(models, detect, *pushes).items()}
     write_steer(out / "steer.webp", models["with"], real[:, 0], paths, (0, 1))
     write_file(out / "results.json", json.dumps({"options": vars(options), "rows": rows}, indent=1, default=str))
