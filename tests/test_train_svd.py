@@ -17,7 +17,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from conftest import ROOT, SIZE, TINY, moving_square, run, train_arguments, write_clip
-from diffusers import StableVideoDiffusionPipeline, UNetSpatioTemporalConditionModel
+from diffusers import StableVideoDiffusionPipeline
 from diffusers.optimization import SchedulerType
 from diffusers.training_utils import EMAModel
 from PIL import Image
@@ -28,16 +28,15 @@ import svd_common as common
 import train_svd
 from svd_parts.checkpoints import checkpoint_step, checkpoints_of
 from svd_parts.dataset import add_digests, list_clips
-from svd_parts.files import UserError, read_patterns
+from svd_parts.files import UserError
 from svd_parts.forecast import forecast, memory_tracker
 from svd_parts.latent_cache import add_latents
 from svd_parts.log import Log
 from svd_parts.metrics import METRICS
-from svd_parts.objective import loss_weight, sample_sigmas, scalings, training_loss, v_target
+from svd_parts.objective import training_loss
 from svd_parts.optimizers import OPTIMIZERS
-from svd_parts.samples import ClipDataset, hold_out, leave_out, load_clips
-from svd_parts.shortcuts import avoid_conv3d
-from svd_parts.unet import DTYPES, RECOMPUTED, TRAINABLE, is_trained, prepare_unet, trained_parameters
+from svd_parts.samples import ClipDataset, load_clips
+from svd_parts.unet import DTYPES, RECOMPUTED, TRAINABLE, is_trained
 from svd_parts.validation import VALIDATION_SIGMAS
 from svd_parts.weights import SVD_XT_CONFIG
 
@@ -49,41 +48,6 @@ def weights(folder, part="unet"):
 def same(first, second):
     assert first.keys() == second.keys()
     return all(torch.equal(first[name], second[name]) for name in first)
-
-
-# ------------------------------------------------------------------------------------------------------ objective
-
-
-def test_v_target_equals_weighted_denoising_loss():
-    generator = torch.Generator().manual_seed(0)
-    latents, noise, output = (torch.randn(64, 2, 4, 3, 3, dtype=torch.float64, generator=generator) for _ in range(3))
-    sigmas = torch.logspace(-3, 3, 64, dtype=torch.float64)[:, None, None, None, None]
-    x = latents + sigmas * noise
-    denoised = x / (sigmas**2 + 1) - sigmas / (sigmas**2 + 1).sqrt() * output  # GM denoiser_scaling.py, written out
-    reference = (sigmas**2 + 1) / sigmas**2 * (denoised - latents) ** 2  # with GM's VWeighting
-    assert torch.allclose((output - v_target(latents, noise, sigmas)) ** 2, reference, rtol=1e-9, atol=1e-12)
-    c_skip, c_out, c_in, c_noise = scalings(sigmas)
-    assert torch.allclose(c_skip * x + c_out * output, denoised, rtol=1e-12)
-    assert torch.allclose(c_noise, sigmas.log() / 4)
-    many = [torch.randn(64, 20_000, dtype=torch.float64, generator=generator) for _ in range(2)]  # of variance 1
-    variance = (c_in.view(-1, 1) * (many[0] + sigmas.view(-1, 1) * many[1])).var(dim=1)
-    assert (variance - 1).abs().max() < 0.05
-
-
-def test_noise_loss_is_the_error_of_the_predicted_noise():
-    generator = torch.Generator().manual_seed(1)
-    latents, noise, output = (torch.randn(8, 2, 4, 3, 3, dtype=torch.float64, generator=generator) for _ in range(3))
-    sigmas = torch.logspace(-2, 2, 8, dtype=torch.float64)[:, None, None, None, None]
-    c_skip, c_out, _, _ = scalings(sigmas)
-    x = latents + sigmas * noise
-    predicted_noise = (x - (c_skip * x + c_out * output)) / sigmas
-    error = (output - v_target(latents, noise, sigmas)) ** 2 * loss_weight(sigmas, "noise")
-    assert torch.allclose(error, (predicted_noise - noise) ** 2, rtol=1e-7)
-
-
-def test_sigmas_are_log_normal():
-    sigmas = sample_sigmas(torch.randn(200_000, generator=torch.Generator().manual_seed(0)), 0.7, 1.6)
-    assert abs(sigmas.log().mean() - 0.7) < 0.02 and abs(sigmas.log().std() - 1.6) < 0.02
 
 
 # --------------------------------------------------------------------------------------------------- conditioning
@@ -155,41 +119,6 @@ def test_dropout_zeroes_both_image_conditions_and_keeps_the_ids(dataset, tmp_pat
 
 
 # ---------------------------------------------------------------------------------------------------------- model
-
-
-def test_wrapped_unet_computes_what_the_stock_unet_computes():
-    """Dtype split, single-token shortcut and checkpointing change no output, and give the stock gradients."""
-    torch.manual_seed(0)
-    stock = common.load_part(TINY, "unet", torch.float32)
-    ours = common.load_part(TINY, "unet", torch.float32)
-    prepare_unet(ours, "temporal", torch.float32, "full")
-    stock, ours = stock.double(), ours.double()
-    embedding = torch.randn(1, 1, stock.config.cross_attention_dim).double()
-    inputs = torch.randn(1, 8, 8, 16, 24).double(), torch.tensor([0.3]), embedding
-    ids, target = torch.tensor([[6.0, 127.0, 0.05]]), torch.randn(1, 8, 4, 16, 24)
-    gradients = []
-    for unet in (stock, ours):
-        out = unet(*inputs, added_time_ids=ids).sample
-        (out - target).square().mean().backward()
-        gradients.append({name: p.grad for name, p in unet.named_parameters()})
-        gradients[-1]["out"] = out.detach()
-    assert torch.allclose(gradients[0]["out"], gradients[1]["out"], atol=1e-10)
-    trained = trained_parameters(ours)
-    for name in trained:
-        assert torch.allclose(gradients[0][name], gradients[1][name], rtol=1e-6, atol=1e-12), name
-    dead = [n for n, p in stock.named_parameters() if "temporal_transformer" in n and n not in trained]
-    assert dead and all(gradients[0][name].abs().max() < 1e-12 for name in dead)  # what is not trained cannot be
-
-
-def test_temporal_groups_of_svd_xt():
-    """SVD-XT's published configuration: 656 M temporal parameters, less the 25 M that can have no gradient."""
-    with torch.device("meta"):
-        unet = UNetSpatioTemporalConditionModel.from_config(SVD_XT_CONFIG["unet"])
-    sizes = {name: p.numel() for name, p in unet.named_parameters()}
-    temporal = sum(n for name, n in sizes.items() if any(g in name for g in TRAINABLE["temporal"]))
-    trained = sum(n for name, n in sizes.items() if is_trained(name, "temporal"))
-    assert round(sum(sizes.values()) / 1e6, 1) == 1524.6
-    assert round(temporal / 1e6, 1) == 656.1 and round((temporal - trained) / 1e6, 1) == 25.2
 
 
 @pytest.mark.parametrize("which", ["temporal", "temporal_attention", "all"])
@@ -450,22 +379,6 @@ def test_validation_scores_held_out_episodes_and_changes_nothing(dataset, tmp_pa
     assert len(list((output / "validation").glob("*/*"))) == 2
 
 
-def test_exclude_takes_names_patterns_and_lists_on_both_sides_and_names_what_matches_nothing(tmp_path, capsys):
-    names = [f"{folder}/clip[{number}]" for folder in "ab" for number in range(3)]
-    clips = [{"directory": name, "source": name} for name in names]
-    (tmp_path / "list.txt").write_bytes(b"a/clip[0]\r\n\r\na/clip[9]\r\n")
-    texts = ["b/*[[]1]", "b/clip[2]", "typo*", f"@{tmp_path}/list.txt"]
-    patterns = read_patterns(texts, "--exclude")
-    everything = hold_out(clips, num_validation_videos=2, seed=0)
-    sides = leave_out(everything, patterns)
-    for side, whole in zip(sides, everything):
-        excluded = ("a/clip[0]", "b/clip[1]", "b/clip[2]")
-        assert side == [clip for clip in whole if clip["directory"] not in excluded]
-    printed = capsys.readouterr().out
-    assert "3 of 6 clips left out" in printed and printed.count("warning: ") == 2
-    assert "--exclude typo*: no clip" in printed and "--exclude a/clip[9]: no clip" in printed
-
-
 def test_a_resumed_run_holds_out_what_it_held_out_before(dataset, tmp_path):
     clips = tmp_path / "clips"
     shutil.copytree(dataset, clips, ignore=shutil.ignore_patterns(".cache"))
@@ -517,26 +430,6 @@ def test_frames_that_were_turned_are_other_frames(tmp_path):
         add_digests([clip])
         digests.append((path.stat().st_size, clip["digest"]))
     assert digests[0][0] == digests[1][0] > 4096 and digests[0][1] != digests[1][1]
-
-
-def test_all_cameras_of_an_episode_fall_on_one_side(capsys):
-    clips = [
-        {
-            "directory": f"{camera}_{episode}",
-            "source": f"videos/chunk-000/observation.images.{camera}/episode_{episode:06d}.mp4",
-        }
-        for camera in ("front", "side")
-        for episode in range(6)
-    ]
-    training, held_out = hold_out(clips, num_validation_videos=4, seed=0)
-    episodes = [{clip["source"][-10:] for clip in side} for side in (training, held_out)]
-    assert len(held_out) == 4 and len(episodes[1]) == 2 and not episodes[0] & episodes[1]
-    assert "used for nothing" not in capsys.readouterr().out
-    training, held_out = hold_out(clips, num_validation_videos=3, seed=0)  # the other camera of the second episode
-    assert len(held_out) == 3 and len(training) == 8
-    assert "1 more clips of the held-out episodes are used for nothing" in capsys.readouterr().out
-    known = {clip["directory"]: "digest" for clip in held_out}
-    assert hold_out(clips, num_validation_videos=3, seed=0, known=known) == (training, held_out)
 
 
 # ------------------------------------------------------------------------------------------------ users' mistakes
@@ -757,17 +650,6 @@ def test_without_cuda_it_says_so_and_the_average_is_that_of_diffusers(dataset, t
         reference.step([torch.nn.Parameter(trained[name]) for name in names])
     average = load_file(tmp_path / "out" / "checkpoint-4" / "ema.safetensors")
     assert all(torch.allclose(average[n], r, rtol=1e-5, atol=1e-7) for n, r in zip(names, reference.shadow_params))
-
-
-def test_half_precision_convolutions_over_time_equal_the_stock_ones():
-    torch.manual_seed(0)
-    module = torch.nn.Conv3d(16, 24, (3, 1, 1), padding=(1, 0, 0)).to(torch.bfloat16)
-    x = torch.randn(2, 16, 5, 6, 7, dtype=torch.bfloat16)
-    stock = module(x)
-    avoid_conv3d(module)
-    assert torch.equal(module(x), stock)
-    x64, module64 = x.double(), module.double()
-    assert torch.equal(module64(x64), module64._conv_forward(x64, module64.weight, module64.bias))
 
 
 def test_tensorboard_gets_numbers_and_videos_and_each_step_once_after_a_kill(dataset, tmp_path):
