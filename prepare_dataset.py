@@ -39,6 +39,7 @@ from svd_parts.find import find_twins, find_videos
 from svd_parts.frame_writer import FrameWriter, has_isal
 from svd_parts.lerobot import lerobot_fields
 from svd_parts.lerobot_actions import write_actions
+from svd_parts.lerobot_images import probe_images, read_images
 from svd_parts.metrics import clip_motion, motion_bucket, motion_stride
 from svd_parts.probe import check_file, opencv_is_right, probe_video
 from svd_parts.records import (
@@ -116,16 +117,21 @@ def prepare_video(video, run, old):
         for clip in old["clips"]:
             refuse_others(run.output / clip["directory"], clip["num_frames"], "action_names" in clip)
     first_only = options.max_frames and not options.fps and video.episodes is None
-    probe = probe_video(video, options.max_frames + 64 if first_only else None)
+    if video.images:
+        probe, episodes = probe_images(video)
+        first_only = False
+    else:
+        probe = probe_video(video, options.max_frames + 64 if first_only else None)
+        episodes = place_episodes(video, probe)
     wanted = min(options.max_frames or probe.packets, probe.packets)
     run.expect(wanted)
-    episodes = place_episodes(video, probe)
     times = (probe.times or [])[: options.max_frames if first_only else None]  # of the last listed some may be missing
     fps, _, uneven = average_fps(times, probe.fps)
     stride = motion_stride(min(fps, options.fps or fps))
     threads = max(1, options.num_workers // run.readers)
     attempts = [(read_opencv, threads)] * (opencv_is_right(video, probe) and not options.width)
     attempts += [(read_ffmpeg, threads)] * (threads > 1) + [(read_ffmpeg, 1)]
+    attempts = [(read_images, 1)] if video.images else attempts
     with run.huge if math.prod(probe.size) > 1 << 24 else contextlib.nullcontext():  # one 8K video at a time
         for reader, threads in attempts:
             try:
@@ -146,7 +152,7 @@ def prepare_video(video, run, old):
     record = {"source": video.source, **stamp, "options": clip_options(options), "clips": [], "dropped": {}}
     for directory, clip in clips.items():
         line = describe_clip(directory, clip, video, probe, stride, options)
-        line["decoder"] = "opencv" if reader is read_opencv else "ffmpeg"
+        line["decoder"] = "ffmpeg" if reader is read_ffmpeg else "opencv"
         write_actions(clip, line, video, episodes, options.action_key)
         line.update({key: getattr(probe, key) for key in ("codec", "truncated", "problems", "notes")})
         if line["num_frames"] < options.min_frames:
@@ -166,7 +172,7 @@ def describe_clip(directory, clip, video, probe, stride, options):
         motion = statistics.fmean(clip.flows) * fps / stride
     else:  # shorter than the stride
         motion = clip_motion([common.read_frame(path) for path in list_frames(clip.folder)], fps)
-    episode = re.search(r"@(episode_\d+)", directory) if video.episodes else None
+    episode = re.search(r"@(episode_\d+)", directory) if video.episodes or video.images else None
     group = video.known.get("group") or video.group + (episode[1] if episode else "")
     return {
         "directory": directory,
@@ -339,7 +345,9 @@ def main(argv=None):
                 write_preview(output, clips)
             before, records = records, write_metadata(output)
     chosen = [records[video.source] for video in videos if video.source in records]
-    gone = [source for source in records if not os.path.lexists(os.path.join(options.video_dir, source))]
+    gone = [
+        source for source in records if not os.path.lexists(os.path.join(options.video_dir, source.partition("#")[0]))
+    ]
     whole = summarize(chosen, failures, {**unfinished, **run.no_videos}, twins, gone)
     print_left_out(run.found, options)
     if not any(record["clips"] for record in chosen):

@@ -93,11 +93,21 @@ def read_image(path):
 
     Returns (H, W, 3) uint8 RGB. Raises `UserError` for a file that is no readable image, or too large a one.
     """
-    from PIL import Image, ImageOps
-
     try:
         with open(path, "rb") as file:
             data = file.read()
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such image file") from None
+    except OSError as error:
+        raise UserError(f"{path}: not a readable image ({error.strerror})") from None
+    return decode_image(data, path)
+
+
+def decode_image(data, path):
+    """The bytes of a still image -> (H, W, 3) uint8 RGB, as `read_image` does; path: the name for its errors."""
+    from PIL import Image, ImageOps
+
+    try:
         Image.MAX_IMAGE_PIXELS = None  # a panorama is no attack, and what is one is refused here
         opened = Image.open(io.BytesIO(data))  # reads the header alone
         if opened.width * opened.height > MOST_PIXELS:
@@ -115,8 +125,6 @@ def read_image(path):
             return np.array(image.convert("RGB"))
     except UserError:
         raise
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such image file") from None
     except Exception as error:  # of a damaged file PIL raises errors of many kinds
         reason = getattr(error, "strerror", None) or re.sub(" <.*>", "", str(error)) or type(error).__name__
         raise UserError(f"{path}: not a readable image ({reason})") from None

@@ -11,6 +11,7 @@ import svd_common as common
 from svd_parts.dataset import SYSTEM_FOLDERS, find_folders
 from svd_parts.files import UserError, count_kinds, is_named, name_digest, names_of_nothing, natural_key, read_lines
 from svd_parts.lerobot import LEROBOT_V2, LEROBOT_V3, is_depth, read_episodes, read_lerobot
+from svd_parts.lerobot_images import find_image_videos
 
 VIDEO_SUFFIXES = frozenset(
     ".264 .265 .3g2 .3gp .amv .apng .asf .av1 .avc .avi .dav .dif .divx .dv .evo .f4v .flv .gif .h264 .h265 .hevc .insv"
@@ -29,6 +30,7 @@ class Video:
     camera: str = ""
     episodes: list = None  # LeRobot v3: (first second, end, episode, frames or None) of the episodes in this file
     lerobot: tuple = None  # what `read_lerobot` gives for the dataset that it is of
+    images: str = ""  # the column of a parquet file that the frames are in
     guessed: bool = False  # its name is no video's, but it begins like one
     known: dict = dataclasses.field(default_factory=dict)  # of a generated clip: `generated`, task, group
 
@@ -73,6 +75,8 @@ def find_videos(options):
                 unfinished[video.source] = f"beside it lies {partial}; if it is whole nevertheless, delete that"
             else:
                 videos.append(video)
+    videos += find_image_videos(files, root, lambda path, source, group, camera: Video(
+        path, source, directory_name(source), group, camera))  # fmt: skip
     taken = {video.path for video in videos} | {os.path.join(root, source) for source in unfinished}
     others = [path for path in files if path not in taken]
     if videos and (line := describe_left_out(others, root)):

@@ -18,6 +18,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from conftest import moving_square
+
 import svd_common
 from svd_parts.dataset import list_frames
 from svd_parts.metrics import clip_motion, motion_bucket
@@ -1324,3 +1326,35 @@ def test_a_second_video_track_that_is_longer_makes_no_cut_file(tmp_path):
     subprocess.run([*command, tmp_path / "videos/both.mkv"], check=True)
     text, lines = prepare(tmp_path / "videos", tmp_path / "out")
     assert lines["both.mkv"]["num_frames"] == 24 and "ends after" not in text
+
+
+@pytest.mark.parametrize("version", ["v2.1", "v3.0"])
+def test_a_lerobot_set_of_images_in_parquet_files_gives_a_clip_an_episode(version, tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    root, frames = tmp_path / "set", moving_square(6)
+    episodes = [[0, 0, 0, 0, 1, 1]] if version == "v3.0" else [[0] * 4, [1] * 2]
+    feature = {"dtype": "image", "shape": [64, 96, 3]}
+    (root / "meta").mkdir(parents=True)
+    info = {"codebase_version": version, "fps": 10, "robot_type": "arm", "features": {"observation.image": feature}}
+    (root / "meta/info.json").write_text(json.dumps(info))
+    (root / "meta/episodes.jsonl").write_text(
+        "".join(f'{{"episode_index": {e}, "tasks": ["task {e}"]}}\n' for e in (0, 1))
+    )
+    cells, row = [{"bytes": svd_common.encode_png(frame), "path": None} for frame in frames], 0
+    for number, rows in enumerate(episodes):
+        name = f"episode_{number:06d}" if version == "v2.1" else f"file-{number:03d}"
+        path = root / f"data/chunk-000/{name}.parquet"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        table = {"observation.image": cells[row : row + len(rows)], "episode_index": rows}
+        parquet.write_table(pyarrow.table(table), path)
+        row += len(rows)
+    done = prepare_only(root, tmp_path / "out")
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = [json.loads(line) for line in (tmp_path / "out/metadata.jsonl").read_text().splitlines()]
+    assert [(line["num_frames"], line["fps"], line["task"], line["episode_index"]) for line in lines] == [
+        (4, 10, "task 0", 0), (2, 10, "task 1", 1)]  # fmt: skip
+    read = [svd_common.read_image(path) for line in lines for path in list_frames(tmp_path / "out" / line["directory"])]
+    assert np.array_equal(np.stack(read), frames)
+    assert prepare_only(root, tmp_path / "out").returncode == 0
