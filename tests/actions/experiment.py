@@ -231,6 +231,7 @@ def main(options):
     write_file(out / "results.json", json.dumps({"options": vars(options), "rows": rows}, indent=1, default=str))
     print(write_table(out / "table.md", rows))
     print(f"Done in {time.time() - started:.0f} s: {out}/table.md")
+    workers().shutdown()
 
 
 def write_steer(path, model, firsts, paths, chosen):
