@@ -78,13 +78,15 @@ def find_videos(options):
     videos += find_image_videos(files, root, lambda path, source, group, camera: Video(
         path, source, directory_name(source), group, camera))  # fmt: skip
     taken = {video.path for video in videos} | {os.path.join(root, source) for source in unfinished}
-    others = [path for path in files if path not in taken]
-    if videos and (line := describe_left_out(others, root)):
-        print(line)
+    others = describe_left_out([path for path in files if path not in taken], root)
+    if videos and others:
+        print(others)
     if not videos:
         hint = " but unfinished downloads: " + ", ".join(unfinished) if unfinished else ""
         if any(path.lower().endswith(common.IMAGE_SUFFIXES) for path in files):
             hint += ", but images: train_svd.py --dataset_dir takes a folder with a folder of frames for each clip"
+        elif others and not unfinished:
+            hint += f"; {others}"
         raise UserError(f"--video_dir {options.video_dir}: no video in it{hint}")
     names = [(video.source, os.path.basename(video.source)) for video in videos] + [(name,) for name in unfinished]
     if unknown := names_of_nothing([*options.include, *options.exclude], names):
@@ -154,13 +156,15 @@ def read_known(folder):
 
     The group is the image that a clip began from, so that two seeds of one image are held out together.
     """
-    known = {}
-    with contextlib.suppress(UserError):
-        for _, line in read_lines(Path(folder, "metadata.jsonl"), ""):
+    known, path = {}, Path(folder, "metadata.jsonl")
+    try:
+        for _, line in read_lines(path, "not a JSON object"):
             if line.get("generated") is True and isinstance(line.get("file_name"), str):
                 fields = {key: line[key] for key in ("generated", "task", "source_image") if line.get(key)}
                 image = line.get("source_image_sha256") or line.get("source_image")
                 known[line["file_name"]] = {**fields, "group": f"image {image}"} if image else fields
+    except UserError as error:
+        print(f"warning: {error}; what it says of the videos beside it is not known")
     return known
 
 

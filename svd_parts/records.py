@@ -36,7 +36,8 @@ def read_records(state):
             record = json.loads(path.read_text(encoding="utf-8"))
             if is_of_kind(record, RECORD) and all(is_of_kind(clip, CLIP) for clip in record["clips"]):
                 for clip in record["clips"]:
-                    inside(clip["directory"], path)
+                    if "/" in inside(clip["directory"], path):  # else a link could lead outside
+                        raise UserError(f"{path} names {clip['directory']}, and a clip's folder is one name; delete it")
                 record = {key: record[key] for key in RECORD}
                 records[record["source"]] = record
     return records
@@ -120,6 +121,7 @@ def write_metadata(output):
     return records
 
 
+SHOWN = 40  # clips in preview.jpg, at most
 FONTS = "NotoSansCJK-Regular.ttc wqy-zenhei.ttc wqy-microhei.ttc DroidSansFallbackFull.ttf msyh.ttc PingFang.ttc"
 
 
@@ -132,7 +134,7 @@ def write_preview(output, clips):
         with contextlib.suppress(OSError):
             font = ImageFont.truetype(name, 12)
             break
-    clips = [clips[i * len(clips) // min(40, len(clips))] for i in range(min(40, len(clips)))]
+    clips = [clips[i * len(clips) // min(SHOWN, len(clips))] for i in range(min(SHOWN, len(clips)))]
     sheet = Image.new("RGB", (left + 4 * wide, high * len(clips)), "white")
     draw = ImageDraw.Draw(sheet)
 

@@ -76,7 +76,7 @@ def print_left_out(found, options):
             print(f"warning: {line}")
 
 
-def print_next(options):
+def print_next(options, clips):
     """What to look at, and the command of the next step."""
     frames = options.clip_frames or options.max_frames or 25
     size = f" --width {options.width} --height {options.height}" if options.width else ""

@@ -1358,3 +1358,11 @@ def test_a_lerobot_set_of_images_in_parquet_files_gives_a_clip_an_episode(versio
     read = [svd_common.read_image(path) for line in lines for path in list_frames(tmp_path / "out" / line["directory"])]
     assert np.array_equal(np.stack(read), frames)
     assert prepare_only(root, tmp_path / "out").returncode == 0
+
+
+def test_a_folder_without_videos_says_what_is_in_it(tmp_path):
+    (tmp_path / "videos").mkdir()
+    (tmp_path / "videos/take.mcap").write_bytes(b"x")
+    text = prepare(tmp_path / "videos", tmp_path / "out", status=2)[0]
+    assert "no video in it; left out, as they are no videos: 1 .mcap (export mp4 or a LeRobot set first)" in text
+
