@@ -1365,4 +1365,3 @@ def test_a_folder_without_videos_says_what_is_in_it(tmp_path):
     (tmp_path / "videos/take.mcap").write_bytes(b"x")
     text = prepare(tmp_path / "videos", tmp_path / "out", status=2)[0]
     assert "no video in it; left out, as they are no videos: 1 .mcap (export mp4 or a LeRobot set first)" in text
-
