@@ -618,11 +618,11 @@ def test_low_vram_frames_equal_the_ordinary_ones_within_rounding(picture, tmp_pa
 def test_out_of_memory_falls_back_and_says_so(images, tmp_path, capsys, monkeypatch):
     original, calls = infer_svd.generate, []
 
-    def short_of_memory(pipe, image, options, on_step):
+    def short_of_memory(pipe, image, options, *more):
         calls.append(options["decode_chunk_size"])
         if len(calls) in (1, 2):
             raise torch.cuda.OutOfMemoryError("CUDA out of memory")
-        return original(pipe, image, options, on_step)
+        return original(pipe, image, options, *more)
 
     monkeypatch.setattr(infer_svd, "generate", short_of_memory)
     folder = tmp_path / "set"

@@ -16,7 +16,7 @@ def make_state(tmp_path, *flags):
     options = train_svd.parse_args([*map(str, train_arguments(tmp_path, tmp_path / "out")), *flags])
     (tmp_path / "out").mkdir()
     unet = prepare_unet(common.load_part(TINY, "unet", torch.float32), "temporal", torch.float32, "none")
-    return TrainingState(unet, options, Accelerator(cpu=True), {"global_batch_size": 1}, {})
+    return TrainingState(unet, options, Accelerator(cpu=True), {}, {})
 
 
 def test_the_average_does_not_take_a_bad_step_in_and_the_checkpoint_is_that_of_the_step_before(tmp_path):
