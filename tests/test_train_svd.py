@@ -628,7 +628,8 @@ def test_the_environment_of_accelerate_changes_nothing(trained, dataset, tmp_pat
 
 
 def test_metrics_are_json_also_where_a_number_is_not_finite(trained, tmp_path):
-    state = argparse.Namespace(options=argparse.Namespace(output_dir=str(tmp_path), max_train_steps=1), steps=0,
+    options = argparse.Namespace(output_dir=str(tmp_path), max_train_steps=1)
+    state = argparse.Namespace(options=options, settings={}, steps=0,
         accelerator=Accelerator(cpu=True))  # fmt: skip
     Log(state).append({"step": 1, "loss_v": float("nan"), "grad_norm": float("inf"), "learning_rate": 0.1})
     line = json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=lambda name: pytest.fail(name))
