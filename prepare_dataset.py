@@ -352,7 +352,7 @@ def main(argv=None):
     print_left_out(run.found, options)
     if not any(record["clips"] for record in chosen):
         return 2 if chosen and not failures else int(not whole)
-    print_next(options, sum(len(record["clips"]) for record in records.values()))
+    print_next(options, records.values())
     return 0 if whole else 1
 
 

@@ -38,19 +38,21 @@ class Video:
 def directory_name(source):
     """A folder name that depends on the source's path alone: stable, readable, unique, and safe on every system.
 
-    `a/x.mp4` -> `a__x`, `a/x.avi` -> `a__x.avi`. A name that had to change, or that another could hit (also on a disk
-    that ignores case, or as a device of Windows), carries `+` and eight digits of a hash; no plain name has a `+`.
+    `a/x.mp4` -> `a__x`, `a/x.avi` -> `a__x+avi`. A name that had to change, or that another could hit (also on a disk
+    that ignores case, or as a device of Windows), carries `+` and eight digits of a hash. No other name has a `+`.
     """
     stem, suffix = os.path.splitext(source)
-    short = stem if suffix == ".mp4" and "." not in os.path.basename(stem) else source
+    short = stem if suffix.lower() in VIDEO_SUFFIXES else source
     parts = [re.sub(r"[^\w.-]", "_", unicodedata.normalize("NFC", part)) for part in short.split("/")]
-    name = "__".join(parts).lstrip(".-") or "video"
+    name = "__".join(parts).lstrip(".-").rstrip(".") or "video"
     plain = name == short.replace("/", "__") and name == name.casefold() and len(name.encode()) <= 120
-    if any("__" in part or part[0] == "_" or part[-1] == "_" for part in parts):
+    if suffix not in VIDEO_SUFFIXES or any("__" in part or part[0] == "_" or part[-1] == "_" for part in parts):
         plain = False
     if re.match(r"(con|prn|aux|nul|com\d|lpt\d)(\.|$)", name, re.IGNORECASE) or name in SYSTEM_FOLDERS:
         name, plain = "_" + name, False
-    return name if plain else f"{name.encode()[:100].decode(errors='ignore')}+{name_digest(source)}"
+    if plain:
+        return name + suffix.replace(".", "+") * (suffix != ".mp4")
+    return f"{name.encode()[:100].decode(errors='ignore')}+{name_digest(source)}"
 
 
 def find_videos(options):

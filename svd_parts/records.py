@@ -4,6 +4,7 @@ import contextlib
 import io
 import itertools
 import json
+import math
 import os
 import re
 from concurrent.futures import ThreadPoolExecutor
@@ -126,17 +127,34 @@ FONTS = "NotoSansCJK-Regular.ttc wqy-zenhei.ttc wqy-microhei.ttc DroidSansFallba
 
 
 def write_preview(output, clips):
-    """preview.jpg: a row for each clip, for up to forty of them: name, fps, motion, and four of its frames."""
+    """preview.jpg: a row for each clip, for up to forty of them: name, fps, motion, and four of its frames.
+
+    The column of the names is as wide as they need. Where there are more clips, a line at the top says so.
+    """
     from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-    high, wide, left, font = 80, 144, 300, ImageFont.load_default(12)
+    high, wide, font, total = 80, 144, ImageFont.load_default(12), len(clips)
     for name in FONTS.split():  # fonts that show Chinese names, where the system has one
         with contextlib.suppress(OSError):
             font = ImageFont.truetype(name, 12)
             break
     clips = [clips[i * len(clips) // min(SHOWN, len(clips))] for i in range(min(SHOWN, len(clips)))]
-    sheet = Image.new("RGB", (left + 4 * wide, high * len(clips)), "white")
+
+    def label(clip):
+        name = clip["directory"]
+        length = 40 if name.isascii() else 22  # letters that fit in a line
+        lines = [name[i : i + length] for i in range(0, len(name), length)][:4]
+        lines += [f"{clip['num_frames']} frames, {clip['fps']:g} fps, motion {clip['motion']:g}, bucket"]
+        return "\n".join(lines) + f" {clip['motion_bucket_id']}"
+
+    labels = [label(clip) for clip in clips]
+    head = 20 * (total > len(clips))
+    draw = ImageDraw.Draw(Image.new("RGB", (1, 1)))
+    left = 12 + math.ceil(max(draw.multiline_textbbox((0, 0), text, font, spacing=2)[2] for text in labels))
+    sheet = Image.new("RGB", (left + 4 * wide, head + high * len(clips)), "white")
     draw = ImageDraw.Draw(sheet)
+    if head:
+        draw.text((4, 3), f"{len(clips)} of {total} clips", "black", font)
 
     def thumbnails(clip):
         try:
@@ -148,13 +166,8 @@ def write_preview(output, clips):
         return [ImageOps.pad(image, (wide - 2, high - 2), color="white", centering=(0, 0)) for image in small]
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for top, clip, pictures in zip(itertools.count(0, high), clips, pool.map(thumbnails, clips)):
-            name = clip["directory"][:120]
-            length = 40 if name.isascii() else 22  # letters that fit in a line
-            lines = [name[i : i + length] for i in range(0, len(name), length)][:3]
-            lines += [f"{clip['num_frames']} frames, {clip['fps']:g} fps"]
-            lines += [f"motion {clip['motion']:g}, bucket {clip['motion_bucket_id']}"]
-            draw.multiline_text((4, top + 2), "\n".join(lines), "black", font, spacing=2)
+        for top, text, pictures in zip(itertools.count(head, high), labels, pool.map(thumbnails, clips)):
+            draw.multiline_text((4, top + 2), text, "black", font, spacing=2)
             for place, picture in enumerate(pictures):
                 sheet.paste(picture, (left + place * wide, top))
     data = io.BytesIO()

@@ -76,12 +76,10 @@ def print_left_out(found, options):
             print(f"warning: {line}")
 
 
-def print_next(options, clips):
+def print_next(options, records):
     """What to look at, and the command of the next step."""
-    frames = options.clip_frames or options.max_frames or 25
+    frames = min(25, max(clip["num_frames"] for record in records for clip in record["clips"]))
     size = f" --width {options.width} --height {options.height}" if options.width else ""
     folder = shlex.quote(options.output_dir)
     command = f"python train_svd.py --pretrained_model_name MODEL --dataset_dir {folder} --output_dir ./outputs"
-    print(
-        f"look at {folder}/preview.jpg; next: {command} --num_frames {min(frames, 25)}{size} --num_validation_videos 4"
-    )
+    print(f"look at {folder}/preview.jpg; next: {command} --num_frames {frames}{size} --num_validation_videos 4")
