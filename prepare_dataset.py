@@ -171,7 +171,7 @@ def describe_clip(directory, clip, video, probe, stride, options):
     if clip.flows:
         motion = statistics.fmean(clip.flows) * fps / stride
     else:  # shorter than the stride
-        motion = clip_motion([common.read_frame(path) for path in list_frames(clip.folder)], fps)
+        motion = clip_motion([common.read_image(path) for path in list_frames(clip.folder)], fps)
     episode = re.search(r"@(episode_\d+)", directory) if video.episodes or video.images else None
     group = video.known.get("group") or video.group + (episode[1] if episode else "")
     return {

@@ -10,6 +10,7 @@ import io
 import os
 import re
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import svd_parts  # noqa: F401  isort: skip  (first: it sets what cv2 reads once)
@@ -130,9 +131,6 @@ def decode_image(data, path):
         raise UserError(f"{path}: not a readable image ({reason})") from None
 
 
-read_frame = read_image  # one reader for frames and single images: two would disagree on some file
-
-
 def read_frames(paths, width, height):
     """Image files -> (T, height, width, 3) uint8 RGB, each fitted as `fit_frame` does."""
     return np.stack([fit_frame(read_image(path), width, height) for path in paths])
@@ -221,8 +219,14 @@ def side_by_side(videos, min_width=256):
     return np.concatenate(columns, axis=2)
 
 
+def dtype_option(dtype):
+    """`dtype` as an option of diffusers' `from_pretrained`, which called it `torch_dtype` before version 0.40."""
+    major, minor = version("diffusers").split(".")[:2]
+    return {"dtype" if (int(major), int(minor)) >= (0, 40) else "torch_dtype": dtype}
+
+
 def load_part(folder, part, dtype):
-    """One model part in `dtype`, on the CPU, in eval mode, from safetensors alone."""
+    """Loads one model part in `dtype`, on the CPU, in eval mode. Reads weights from safetensors files only."""
     from diffusers import AutoencoderKLTemporalDecoder, EulerDiscreteScheduler, UNetSpatioTemporalConditionModel
     from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
     from transformers.utils.logging import disable_progress_bar
@@ -238,7 +242,7 @@ def load_part(folder, part, dtype):
         if part == "image_encoder":
             return CLIPVisionModelWithProjection.from_pretrained(folder, dtype=dtype, **options).eval()
         cls = UNetSpatioTemporalConditionModel if part == "unet" else AutoencoderKLTemporalDecoder
-        return cls.from_pretrained(folder, torch_dtype=dtype, **options).eval()
+        return cls.from_pretrained(folder, **dtype_option(dtype), **options).eval()
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(f"{folder}/{part}: cannot be loaded ({str(error).strip().splitlines()[0]})") from error
 

@@ -1,11 +1,18 @@
-"""What a training step and a generated clip need: the real passes, run on tensors that have a shape but no data."""
+"""Forecasts the memory and the arithmetic of a training step and of a generated clip.
+
+The real passes run on fake tensors, which have a shape but no data.
+"""
 
 import os
+import weakref
 
 import torch
 from diffusers import AutoencoderKLTemporalDecoder, UNetSpatioTemporalConditionModel
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from svd_parts.actions import add_encoder
 from svd_parts.latent_cache import frames_to_decode
@@ -18,52 +25,44 @@ from svd_parts.weights import latent_factor, read_config
 
 cpu_attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 cpu_attention_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-ATTENTION_ON_CPU = {  # torch's counter has formulas for the GPU's kernels of attention only
+ATTENTION_ON_CPU = {  # torch's FLOP counter knows only the GPU's attention kernels
     cpu_attention: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
     cpu_attention_backward: lambda grad, q, k, v, *_, **__: sdpa_backward_flop_count(grad, q, k, v),
 }
 
 
-def memory_tracker():
-    """A context that counts the bytes of all storages alive, `now` and at the `peak`, of every tensor made in it."""
-    import weakref
+class MemoryTracker(TorchDispatchMode):
+    """A context that counts bytes: of all tensors made in it that are alive `now`, and at the `peak`."""
 
-    import torch
-    from torch.utils._python_dispatch import TorchDispatchMode
-    from torch.utils._pytree import tree_leaves
+    def __init__(self):
+        super().__init__()
+        self.now, self.peak, self.alive = 0, 0, {}
 
-    class MemoryTracker(TorchDispatchMode):
-        def __init__(self):
-            super().__init__()
-            self.now, self.peak, self.alive = 0, 0, {}
+    def track(self, tensor):
+        storage = tensor.untyped_storage()
+        key, size = id(storage), storage.nbytes()
+        if key not in self.alive:
+            self.alive[key] = weakref.ref(storage, lambda _: self.free(key, size))
+            self.now += size
+            self.peak = max(self.peak, self.now)
 
-        def track(self, tensor):
-            storage = tensor.untyped_storage()
-            key, size = id(storage), storage.nbytes()
-            if key not in self.alive:
-                self.alive[key] = weakref.ref(storage, lambda _: self.free(key, size))
-                self.now += size
-                self.peak = max(self.peak, self.now)
+    def free(self, key, size):
+        self.now -= size
+        del self.alive[key]
 
-        def free(self, key, size):
-            self.now -= size
-            del self.alive[key]
-
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            out = function(*args, **(kwargs or {}))
-            for leaf in tree_leaves(out):
-                if isinstance(leaf, torch.Tensor):
-                    self.track(leaf)
-            return out
-
-    return MemoryTracker()
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, torch.Tensor):
+                self.track(leaf)
+        return out
 
 
-NUM_ACTIONS = 7  # as most arms have; a few more change nothing
+NUM_ACTIONS = 7  # numbers in an action of most robot arms; a few more hardly change the forecast
 
 
 def fake_batch(options, count, unet_config, vae_config):
-    """A batch of `count` samples as the cache and the loader give them."""
+    """A training batch of `count` samples, with the shapes that ClipDataset gives and without real values."""
     factor = latent_factor(vae_config)
     shape = (count, options.num_frames, vae_config.latent_channels, options.height // factor, options.width // factor)
     shapes = {"latents": shape, "noise": shape, "sigmas": (count,), "keep": (count,), "added_time_ids": (count, 3)}
@@ -75,11 +74,11 @@ def fake_batch(options, count, unet_config, vae_config):
 
 
 def forecast(options, folder, checkpointing, weight_dtype, count_flops=False):
-    """Runs the real training step on fake tensors; nothing is loaded or computed.
+    """Forecasts one training step. Runs the real step on fake tensors: nothing is loaded or computed.
 
-    Returns GiB by part (`peak_memory_gib`, `weights_gib`, `gradients_gib`, `optimizer_gib`, `activations_gib`: what the
-    peak holds beside the others; `training_gib` and `validation_gib`, of which the peak is the larger),
-    `trainable_parameters` and, if asked, `flops_per_step`.
+    Returns a dict. In GiB: `peak_memory_gib` is the larger of `training_gib` and `validation_gib`; it consists of
+    `weights_gib`, `gradients_gib`, `optimizer_gib` and, as the rest, `activations_gib`. Also `trainable_parameters`
+    and, with `count_flops`, `flops_per_step`.
     """
     processes, flops = int(os.environ.get("WORLD_SIZE", 1)), {}
     freed_early = gradients_freed_early(options, processes)
@@ -90,8 +89,8 @@ def forecast(options, folder, checkpointing, weight_dtype, count_flops=False):
         if options.condition_on:
             add_encoder(unet, NUM_ACTIONS, random_generator(options.seed, "actions"))
         prepare_unet(unet, options.trainable, weight_dtype, checkpointing)
-    with FakeTensorMode(allow_non_fake_inputs=True), memory_tracker() as tracker:
-        for module in unet.modules():  # not by to_empty(): it swaps tensors, which fake ones cannot bear
+    with FakeTensorMode(allow_non_fake_inputs=True), MemoryTracker() as tracker:
+        for module in unet.modules():  # to_empty() would swap tensors, and fake tensors cannot be swapped
             for name, p in module._parameters.items():
                 if p is not None:
                     empty = torch.empty(p.shape, dtype=p.dtype, device="cpu")
@@ -113,7 +112,7 @@ def forecast(options, folder, checkpointing, weight_dtype, count_flops=False):
                 torch.nn.utils.clip_grad_norm_(trained, 1.0)
 
         tracker.peak = tracker.now
-        # gradients of an earlier micro-batch, or those that several processes share, are there all the time
+        # With several micro-batches or processes, the gradients of the first pass are still there during the second.
         train(1 if processes == options.gradient_accumulation_steps == 1 else 2)
         training = tracker.peak
         if processes == 1:
@@ -121,7 +120,7 @@ def forecast(options, folder, checkpointing, weight_dtype, count_flops=False):
         tracker.peak = tracker.now
         generate_fake(options, folder, unet, batch, weight_dtype)
         validation = tracker.peak
-        if count_flops:  # last: the counter keeps recomputed activations alive
+        if count_flops:  # after the memory: the FLOP counter keeps recomputed activations alive
             with FlopCounterMode(display=False, custom_mapping=ATTENTION_ON_CPU) as counter:
                 train(1)
             flops = {"flops_per_step": counter.get_total_flops() * options.gradient_accumulation_steps}
@@ -136,7 +135,7 @@ def forecast(options, folder, checkpointing, weight_dtype, count_flops=False):
 
 @torch.no_grad()
 def generate_fake(options, folder, unet, batch, weight_dtype):
-    """What validation does of the things that take memory: guidance's pair through the UNet, and decoding."""
+    """Runs the two parts of a validation that take most memory: the UNet on guidance's two samples, and decoding."""
     latents = torch.cat([batch["latents"][:1], batch["latents"][:1]], dim=2).repeat(2, 1, 1, 1, 1).to(weight_dtype)
     embeddings = batch["image_embeddings"][:1].repeat(2, 1, 1).to(weight_dtype)
     unet(latents, torch.tensor(1.0), embeddings, batch["added_time_ids"][:1].repeat(2, 1), return_dict=False)
@@ -148,24 +147,15 @@ def generate_fake(options, folder, unet, batch, weight_dtype):
     del frames
 
 
-def forecast_memory(base, settings):
-    """GiB of GPU memory that a clip needs in fp16."""
-    return forecast_clip(base, settings)[0]
-
-
 def forecast_clip(base, settings):
-    """(GiB of GPU memory in fp16, TFLOP) of a clip: the real forward passes on tensors that have no data.
+    """What generating one clip needs: (GiB of GPU memory, TFLOP), in fp16. Runs the real passes on fake tensors.
 
-    base: where the configuration is. Without --low_vram all parts are there all the time; with it, only the one that
-    works. CUDA itself takes 0.5 more.
+    base: the folder of the model's configuration, or SVD_XT_CONFIG. Without --low_vram all parts of the model stay on
+    the GPU; with it, only the part that is at work. CUDA itself takes 0.5 GiB more.
     """
-    import torch
-    from diffusers import AutoencoderKLTemporalDecoder, UNetSpatioTemporalConditionModel
-    from torch._subclasses.fake_tensor import FakeTensorMode
-    from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
     def peak(model, function, *inputs):
-        with memory_tracker() as tracker, torch.no_grad():
+        with MemoryTracker() as tracker, torch.no_grad():
             for tensor in [*model.parameters(), *inputs]:
                 tracker.track(tensor)
             function(*inputs)
@@ -199,7 +189,7 @@ def forecast_clip(base, settings):
         decode = peak(vae, lambda z: vae.decode(z, num_frames=chunk), z)
         tflop = settings.num_inference_steps * count(step, x, token, ids)
         tflop += settings.num_frames / chunk * count(lambda z: vae.decode(z, num_frames=chunk), z)
-        decode += 4 * 3 * settings.num_frames * settings.width * settings.height  # the frames, gathered in fp32
+        decode += 4 * 3 * settings.num_frames * settings.width * settings.height  # all decoded frames, in fp32
         sizes = [sum(2 * p.numel() for p in model.parameters()) for model in (unet, vae, clip)]
     if not settings.low_vram:
         denoise, decode = denoise + sizes[1] + sizes[2], decode + sizes[0] + sizes[2]
@@ -207,7 +197,10 @@ def forecast_clip(base, settings):
 
 
 def choose_checkpointing(options, folder, weight_dtype, available):
-    """--gradient_checkpointing; for `auto` the least recomputation whose forecast fits, `full` where none does."""
+    """The mode of --gradient_checkpointing. `auto` becomes the mode that recomputes least and fits `available` GiB.
+
+    Where no mode fits, `auto` becomes `full`.
+    """
     if options.gradient_checkpointing != "auto":
         return options.gradient_checkpointing
     less = ("none", "transformers") if available > 0 else ()

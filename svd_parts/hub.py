@@ -1,6 +1,7 @@
 """The hub: names, tokens, model cards' heads, and uploading."""
 
 import contextlib
+import functools
 import re
 import shlex
 from pathlib import Path
@@ -38,8 +39,9 @@ def is_token_valid():
     return True
 
 
+@functools.lru_cache(maxsize=1)
 def base_card(base):
-    """The head of the base's own model card; {} where there is none that can be read."""
+    """The head of the base's own model card, read once a run; {} where there is none that can be read."""
     with contextlib.suppress(OSError, ValueError, yaml.YAMLError):
         text = (base / "README.md").read_text(encoding="utf-8")
         return huggingface_hub.ModelCard(text, ignore_metadata_errors=True).data.to_dict()

@@ -49,10 +49,10 @@ def fit_memory(settings, folder):
     """Before anything is loaded: smaller settings where the forecast says that the GPU has too little memory."""
     import torch
 
-    from svd_parts.forecast import forecast_memory
+    from svd_parts.forecast import forecast_clip
 
     available = usable_memory(torch.device("cuda"))
-    while (needed := forecast_memory(folder, settings)) > available:
+    while (needed := forecast_clip(folder, settings)[0]) > available:
         smaller = smaller_memory(settings, f"needs {needed:.1f} GiB, {available:.1f} GiB are free")
         if smaller is None:
             break  # a forecast may err: let it try

@@ -159,7 +159,7 @@ def write_preview(output, clips):
     def thumbnails(clip):
         try:
             paths = list_frames(output / clip["directory"])
-            frames = [common.read_frame(paths[place * (len(paths) - 1) // 3]) for place in range(4 if paths else 0)]
+            frames = [common.read_image(paths[place * (len(paths) - 1) // 3]) for place in range(4 if paths else 0)]
         except (OSError, UserError):  # deleted since, or not only ours any more: no reason to end here
             return []
         small = [Image.fromarray(frame[:: max(1, len(frame) // 160), :: max(1, len(frame) // 160)]) for frame in frames]

@@ -26,7 +26,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 import infer_svd
 from svd_parts.clip_set import PIPELINE_OPTIONS
-from svd_parts.forecast import forecast_memory
+from svd_parts.forecast import forecast_clip
 from svd_parts.shortcuts import avoid_conv3d, move_to_device, wrap_unet
 from svd_parts.weights import SVD_XT_CONFIG, read_config
 
@@ -86,7 +86,7 @@ def measure(config, size, ours, flags, num_inference_steps):
     frames = clip(num_inference_steps)
     seconds = time.perf_counter() - start
     peak = torch.cuda.max_memory_allocated() / 2**30 if DEVICE == "cuda" else 0.0
-    return seconds, peak, forecast_memory(config, settings), (frames * 255).round()
+    return seconds, peak, forecast_clip(config, settings)[0], (frames * 255).round()
 
 
 def main():

@@ -17,7 +17,7 @@ pytest.importorskip("torch")
 import huggingface_hub
 
 import train_svd
-from svd_parts.hub import card_data, find_base_name
+from svd_parts.hub import base_card, card_data, find_base_name
 
 
 class Hub(BaseHTTPRequestHandler):
@@ -153,4 +153,5 @@ def test_a_base_that_was_fine_tuned_before_names_what_it_came_from(tmp_path):
     args = Namespace(base_model_name=None, pretrained_model_name=str(base))
     assert find_base_name(args, base) is None  # never the folder
     (base / "README.md").write_text("---\nbase_model: me/first\n---\n")
+    base_card.cache_clear()  # a run reads the card once
     assert find_base_name(args, base) == "me/first"

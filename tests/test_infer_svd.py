@@ -44,7 +44,8 @@ def infer(capsys, *arguments, ok=True):
 def stock_frames(model, image, generator=None, seed=0, **options):
     """What diffusers' own pipeline gives, with nothing of ours: (T, H, W, 3) uint8."""
     cuda = torch.cuda.is_available()
-    pipe = StableVideoDiffusionPipeline.from_pretrained(model, torch_dtype=torch.float16 if cuda else torch.float32)
+    dtype = common.dtype_option(torch.float16 if cuda else torch.float32)
+    pipe = StableVideoDiffusionPipeline.from_pretrained(model, **dtype)
     pipe.to("cuda" if cuda else "cpu").set_progress_bar_config(disable=True)
     options = {"width": 96, "height": 64, "num_frames": 8, "num_inference_steps": 2, **options}
     generator = generator or torch.Generator().manual_seed(seed)

@@ -77,14 +77,14 @@ def check_lines(output_dir):
 
 
 def frames_of(output_dir, line):
-    return [svd_common.read_frame(p) for p in list_frames(Path(output_dir) / line["directory"])]
+    return [svd_common.read_image(p) for p in list_frames(Path(output_dir) / line["directory"])]
 
 
 def extract(path, folder):
     """The frames as ffmpeg itself extracts them."""
     folder.mkdir(parents=True)
     ffmpeg("-i", path, "-map", "0:V:0", "-fps_mode", "passthrough", "-pix_fmt", "rgb24", folder / "%05d.png")
-    return [svd_common.read_frame(p) for p in list_frames(folder)]
+    return [svd_common.read_image(p) for p in list_frames(folder)]
 
 
 def tree(folder):

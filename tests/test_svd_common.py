@@ -24,7 +24,7 @@ from svd_parts.weights import CHECKPOINT_STATE, resolve_model
 def test_png_is_lossless_and_fit_keeps_the_aspect_ratio(tmp_path):
     frame = moving_square(1)[0]
     (tmp_path / "x.png").write_bytes(common.encode_png(frame))
-    assert np.array_equal(common.read_frame(tmp_path / "x.png"), frame)
+    assert np.array_equal(common.read_image(tmp_path / "x.png"), frame)
     assert np.array_equal(np.array(Image.open(tmp_path / "x.png")), frame)
     assert common.fit_frame(frame, 96, 64) is not None and np.array_equal(common.fit_frame(frame, 96, 64), frame)
     circle = cv2.circle(np.zeros((200, 400, 3), np.uint8), (200, 100), 50, (255, 255, 255), -1)
@@ -161,26 +161,26 @@ def test_images_are_read_as_people_see_them(tmp_path):
             at = data.index(b"eXIf") - 4
             end = at + 12 + int.from_bytes(data[at : at + 4], "big")
             (tmp_path / "exif.png").write_bytes(data[:at] + data[end:-12] + data[at:end] + data[-12:])
-        read = common.read_frame(tmp_path / f"exif{suffix}")
+        read = common.read_image(tmp_path / f"exif{suffix}")
         assert read.shape == picture.shape and np.abs(read.astype(int) - picture).mean() <= tolerance
     Image.fromarray(picture).convert("CMYK").save(tmp_path / "cmyk.jpg", quality=100)
-    assert np.abs(common.read_frame(tmp_path / "cmyk.jpg").astype(int) - picture).max() <= 9
+    assert np.abs(common.read_image(tmp_path / "cmyk.jpg").astype(int) - picture).max() <= 9
     Image.fromarray(picture).save(tmp_path / "key.png", transparency=(0, 0, 0))
-    assert (common.read_frame(tmp_path / "key.png")[30] == 255).all()
+    assert (common.read_image(tmp_path / "key.png")[30] == 255).all()
     Image.fromarray(picture).convert("P").save(tmp_path / "palette.png")
-    assert common.read_frame(tmp_path / "palette.png").shape == picture.shape
+    assert common.read_image(tmp_path / "palette.png").shape == picture.shape
     Image.fromarray(np.dstack([picture, np.full((40, 60), 0, np.uint8)])).save(tmp_path / "alpha.png")
-    assert (common.read_frame(tmp_path / "alpha.png") == 255).all()  # wholly transparent: white
+    assert (common.read_image(tmp_path / "alpha.png") == 255).all()  # wholly transparent: white
     Image.fromarray(picture[..., 0]).save(tmp_path / "grey.png")
-    assert np.array_equal(common.read_frame(tmp_path / "grey.png")[..., 2], picture[..., 0])
+    assert np.array_equal(common.read_image(tmp_path / "grey.png")[..., 2], picture[..., 0])
     cv2.imwrite(str(tmp_path / "deep.png"), picture[..., 0].astype(np.uint16) * 257)
-    assert np.array_equal(common.read_frame(tmp_path / "deep.png")[..., 1], picture[..., 0])
+    assert np.array_equal(common.read_image(tmp_path / "deep.png")[..., 1], picture[..., 0])
     for data in (b"\x89PNG\r\n but no more", b"", (tmp_path / "exif.jpg").read_bytes()[:900]):
         (tmp_path / "bad.png").write_bytes(data)
         with pytest.raises(UserError, match="bad.png: not a readable image"):
-            common.read_frame(tmp_path / "bad.png")
+            common.read_image(tmp_path / "bad.png")
     with pytest.raises(UserError, match="not a readable image .Is a directory"):
-        common.read_frame(tmp_path)
+        common.read_image(tmp_path)
 
 
 @pytest.mark.parametrize("options", [{"progressive": True}, {"subsampling": 0}, {"subsampling": 2}, {"quality": 30}])

@@ -29,7 +29,7 @@ import train_svd
 from svd_parts.checkpoints import checkpoint_step, checkpoints_of
 from svd_parts.dataset import add_digests, list_clips
 from svd_parts.files import UserError
-from svd_parts.forecast import forecast, memory_tracker
+from svd_parts.forecast import MemoryTracker, forecast
 from svd_parts.latent_cache import add_latents
 from svd_parts.log import Log
 from svd_parts.metrics import METRICS
@@ -68,7 +68,7 @@ class Recorder(torch.nn.Module):
 
 
 def test_training_feeds_the_unet_what_the_pipeline_feeds(dataset, tmp_path):
-    pipe = StableVideoDiffusionPipeline.from_pretrained(TINY, torch_dtype=torch.float32)
+    pipe = StableVideoDiffusionPipeline.from_pretrained(TINY, **common.dtype_option(torch.float32))
     recorder = Recorder(pipe.unet)
     pipe.unet = recorder
     args = train_svd.parse_args(["--pretrained_model_name", str(TINY), "--dataset_dir", str(dataset),
@@ -81,7 +81,7 @@ def test_training_feeds_the_unet_what_the_pipeline_feeds(dataset, tmp_path):
     batch = add_latents({name: value[None] for name, value in sample.items()}, pipe, args, torch.device("cpu"))
     training_loss(recorder, pipe.vae, batch, torch.float32)
 
-    image = common.read_frame(clips[0]["frames"][1])
+    image = common.read_image(clips[0]["frames"][1])
     clean = torch.from_numpy(image.astype(np.float32) / 255.0 * 2.0 - 1.0).permute(2, 0, 1)
     pixel_noise = (sample["conditioning_image"] - clean) / strength
 
@@ -109,7 +109,7 @@ def test_training_feeds_the_unet_what_the_pipeline_feeds(dataset, tmp_path):
 def test_dropout_zeroes_both_image_conditions_and_keeps_the_ids(dataset, tmp_path):
     args = train_svd.parse_args(["--pretrained_model_name", str(TINY), "--dataset_dir", str(dataset),
         "--output_dir", str(tmp_path / "x"), *SIZE, "--conditioning_dropout_prob", "1"])  # fmt: skip
-    pipe = StableVideoDiffusionPipeline.from_pretrained(TINY, torch_dtype=torch.float32)
+    pipe = StableVideoDiffusionPipeline.from_pretrained(TINY, **common.dtype_option(torch.float32))
     recorder = Recorder(pipe.unet)
     sample = ClipDataset(load_clips(dataset, 8, 7, 127), args, pipe.vae.config, cached=False)[0]
     batch = add_latents({name: value[None] for name, value in sample.items()}, pipe, args, torch.device("cpu"))
@@ -138,7 +138,7 @@ def test_only_the_chosen_parameters_change(which, dataset, tmp_path):
 
 
 def test_result_is_a_stock_pipeline_folder_and_metrics_are_logged(trained):
-    pipe = StableVideoDiffusionPipeline.from_pretrained(trained, torch_dtype=torch.float32)
+    pipe = StableVideoDiffusionPipeline.from_pretrained(trained, **common.dtype_option(torch.float32))
     frames = pipe(Image.new("RGB", (96, 64), "grey"), width=96, height=64, num_frames=8, num_inference_steps=2,
         output_type="np").frames  # fmt: skip
     assert frames.shape == (1, 8, 64, 96, 3) and np.isfinite(frames).all()
@@ -304,7 +304,7 @@ def test_dry_run_meets_the_memory_and_flop_targets(tmp_path):
 
 
 def test_memory_tracker_counts_a_known_step():
-    tracker = memory_tracker()
+    tracker = MemoryTracker()
     with tracker:
         a = torch.empty(1000)
         b = a * 2

@@ -72,7 +72,7 @@ def generate(model, frames, output):
 
 
 def read_generated(folder):
-    return np.stack([[common.read_frame(f) for f in clip["frames"]] for clip in list_clips(folder)])
+    return np.stack([[common.read_image(f) for f in clip["frames"]] for clip in list_clips(folder)])
 
 
 # What is measured

@@ -35,7 +35,8 @@ from diffusers import (
 from diffusers.pipelines.stable_video_diffusion.pipeline_stable_video_diffusion import _resize_with_antialiasing
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
 
-from svd_common import list_clips, read_image, read_video
+from svd_common import dtype_option, read_image, read_video
+from svd_parts.dataset import list_clips
 
 COLORS = ["blue", "orange", "purple", "red", "yellow"]
 CLIP_MEAN, CLIP_STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
@@ -166,7 +167,7 @@ def train_decoder(args):
     frames = [clip["frames"] for clip in list_clips(args.dataset_dir) if len(clip["frames"]) >= 8]
     clips = [np.stack([read_image(path) for path in paths]) for paths in frames]
     watched, clips = [(frames, None, None) for frames in clips[::40]], [c for i, c in enumerate(clips) if i % 40]
-    vae = AutoencoderKLTemporalDecoder.from_pretrained(args.output_dir / "vae", torch_dtype=torch.float32)
+    vae = AutoencoderKLTemporalDecoder.from_pretrained(args.output_dir / "vae", **dtype_option(torch.float32))
     vae.to(args.device).requires_grad_(False).decoder.requires_grad_(True)
     rng, score = np.random.default_rng(args.seed), partial(reconstruction_psnr, vae, watched, args.device)
     print(f"{len(clips)} clips; held-out {score():.2f} dB before")
@@ -283,7 +284,7 @@ def init_unet(args):
         rescale_factor=1 / 255,
     )
     StableVideoDiffusionPipeline(
-        vae=AutoencoderKLTemporalDecoder.from_pretrained(args.output_dir / "vae", torch_dtype=torch.float16),
+        vae=AutoencoderKLTemporalDecoder.from_pretrained(args.output_dir / "vae", **dtype_option(torch.float16)),
         image_encoder=CLIPVisionModelWithProjection.from_pretrained(args.output_dir / "image_encoder"),
         unet=unet.half(),
         scheduler=scheduler,
