@@ -311,7 +311,7 @@ def train(options, device):
     warn_of_crop([*clips, *held_out], options.width, options.height, size_multiple(base))
     accelerator = build_accelerator(options, device)
     settings = describe_run(options, base, clips, sides[1], before, accelerator.num_processes)
-    settings |= prepare_actions(options.condition_on, clips, held_out, before)
+    settings |= prepare_actions(options.condition_on, clips, held_out, before.get("actions"), base)
     frames = {clip["directory"]: describe_frames(clip) for clip in clips}
     if saved:
         check_resume(settings, frames, saved, folder)
@@ -403,7 +403,7 @@ def load_unet(options, base, device, actions=None):
     import torch
 
     import svd_common as common
-    from svd_parts.actions import add_encoder
+    from svd_parts.actions import add_encoder, load_encoder, read_described
     from svd_parts.forecast import choose_checkpointing
     from svd_parts.lora import add_adapters
     from svd_parts.memory import usable_memory
@@ -416,7 +416,9 @@ def load_unet(options, base, device, actions=None):
     unet = common.load_part(base, "unet", torch.float32)
     if options.lora_rank:
         add_adapters(unet, options, random_generator(options.seed, "adapters"))
-    if actions:
+    if actions and actions == read_described(base):
+        load_encoder(unet, {}, Path(base))
+    elif actions:
         add_encoder(unet, actions["count"], random_generator(options.seed, "actions"))
     prepare_unet(unet, options.trainable, weight_dtype, mode)
     if options.compile:

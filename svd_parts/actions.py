@@ -82,21 +82,34 @@ def scale_actions(actions, described):
     return torch.from_numpy(((actions - (low + high) / 2) / half).astype(np.float32))
 
 
-def prepare_actions(condition_on, clips, held_out, settings):
+def prepare_actions(condition_on, clips, held_out, before, base):
     """Fills `clip["scaled_actions"]` of all clips. Returns {"actions": what they mean}, or {}.
 
-    settings: of the run that is resumed. Where clips have gone since, its scale stays.
+    before: the actions of the run that is resumed, or None: where clips have gone since, its scale stays. base: the
+    folder of the model to start from. If that follows actions of the same kind, its scale and its encoder are kept.
     """
+    known = before or read_described(base)
     if not condition_on:
+        if known:
+            print(f"warning: {base} follows actions; without --condition_on actions the result will not")
         return {}
     add_actions_of_clips([*clips, *held_out])
-    described, before = describe_actions(clips), settings.get("actions")
-    if before and [before["count"], before["names"]] == [described["count"], described["names"]]:
-        described = before
+    described = describe_actions(clips)
+    if known and [known["count"], known["names"]] == [described["count"], described["names"]]:
+        described = known
+    elif known:
+        wanted, found = (", ".join(column_names(kind)) for kind in (known, described))
+        print(f"{base} follows actions of another kind ({wanted}): what it knows of them is not used for {found}")
     for clip in [*clips, *held_out]:
         clip["scaled_actions"] = scale_actions(clip["actions"], described)
         clip["actions_digest"] = digest_of(clip["actions"])
     return {"actions": described}
+
+
+def read_described(base):
+    """What the actions of a trained model mean, {count, names, low, high}; None where it follows none."""
+    path = Path(base) / FOLDER / SETTINGS
+    return json.loads(path.read_text("utf-8")) if path.is_file() else None
 
 
 def digest_of(rows):

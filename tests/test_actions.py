@@ -247,6 +247,23 @@ def test_a_resumed_run_is_the_unbroken_one_to_the_last_bit(acted, model, tmp_pat
     assert "changed (frames, fps, motion or actions)" in done.stdout
 
 
+def test_training_goes_on_from_a_model_that_follows_actions(acted, model, tmp_path):
+    other = shutil.copytree(acted, tmp_path / "other")
+    for path in other.glob(f"*/{acts.FILE}"):
+        np.save(path, np.load(path) / 2)  # of the same kind, in another range
+    start = ["--learning_rate", 0, "--max_train_steps", 1]
+    run("train_svd.py", *train_arguments(other, tmp_path / "on", model), "--condition_on", "actions", *start)
+    for name in ("actions.json", "encoder.safetensors"):
+        assert (tmp_path / "on" / "actions" / name).read_bytes() == (model / "actions" / name).read_bytes()
+    done = run("train_svd.py", *train_arguments(other, tmp_path / "off", model), *start)
+    assert "follows actions; without --condition_on actions" in done.stdout
+    assert not (tmp_path / "off" / "actions").exists()
+    (other / "metadata.jsonl").write_text((other / "metadata.jsonl").read_text().replace("left", "right"))
+    done = run("train_svd.py", *train_arguments(other, tmp_path / "new", model), "--condition_on", "actions", *start)
+    assert "another kind (left, seed): what it knows of them is not used for right, seed" in done.stdout
+    assert load_file(tmp_path / "new" / "actions" / "encoder.safetensors")["2.weight"].abs().sum() == 0
+
+
 def test_two_processes_share_the_encoders_gradients(acted, tmp_path):
     batch = ["--max_train_steps", 2, "--learning_rate", "1e-3"]
     train(acted, tmp_path / "one", *batch, "--train_batch_size", 2)
