@@ -156,7 +156,7 @@ def prepare_video(video, run, old):
         write_actions(clip, line, video, episodes, options.action_key)
         line.update({key: getattr(probe, key) for key in ("codec", "truncated", "problems", "notes")})
         if line["num_frames"] < options.min_frames:
-            record["dropped"][directory] = f"{line['num_frames']} frames, fewer than {options.min_frames}"
+            record["dropped"][directory] = f"{line['num_frames']} frames, shorter than {options.min_frames} frames"
         elif line["motion"] < options.min_motion:
             record["dropped"][directory] = f"motion {line['motion']}, less than {options.min_motion}"
         else:

@@ -21,11 +21,11 @@ def describe_crop(size, width, height, multiple):
     return f"{what}; --width {fitting[0]} --height {fitting[1]} would fit"
 
 
-def describe_crops(sizes, width, height, multiple):
-    """A line for each kind of size, `[(w, h), ...]` with one entry a clip: `320x568 (3 clips): some 65% ...`."""
+def describe_crops(sizes, width, height, multiple, word="clip"):
+    """A line for each kind of size, `[(w, h), ...]` with one entry a clip, or another `word`: `320x568 (3 clips): some 65% ...`."""
     lines = []
     for size in sorted(set(sizes)):
         if what := describe_crop(size, width, height, multiple):
             count = sizes.count(size)
-            lines.append(f"{size[0]}x{size[1]} ({count} clip{'s' * (count > 1)}): {what}")
+            lines.append(f"{size[0]}x{size[1]} ({count} {word}{'s' * (count > 1)}): {what}")
     return lines

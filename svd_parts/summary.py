@@ -72,7 +72,7 @@ def print_left_out(found, options):
         cure = "" if options.clip_frames else f"; --clip_frames {options.max_frames} cuts whole videos into clips"
         print(f"--max_frames {options.max_frames}: {left:,} of {plural(total, 'frame')} left out{cure}")
     if options.width:
-        for line in describe_crops([size for _, _, size in found], options.width, options.height, 16):
+        for line in describe_crops([size for _, _, size in found], options.width, options.height, 64, "video"):
             print(f"warning: {line}")
 
 

@@ -609,7 +609,7 @@ def test_clips_and_stride(tmp_path):
     command = ["--clip_frames", "10", "--clip_stride", "5", "--image_format", "jpg"]
     text = prepare(tmp_path / "videos", tmp_path / "out", *command)[0]
     assert sorted(d for d in os.listdir(tmp_path / "out") if d[0] == "x") == [f"x@{n:04d}" for n in range(4)]
-    assert "dropped: 1" in text and "x@0004: 5 frames, fewer than 10" in text
+    assert "dropped: 1" in text and "x@0004: 5 frames, shorter than 10 frames" in text
     second, third = (list_frames(tmp_path / "out" / f"x@000{n}") for n in (1, 2))
     assert second[5].read_bytes() == third[0].read_bytes() and second[0].suffix == ".jpg"
     lines = [json.loads(line) for line in (tmp_path / "out/metadata.jsonl").read_text().splitlines()]
@@ -623,7 +623,7 @@ def test_min_motion_and_min_frames(tmp_path):
     make(tmp_path / "videos/short.mp4", "-frames:v", "4")
     text, lines = prepare(tmp_path / "videos", tmp_path / "out", "--min_motion", "0.5", "--min_frames", "5")
     assert set(lines) == {"moves.mp4"}
-    assert "still: motion 0" in text and "short: 4 frames, fewer than 5" in text
+    assert "still: motion 0" in text and "short: 4 frames, shorter than 5 frames" in text
 
 
 def test_split_scenes(tmp_path):
@@ -1129,7 +1129,7 @@ def test_summary_counts_what_is_alike_and_names_what_is_gone(tmp_path):
     for number in range(5):
         make(tmp_path / f"videos/{number}.mp4", "-frames:v", str(2 + number))
     text = prepare(tmp_path / "videos", tmp_path / "out2", "--min_frames", "20")[0]
-    assert "dropped: 6\n  6 clips fewer than 20, as" in text and text.count("fewer than") == 2
+    assert "dropped: 6\n  6 clips shorter than 20 frames, as" in text and text.count("shorter than") == 2
     prepare(tmp_path / "videos", tmp_path / "out3")
     (tmp_path / "videos/gone.mp4").unlink()
     text, lines = prepare(tmp_path / "videos", tmp_path / "out3")
@@ -1278,7 +1278,7 @@ def test_black_bars_and_the_crop_are_named(tmp_path):
     assert "bars.mp4: black bars: 33% of the height" in text
     text = prepare(tmp_path / "videos", tmp_path / "out2", "--width", "96", "--height", "48")[0]
     assert (
-        "96x96 (1 clip): some 50% of the picture is lost to the crop to 96x48; --width 64 --height 64 would fit" in text
+        "96x96 (1 video): some 50% of the picture is lost to the crop to 96x48; --width 64 --height 64 would fit" in text
     )
     assert f"look at {tmp_path}/out2/preview.jpg; next: python train_svd.py" in text
 
