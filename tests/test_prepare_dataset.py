@@ -1277,9 +1277,8 @@ def test_black_bars_and_the_crop_are_named(tmp_path):
     text = prepare(tmp_path / "videos", tmp_path / "out")[0]
     assert "bars.mp4: black bars: 33% of the height" in text
     text = prepare(tmp_path / "videos", tmp_path / "out2", "--width", "96", "--height", "48")[0]
-    assert (
-        "96x96 (1 video): some 50% of the picture is lost to the crop to 96x48; --width 64 --height 64 would fit" in text
-    )
+    crop = "some 50% of the picture is lost to the crop to 96x48; --width 64 --height 64 would fit"
+    assert f"96x96 (1 video): {crop}" in text
     assert f"look at {tmp_path}/out2/preview.jpg; next: python train_svd.py" in text
 
 
