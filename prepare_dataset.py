@@ -158,7 +158,7 @@ def prepare_video(video, run, old):
         if line["num_frames"] < options.min_frames:
             record["dropped"][directory] = f"{line['num_frames']} frames, shorter than {options.min_frames} frames"
         elif line["motion"] < options.min_motion:
-            record["dropped"][directory] = f"motion {line['motion']}, less than {options.min_motion}"
+            record["dropped"][directory] = f"motion {line['motion']:g}, moving less than {options.min_motion:g}"
         else:
             record["clips"].append(line)
     publish(video, record, old, run)

@@ -22,7 +22,7 @@ def describe_crop(size, width, height, multiple):
 
 
 def describe_crops(sizes, width, height, multiple, word="clip"):
-    """A line for each kind of size, `[(w, h), ...]` with one entry a clip, or another `word`: `320x568 (3 clips): some 65% ...`."""
+    """A line for each kind of size: `320x568 (3 clips): some 65% ...`. sizes: [(w, h), ...], one a clip, or a `word`."""
     lines = []
     for size in sorted(set(sizes)):
         if what := describe_crop(size, width, height, multiple):
