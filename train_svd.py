@@ -4,11 +4,11 @@ r"""Fine-tunes Stable Video Diffusion on a folder of clips, on one GPU.
         --dataset_dir ./dataset --output_dir ./outputs --train_batch_size 1 --max_train_steps 5000 \
         --learning_rate 1e-5 --num_frames 25 --width 512 --height 320
 
-Resume a stopped run by the same command with --resume_from_checkpoint latest. The result, --output_dir, is a standard
-diffusers pipeline folder for infer_svd.py or StableVideoDiffusionPipeline.from_pretrained.
+To resume a stopped run, repeat the command with --resume_from_checkpoint latest. --output_dir then holds a standard
+diffusers pipeline, for infer_svd.py or StableVideoDiffusionPipeline.from_pretrained.
 
-From top to bottom: the options; what can be wrong with them; `train`, one run; `run_steps`, the loop. The loss is in
-svd_parts/objective.py, what a step sees in samples.py, what is trained in unet.py, how a step is taken in state.py.
+This file has the options, the checks of them, `train` (one run) and `run_steps` (the loop). In svd_parts/ lie the loss
+(objective.py), the samples of a step (samples.py), the choice of layers (unet.py) and the update (state.py).
 """
 
 import argparse
@@ -32,92 +32,92 @@ from svd_parts.optimizers import OPTIMIZERS
 from svd_parts.unet import DTYPES, RECOMPUTED, TRAINABLE, trained_layers
 from svd_parts.weights import PARTS, SETTINGS, encoders_fingerprint, weights_fingerprint
 
-SCHEDULES = "linear cosine cosine_with_restarts polynomial constant constant_with_warmup".split()  # of diffusers
+SCHEDULES = "linear cosine cosine_with_restarts polynomial constant constant_with_warmup".split()  # diffusers' names
 
 
 def build_parser():
     parser = Parser(description=__doc__, advice={"--prompt": "SVD takes no text"})
     positive, at_least_zero = number(int, 1), number(float, 0)
     add = parser.add_argument_group("model and data").add_argument
-    add("--pretrained_model_name", required=True, help="hub name or local diffusers folder to start from")
-    add("--base_model_name", metavar="OWNER/NAME", help="its name on the hub, for the model card, where it is a folder")
-    add("--dataset_dir", required=True, help="folder of clip folders, from prepare_dataset.py")
-    add("--output_dir", required=True, help="where the checkpoints and the fine-tuned pipeline go")
-    add("--push_to_hub", metavar="OWNER/NAME", help="upload the result there, to a private repository where it is new")
-    named = "leave these clips out: names, 'patterns*', or @FILE: the names in this list"
-    add("--exclude", nargs="+", default=[], metavar="CLIP", help=named)
+    add("--pretrained_model_name", required=True, help="model to start from: a hub name or a local diffusers folder")
+    add("--base_model_name", metavar="OWNER/NAME", help="hub name of a model that is a local folder, for the card")
+    add("--dataset_dir", required=True, help="folder of clip folders, made by prepare_dataset.py")
+    add("--output_dir", required=True, help="folder for the checkpoints and the fine-tuned pipeline")
+    add("--push_to_hub", metavar="OWNER/NAME", help="upload the result to this repository; a new one is private")
+    excluded = "leave these clips out: names, 'patterns*', or @FILE for a text file of names"
+    add("--exclude", nargs="+", default=[], metavar="CLIP", help=excluded)
     add("--num_frames", type=number(int, 2), default=25, help="frames in a training window (default 25)")
     add("--width", type=positive, default=512, help="pixels, a multiple of 64 for SVD (default 512)")
     add("--height", type=positive, default=320, help="pixels, a multiple of 64 for SVD (default 320)")
-    add("--fps", type=at_least_zero, default=DEFAULT_FPS, help="for clips without metadata.jsonl (default 7)")
-    add("--motion_bucket_id", type=number(float, 0, 255), default=DEFAULT_BUCKET, help="likewise (default 127)")
+    add("--fps", type=at_least_zero, default=DEFAULT_FPS, help="fps of clips without metadata.jsonl (default 7)")
+    add("--motion_bucket_id", type=number(float, 0, 255), default=DEFAULT_BUCKET, help="their motion (default 127)")
     switch = argparse.BooleanOptionalAction
-    add("--cache_latents", action=switch, default=True, help="encode every frame once (default)")
-    add("--cache_dir", help="where the cache goes (default: DATASET_DIR/.cache)")
+    add("--cache_latents", action=switch, default=True, help="encode every frame only once (default)")
+    add("--cache_dir", help="folder for the encoded frames (default: DATASET_DIR/.cache)")
     add("--dataloader_num_workers", type=positive, default=4, help="threads that load samples (default 4)")
 
     add = parser.add_argument_group("training").add_argument
-    add("--train_batch_size", type=positive, default=1, help="clips a step on each GPU (default 1)")
-    add("--gradient_accumulation_steps", type=positive, default=1, help="batches summed into one step (default 1)")
+    add("--train_batch_size", type=positive, default=1, help="clips in a batch on each GPU (default 1)")
+    add("--gradient_accumulation_steps", type=positive, default=1, help="batches in one optimizer step (default 1)")
     add("--max_train_steps", type=positive, default=5000, help="optimizer steps (default 5000)")
     add("--learning_rate", type=at_least_zero, help="peak of the schedule (default 1e-5; 1e-4 for a LoRA)")
-    add("--lr_scheduler", choices=SCHEDULES, default="constant", help="of the learning rate (default constant)")
+    add("--lr_scheduler", choices=SCHEDULES, default="constant", help="learning-rate schedule (default constant)")
     add("--lr_warmup_steps", type=int, default=0, help="optimizer steps of linear warm-up (default 0)")
-    clipping = "clip the gradient's norm; 0: free each gradient once it is used (default 1; 0 with adamw8bit)"
+    clipping = "clip the gradients to this norm; 0 frees each gradient once it is used (default 1; 0 with adamw8bit)"
     add("--max_grad_norm", type=at_least_zero, help=clipping)
-    add("--optimizer", choices=list(OPTIMIZERS), default="adamw", help="8 bits need bitsandbytes (default adamw)")
+    add("--optimizer", choices=list(OPTIMIZERS), default="adamw", help="adamw8bit needs bitsandbytes (default adamw)")
     add("--adam_weight_decay", type=at_least_zero, default=1e-2, help="AdamW's decoupled decay (default 0.01)")
-    add("--trainable", choices=list(TRAINABLE), default="temporal", help="which UNet layers (default temporal)")
-    lora = "train a LoRA of this rank in the transformer blocks' linear layers alone, the rest frozen; needs peft"
+    add("--trainable", choices=list(TRAINABLE), default="temporal", help="UNet layers to train (default temporal)")
+    lora = "train only a LoRA of this rank, in the linear layers of the transformer blocks; needs peft"
     add("--lora_rank", type=positive, default=0, metavar="N", help=lora)
     add("--lora_alpha", type=at_least_zero, help="the LoRA's strength is alpha / rank (default: the rank)")
-    merged = "beside OUTPUT_DIR/lora, also the whole pipeline with the LoRA merged in (default)"
+    merged = "save OUTPUT_DIR/lora and also the whole pipeline with the LoRA merged in (default)"
     add("--save_merged", action=switch, default=True, help=merged)
     add("--loss", choices=["v", "noise"], default="v", help="v: SVD's weighting; noise: plain noise MSE (default v)")
     add("--P_mean", type=number(float, -20, 20), default=0.7, help="mean of ln sigma (default 0.7; 1.0 favours motion)")
     add("--P_std", type=number(float, 0, 10), default=1.6, help="standard deviation of ln sigma (default 1.6)")
-    dropped = "how often a clip is trained without its image, which guidance needs (default 0.1)"
+    dropped = "share of samples trained without their image; guidance needs some (default 0.1)"
     add("--conditioning_dropout_prob", type=number(float, 0, 1), default=0.1, help=dropped)
-    acts = "learn to follow the clips' actions.npy, from prepare_dataset.py: a world model for infer_svd.py --actions"
+    acts = "learn to follow the actions.npy of each clip; infer_svd.py --actions then steers the model"
     add("--condition_on", choices=["actions"], help=acts)
-    dropped = "how often a clip is trained without its actions, so that the model works without, too (default 0.1)"
+    dropped = "share of samples trained without their actions, so that the model also works without (default 0.1)"
     add("--action_dropout_prob", type=at_least_zero, help=dropped)
-    add("--use_ema", action="store_true", help="average the trained weights; the result is the average")
-    add("--ema_decay", type=at_least_zero, default=0.9999, help="of the average, reached by warm-up (default 0.9999)")
-    add("--seed", type=int, default=0, help="everything drawn is a function of it and the step (default 0)")
+    add("--use_ema", action="store_true", help="keep a running average of the trained weights and save that")
+    add("--ema_decay", type=at_least_zero, default=0.9999, help="the average's decay, after warm-up (default 0.9999)")
+    add("--seed", type=int, default=0, help="all random numbers depend on the seed and the step alone (default 0)")
 
     add = parser.add_argument_group("memory and speed").add_argument
-    add("--mixed_precision", choices=list(DTYPES), help="default: bf16; fp16 on cards without; no on a CPU")
-    recompute = "recompute activations: none, of the transformers, full, or the cheapest that fits (default auto)"
+    add("--mixed_precision", choices=list(DTYPES), help="default bf16; fp16 on cards without bf16; no on a CPU")
+    recompute = "which activations to recompute to save memory; auto: the fastest choice that fits (default auto)"
     modes = [*RECOMPUTED, "auto"]
     add("--gradient_checkpointing", nargs="?", const="full", default="auto", choices=modes, help=recompute)
-    add("--deterministic", action="store_true", help="slower kernels, one CPU thread, the same bits every time")
+    add("--deterministic", action="store_true", help="same bits in every run: slower kernels, one CPU thread")
     add("--compile", action="store_true", help="torch.compile the blocks: slow to start, faster to run on a GPU")
     add("--dry_run", action="store_true", help="print what the run needs and whether it fits; needs no weights")
 
     add = parser.add_argument_group("validation").add_argument
     add("--validation_dir", help="prepared folder of held-out clips")
-    held_out = "else: how many clips of the dataset to hold out, whole episodes (default 0)"
+    held_out = "clips of the dataset to hold out, in whole episodes (default 0); with --validation_dir: the most to use"
     add("--num_validation_videos", type=number(int, 0), default=0, help=held_out)
     add("--validation_steps", type=positive, default=500, help="steps between two validations (default 500)")
     metrics = [name for name, metric in METRICS.items() if metric.picks_best]
-    best = "the best step by this is kept in OUTPUT_DIR/best (default psnr_moving)"
+    best = "OUTPUT_DIR/best keeps the step with the best score of this metric (default psnr_moving)"
     add("--validation_metric", default="psnr_moving", choices=metrics, help=best)
 
     add = parser.add_argument_group("checkpoints and logs").add_argument
     add("--checkpointing_steps", type=positive, default=500, help="steps between two checkpoints (default 500)")
-    add("--checkpoints_total_limit", type=positive, default=2, help="how many checkpoints are kept (default 2)")
-    resume = "go on from a checkpoint of this run: the newest, checkpoint-N, or a folder"
+    add("--checkpoints_total_limit", type=positive, default=2, help="how many checkpoints to keep (default 2)")
+    resume = "go on from a checkpoint of this run: latest, checkpoint-N, or its folder"
     add("--resume_from_checkpoint", metavar="latest|FOLDER", help=resume)
     add("--logging_steps", type=positive, default=10, help="steps between two lines in metrics.jsonl (default 10)")
-    add("--report_to", choices=["tensorboard", "wandb"], help="also log there, where it is installed")
+    add("--report_to", choices=["tensorboard", "wandb"], help="log there as well; the package must be installed")
     return parser
 
 
 def parse_args(argv=None):
-    """Parses and checks the command line: whatever can be known to be wrong before torch is loaded.
+    """Parses the command line and refuses every mistake that it alone shows, before torch is loaded.
 
-    Returns the options as a named tuple. `fit_to_device` fills in what depends on the GPU.
+    Returns the options as a named tuple. `fit_to_device` fills in the precision, which depends on the GPU.
     """
     parser = build_parser()
     args = parser.parse_args(argv)
@@ -127,21 +127,21 @@ def parse_args(argv=None):
         ("action_dropout_prob", (args.action_dropout_prob or 0) <= 1, "0..1"),
         ("lr_warmup_steps", 0 <= args.lr_warmup_steps <= args.max_train_steps, f"0..{args.max_train_steps}"),
         ("ema_decay", args.ema_decay < 1, "under 1"),
-        ("lora_alpha", args.lora_alpha != 0, "over 0: it is the LoRA's strength"),
+        ("lora_alpha", args.lora_alpha != 0, "over 0, as it is the LoRA's strength"),
     ):
         if not is_right:
             parser.error(f"--{name} must be {wanted}, got {getattr(args, name)}")
     if (args.validation_dir or args.num_validation_videos) and not args.cache_latents:
         parser.error("validation reads the latent cache: leave out --no-cache_latents")
     if args.action_dropout_prob is not None and not args.condition_on:
-        parser.error("--action_dropout_prob is of --condition_on actions: give that too")
+        parser.error("--action_dropout_prob needs --condition_on actions: give that too")
     args.action_dropout_prob = 0.1 if args.action_dropout_prob is None else args.action_dropout_prob
     if args.lr_warmup_steps and args.lr_scheduler == "constant":
         args.lr_scheduler = "constant_with_warmup"  # diffusers' `constant` would ignore the warm-up
     if args.learning_rate is None:
         args.learning_rate = 1e-4 if args.lora_rank else 1e-5
     if not args.lora_rank and (args.lora_alpha is not None or not args.save_merged):
-        parser.error("--lora_alpha and --no-save_merged are of a LoRA: give --lora_rank too")
+        parser.error("--lora_alpha and --no-save_merged are for a LoRA: give --lora_rank too")
     if args.lora_alpha is None:
         args.lora_alpha = float(args.lora_rank)
     if args.lora_rank and importlib.util.find_spec("peft") is None:
@@ -151,7 +151,7 @@ def parse_args(argv=None):
     if args.max_grad_norm is None:
         args.max_grad_norm = OPTIMIZERS[args.optimizer].max_grad_norm
     args.exclude = read_patterns(args.exclude, "--exclude")
-    if args.dry_run:  # needs no more than the numbers
+    if args.dry_run:  # a plan needs no package, no login and no output folder
         return frozen(args)
     needed = {"--optimizer": OPTIMIZERS[args.optimizer].package, "--report_to": args.report_to}
     for flag, module in needed.items():
@@ -164,7 +164,7 @@ def parse_args(argv=None):
 
 
 def check_hub_names(parser, args):
-    """Refuses names that are none of the hub, and an upload that could not succeed."""
+    """Refuses names that the hub would not take, and an upload that could not succeed."""
     import huggingface_hub
 
     from svd_parts.hub import is_hub_name, is_token_valid
@@ -175,17 +175,18 @@ def check_hub_names(parser, args):
     if args.push_to_hub and not is_token_valid():
         parser.error("--push_to_hub needs a token that may write: run `hf auth login`, or set HF_TOKEN")
     if args.push_to_hub and huggingface_hub.constants.HF_HUB_OFFLINE:
-        parser.error("--push_to_hub: HF_HUB_OFFLINE is set, so nothing would be sent; unset it")
+        parser.error("--push_to_hub cannot upload while HF_HUB_OFFLINE is set; unset it")
 
 
 def fit_to_device(options):
-    """The options with the precision filled in; raises `UserError` for what needs a CUDA GPU where there is none."""
+    """The options with the precision filled in. Raises `UserError` if an option needs a CUDA GPU and there is none."""
     import torch
 
     cuda = torch.cuda.is_available()
     if options.mixed_precision is None:
-        older = cuda and torch.cuda.get_device_capability() < (8, 0)
-        options = options._replace(mixed_precision="fp16" if older else "bf16" if cuda or options.dry_run else "no")
+        without_bf16 = cuda and torch.cuda.get_device_capability() < (8, 0)
+        precision = "fp16" if without_bf16 else "bf16" if cuda or options.dry_run else "no"
+        options = options._replace(mixed_precision=precision)
     if OPTIMIZERS[options.optimizer].needs_cuda and not cuda and not options.dry_run:
         raise UserError(f"--optimizer {options.optimizer} needs a CUDA GPU; leave it out on the CPU")
     if options.mixed_precision == "fp16" and not cuda and not options.dry_run:
@@ -194,32 +195,31 @@ def fit_to_device(options):
 
 
 def check_output_dir(options):
-    """Refuses a folder in which the run would write over something: a run, unless it is resumed, or anything else."""
+    """Refuses an output folder in which this run would write over another run, a dataset or other files."""
     output = Path(options.output_dir)
     if output.exists() and not output.is_dir():
-        raise UserError(f"--output_dir {output}: a file of that name is in the way")
-    if output.resolve() in [
-        Path(folder).resolve() for folder in (options.dataset_dir, options.validation_dir) if folder
-    ]:
+        raise UserError(f"--output_dir {output}: there is a file of that name; give another folder")
+    datasets = [Path(folder).resolve() for folder in (options.dataset_dir, options.validation_dir) if folder]
+    if output.resolve() in datasets:
         raise UserError(f"--output_dir {output} is the dataset's folder; give another")
     if printable(output.resolve()) != str(output.resolve()):
-        raise UserError(f"--output_dir {output}: its path is not UTF-8, and safetensors reads no other; give another")
-    if options.validation_dir and Path(options.validation_dir).resolve() == Path(options.dataset_dir).resolve():
-        cure = "give other clips, or hold some of these out by --num_validation_videos"
-        raise UserError(f"--validation_dir {options.validation_dir} is what is trained on; {cure}")
+        raise UserError(f"--output_dir {output}: its path is not UTF-8, which safetensors needs; give another")
+    if options.validation_dir and datasets[:1] == datasets[1:]:
+        cure = "give other clips, or hold some of these out with --num_validation_videos"
+        raise UserError(f"--validation_dir {options.validation_dir} is also the --dataset_dir; {cure}")
     run = checkpoints_of(output) or (output / "metrics.jsonl").is_file()
     ours = ("model_index.json", SETTINGS, "README.md", "metrics.jsonl", "validation", "best", "lora", "actions")
     there = [name for name in (*ours, *PARTS) if (output / name).exists()]
     if there and not run:
-        raise UserError(f"--output_dir {output} holds what is no run of this script: {there[0]}; give another")
+        raise UserError(f"--output_dir {output} holds {there[0]}, but no run of this script; give another")
     if run and not options.resume_from_checkpoint:
         raise UserError(f"--output_dir {output} already holds a run; give another, or --resume_from_checkpoint latest")
 
 
 def describe_run(options, base, clips, held_out, before, num_processes):
-    """The settings that every checkpoint and the result carry.
+    """The settings that are saved with every checkpoint and with the result.
 
-    before: those of the checkpoint that the run goes on from; what it was trained on and held out stays named.
+    before: the settings in the checkpoint that the run resumes; their training and held-out clips stay listed.
     """
     from svd_parts.hub import find_base_name
 
@@ -246,12 +246,12 @@ def describe_run(options, base, clips, held_out, before, num_processes):
 
 
 def known_held_out(before):
-    """{directory: digest} of the dataset's clips that an earlier run with these settings held out."""
+    """{directory: digest} of the dataset's clips that the run with the settings `before` held out."""
     return {} if before["validation_dir"] else before["held_out"]
 
 
 def main(argv=None):
-    options = parse_args(argv)  # answers a mistake, and --help, before torch is loaded, which takes seconds
+    options = parse_args(argv)  # answers --help and mistakes before torch is loaded, which takes seconds
     import cv2
     import torch
 
@@ -261,8 +261,8 @@ def main(argv=None):
     from svd_parts.weights import resolve_model
 
     options = fit_to_device(options)
-    cv2.setNumThreads(0)  # the loader has threads of its own
-    warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")  # take_step is not step()
+    cv2.setNumThreads(0)  # the loader's own threads are enough
+    warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")  # torch does not see `take_step`
     if options.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
@@ -278,13 +278,13 @@ def main(argv=None):
         available = usable_memory(device, torch.cuda.get_device_properties(device).total_memory)
         folder = resolve_model(options.pretrained_model_name)
         advised = advice(options, folder, compute_dtype(options.mixed_precision), available)
-        raise UserError(f"the GPU's memory is not enough ({str(error).splitlines()[0]}). {advised}") from None
+        raise UserError(f"not enough GPU memory ({str(error).splitlines()[0]}). {advised}") from None
 
 
 def train(options, device):
-    """One run, from the first or a saved step to the result; returns the exit status.
+    """Runs the training, from step 0 or from a checkpoint, and saves the result. Returns the exit status.
 
-    Everything that can be refused is refused before a weight is loaded.
+    Everything that can be refused is refused before any weight is loaded.
     """
     from svd_parts.actions import prepare_actions
     from svd_parts.checkpoints import check_resume, find_checkpoint, put_aside_newer, put_aside_other_run
@@ -305,19 +305,19 @@ def train(options, device):
     check_sizes(options, base)
     folder, saved = find_checkpoint(options)
     before = saved["settings"] if saved else {"validation_dir": None, "held_out": {}}
-    sides = choose_sides(options, known_held_out(before) if saved else None)
-    clips, held_out = leave_out(sides, options.exclude)
+    chosen = choose_clips(options, known_held_out(before) if saved else None)
+    clips, held_out = leave_out(chosen, options.exclude)
     add_digests([*clips, *held_out])
     warn_of_crop([*clips, *held_out], options.width, options.height, size_multiple(base))
     accelerator = build_accelerator(options, device)
-    settings = describe_run(options, base, clips, sides[1], before, accelerator.num_processes)
+    settings = describe_run(options, base, clips, chosen[1], before, accelerator.num_processes)
     settings |= prepare_actions(options.condition_on, clips, held_out, before.get("actions"), base)
-    frames = {clip["directory"]: describe_frames(clip) for clip in clips}
+    frames = {clip["directory"]: clip_fingerprint(clip) for clip in clips}
     if saved:
         check_resume(settings, frames, saved, folder)
     with lock_output(options, accelerator):
         if device.type == "cpu":
-            accelerator.print(f"no CUDA GPU: {why_no_cuda()}. On the CPU only a tiny model trains in reasonable time.")
+            accelerator.print(f"no CUDA GPU: {why_no_cuda()}. A CPU trains only tiny models in reasonable time.")
         if options.resume_from_checkpoint and accelerator.is_main_process:
             put_aside_newer(options, folder, saved["step"] if saved else 0)
         start_trackers(options, accelerator, saved["step"] if saved else 0)
@@ -340,21 +340,21 @@ def train(options, device):
             status = run_steps(state, dataset, pipe, vae, validation)
         if not status and accelerator.is_main_process:
             save_result(state, base)
-            say_next(options, settings)
+            print_next(options, settings)
         end_processes(state)
         if options.push_to_hub and not status and accelerator.is_main_process:
             push_to_hub(options)
         return status
 
 
-def describe_frames(clip):
-    """What a resumed run compares of a clip."""
+def clip_fingerprint(clip):
+    """A text that changes with the clip's frames, fps, motion or actions: a resumed run compares it."""
     actions = f" {clip['actions_digest']}" if "actions_digest" in clip else ""
     return f"{clip['digest']} {clip['fps']:g} {clip['motion_bucket_id']:g}{actions}"
 
 
 def describe_start(state, clips, held_out, checkpointing):
-    """One line on what is trained on what, and how."""
+    """One line that says what the run trains, on which clips, and how."""
     options, device = state.options, state.accelerator.device
     data = counted(len(clips), "clip") + (f" and {len(held_out)} held out" if held_out else "")
     steps = f"{counted(options.max_train_steps, 'step')}, batch {state.settings['global_batch_size']}"
@@ -364,8 +364,8 @@ def describe_start(state, clips, held_out, checkpointing):
     return f"{data}, {steps}; {trained}, {precision} on {device.type}, recomputed: {checkpointing}"
 
 
-def say_next(options, settings):
-    """Says what there is now, where to look at it, and how to generate with it."""
+def print_next(options, settings):
+    """Prints where the result is, where to look at it, and the command that generates with it."""
     from svd_parts.checkpoints import read_best
 
     output, (best, _) = Path(options.output_dir), read_best(options.output_dir)
@@ -382,24 +382,21 @@ def say_next(options, settings):
     print(f"next: {command} --input_image IMAGE.png --output_video CLIP.mp4")
 
 
-def choose_sides(options, known):
-    """(training clips, held-out clips); known: the names that the run being resumed held out, or None."""
+def choose_clips(options, held_out_before):
+    """(training clips, held-out clips). held_out_before: names that the resumed run held out; None for a new run."""
     from svd_parts.samples import hold_out, load_clips
 
     defaults = options.num_frames, options.fps, options.motion_bucket_id
     clips, folder = load_clips(options.dataset_dir, *defaults), options.validation_dir
     if not folder:
-        return hold_out(clips, options.num_validation_videos, options.seed, known)
+        return hold_out(clips, options.num_validation_videos, options.seed, held_out_before)
     if not Path(folder).is_dir():
         raise UserError(f"--validation_dir {folder}: no such folder; make it with prepare_dataset.py")
     return clips, load_clips(folder, *defaults)[: options.num_validation_videos or None]
 
 
 def load_unet(options, base, device, actions=None):
-    """The UNet as the run trains it, on the device, and the mode of recomputation that was chosen for it.
-
-    actions: what `prepare_actions` gave.
-    """
+    """(the UNet on the device, ready to train; its mode of --gradient_checkpointing). actions: `describe_actions`."""
     import torch
 
     import svd_common as common
@@ -427,25 +424,26 @@ def load_unet(options, base, device, actions=None):
 
 
 def run_steps(state, dataset, pipe, vae, validation):
-    """The loop, from the step that the state is at: one pass is one optimizer step. Returns 0 or a stop's status."""
+    """The training loop, from `state.steps` on; each pass is one optimizer step. Returns the exit status."""
     from svd_parts.latent_cache import add_latents
     from svd_parts.log import Log, is_validated
     from svd_parts.objective import training_loss
     from svd_parts.processes import StopSignal
-    from svd_parts.samples import batches, index_batches, take
+    from svd_parts.samples import batches, index_batches, next_batches
     from svd_parts.unet import compute_dtype
 
     options, accelerator, weight_dtype = state.options, state.accelerator, compute_dtype(state.options.mixed_precision)
     loader = batches(dataset, index_batches(state), accelerator.device.type == "cuda", options.dataloader_num_workers)
     stop, log, first = StopSignal(accelerator), Log(state), state.steps
     has_validation = bool(options.validation_dir or options.num_validation_videos)  # the same on all processes
-    if validation and is_validated(options, first) and not log.has_scores(first):  # the base's, or a kill cut it off
+    if validation and is_validated(options, first) and not log.has_scores(first):  # the base, or a killed validation
         validation(state, log, stop)
     for step in range(first, options.max_train_steps):
         with log.waiting():
-            micro_batches, failure = take(loader, options.gradient_accumulation_steps)
+            micro_batches, failure = next_batches(loader, options.gradient_accumulation_steps)
         received = stop.requested(failure)
-        if failure or received < 0 or (received and state.steps > first):  # a step at least, or it would never end
+        # A stop waits for one step, so that a run that is stopped again and again still gets on.
+        if failure or received < 0 or (received and state.steps > first):
             return end_early(state, received, failure)
         for micro, batch in enumerate(micro_batches):
             batch = {name: value.to(accelerator.device, non_blocking=True) for name, value in batch.items()}
@@ -461,7 +459,7 @@ def run_steps(state, dataset, pipe, vae, validation):
         saving = ended or done % options.checkpointing_steps == 0
         validating = has_validation and is_validated(options, done)
         logging = ended or saving or validating or done % options.logging_steps == 0
-        if not state.update(look=logging):
+        if not state.update(check=logging):
             raise UserError(describe_bad_step(state, dataset))
         log.step_done(done, write=logging)
         if saving and accelerator.is_main_process:
@@ -474,11 +472,11 @@ def run_steps(state, dataset, pipe, vae, validation):
 
 
 def end_early(state, received, failure):
-    """After a signal, or where a process could not read its data: saves, then says how to go on."""
+    """Saves and says how to go on, after the signal `received` or a failure to read data (-1: in another process)."""
     accelerator = state.accelerator
     if accelerator.is_main_process:
         state.save()
-    accelerator.wait_for_everyone()  # a launcher ends the others as soon as one has ended
+    accelerator.wait_for_everyone()  # once one process has ended, the launcher ends the others
     if failure:
         raise UserError(f"{failure} --resume_from_checkpoint latest") from failure
     accelerator.print(f"\nstopped after step {state.steps}, saved; go on with --resume_from_checkpoint latest")
@@ -486,29 +484,29 @@ def end_early(state, received, failure):
 
 
 def describe_bad_step(state, dataset):
-    """Names the clips of a step whose loss or gradient was not finite."""
+    """The message for a step whose loss or gradient was not finite; names the clips of that step."""
     if state.overflows():
         return "fp16 gradients overflow at every step; use --mixed_precision bf16 or a lower --learning_rate"
     total = state.settings["global_batch_size"]
     indices = range(state.steps * total, (state.steps + 1) * total)
     names = sorted({dataset.clip_of(index)["directory"] for index in indices})
-    reached = "some weights may have it" if state.freed_early else "it did not reach the weights"
+    reached = "some weights may have been changed" if state.freed_early else "it did not reach the weights"
     what = f"step {state.steps + 1}: the loss or a gradient is not finite; {reached}"
-    cure = "Look at them, or try a lower --learning_rate, or --mixed_precision bf16"
+    cure = "Look at these clips, or try a lower --learning_rate, or --mixed_precision bf16"
     return f"{what}. Its clips: {', '.join(names)}. {cure}"
 
 
 @contextlib.contextmanager
 def saved_on_error(state):
-    """Saves the steps that are done before an error ends the run (a full disk, a clip, the GPU's memory, a bug).
+    """Saves the finished steps when an error ends the run: a full disk, a bad clip, too little GPU memory, a bug.
 
-    The process that fails saves, whichever it is: the others may wait for it until they are killed.
+    Any process that fails saves, since the others may wait for it until they are killed.
     """
     try:
         yield
     except Exception:
-        if state.whole and state.steps:
-            with contextlib.suppress(OSError, RuntimeError):  # the error that is on its way out is the one to show
+        if state.consistent and state.steps:
+            with contextlib.suppress(OSError, RuntimeError):  # show the first error, not one of saving
                 state.save()
                 print(f"\nsaved: the {counted(state.steps, 'step')} before this error", file=sys.stderr)
         raise
@@ -516,17 +514,17 @@ def saved_on_error(state):
 
 @contextlib.contextmanager
 def lock_output(options, accelerator):
-    """Makes --output_dir and holds it: a second run on it is refused, also one that looked when it was still empty."""
+    """Makes and locks --output_dir, so that a second run there is refused; tidies what a killed run left in it."""
     output = Path(options.output_dir)
     if not accelerator.is_main_process:
         yield
         return
     output.mkdir(parents=True, exist_ok=True)
     with lock_file(output / ".lock", f"--output_dir {output}: another run is at work on it"):
-        check_output_dir(options)
-        for left in [*output.glob(".checkpoint-*.*"), *output.glob(".best.*")]:  # what a killed run left
+        check_output_dir(options)  # again: another run may have begun and ended since the first check
+        for left in [*output.glob(".checkpoint-*.*"), *output.glob(".best.*")]:
             if left.suffix == ".old" and not (whole := output / left.name.split(".")[1]).exists():
-                os.replace(left, whole)  # it was to be replaced, and what was to replace it is not whole
+                os.replace(left, whole)  # the run was killed before the new folder took the old one's place
             else:
                 tidy([left])
         tidy(filter(Path.is_file, output.glob(".*.part")))

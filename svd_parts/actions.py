@@ -1,4 +1,4 @@
-"""Actions, one row of numbers a frame: read, scaled, and added to the time embedding of their frame by an encoder."""
+"""Actions: one row of numbers for each frame. Reads and scales them, and gives a UNet an encoder that follows them."""
 
 import contextlib
 import hashlib
@@ -13,22 +13,22 @@ from svd_parts.weights import write_tensors
 
 FILE = "actions.npy"  # in the folder of a clip, beside its frames
 FOLDER, SETTINGS, WEIGHTS = "actions", "actions.json", "encoder.safetensors"  # of a trained model
-PREFIX = "actions."  # of the encoder's parameters in the UNet: they train, average and resume as all others do
+PREFIX = "actions."  # of the encoder's parameters; as a part of the UNet they train, average and resume like all others
 
 
 # The numbers
 
 
 def read_actions(path):
-    """An .npy or .csv file -> (T, A) float32. One line of names may begin a .csv. Raises `UserError`."""
+    """Reads (T, A) float32 from an .npy or .csv file; a .csv may begin with a line of names. Raises `UserError`."""
     path = Path(path)
     try:
         if path.suffix.lower() == ".csv":
             lines = [line for line in path.read_text("utf-8-sig").splitlines() if line.strip()]
-            with contextlib.suppress(ValueError):  # numbers at once
+            try:
                 actions = np.loadtxt(lines, delimiter=",", ndmin=2)
-                lines = None
-            actions = actions if lines is None else np.loadtxt(lines[1:], delimiter=",", ndmin=2)
+            except ValueError:  # the first line holds names
+                actions = np.loadtxt(lines[1:], delimiter=",", ndmin=2)
         else:
             actions = np.load(path, allow_pickle=False)
         actions = np.asarray(actions, np.float32)
@@ -37,9 +37,7 @@ def read_actions(path):
     except (OSError, ValueError, EOFError, TypeError) as error:
         raise UserError(f"{path}: no table of actions, .npy or .csv ({str(error).splitlines()[0][:100]})") from None
     if actions.ndim != 2 or not actions.size:
-        raise UserError(
-            f"{path}: has the shape {actions.shape}; actions are a table of T rows, one a frame, and A columns"
-        )
+        raise UserError(f"{path}: has the shape {actions.shape}; actions need a row for each frame, of A numbers each")
     if not np.isfinite(actions).all():
         row, column = np.argwhere(~np.isfinite(actions))[0]
         raise UserError(f"{path}: row {row}, column {column} is {actions[row, column]}; every action must be a number")
@@ -47,26 +45,26 @@ def read_actions(path):
 
 
 def add_actions_of_clips(clips):
-    """Fills `clip["actions"]`, (frames, A). Raises `UserError` that names a clip without, or with another kind."""
+    """Fills `clip["actions"]`, (frames, A). Raises a `UserError` that names a clip without actions or with others."""
     for clip in clips:
         path = clip["root"] / clip["directory"] / FILE
         if not path.is_file():
-            cure = f"prepare a LeRobot set that has them, put {FILE} beside the frames, or --exclude the clip"
+            cure = f"prepare a LeRobot set that has actions, put {FILE} beside the frames, or --exclude the clip"
             raise UserError(f"--condition_on actions: {path} is missing; {cure}")
         clip["actions"], count = read_actions(path), len(clip["frames"])
         if len(clip["actions"]) != count:
-            raise UserError(f"{path}: {len(clip['actions'])} rows for {count} frames; one row a frame is needed")
+            raise UserError(f"{path}: {len(clip['actions'])} rows for {count} frames; each frame needs one row")
     kinds = {}
     for clip in clips:
         names = clip.get("action_names")
         kinds.setdefault((clip["actions"].shape[1], json.dumps(names)), clip["directory"])
     if len(kinds) > 1:
         found = ["{} has {} ({})".format(name, *kind) for kind, name in kinds.items()]
-        raise UserError(f"the actions of all clips must be of one kind: {listed(found)}; --exclude the others")
+        raise UserError(f"the actions of all clips must have the same columns: {listed(found)}; --exclude the others")
 
 
 def describe_actions(clips):
-    """What a model keeps of the training clips' actions: {count, names or None, low, high}: what becomes -1 and 1."""
+    """What is saved with a model: {count, names or None, low, high}; the 1st and 99th percentile of each column."""
     rows = np.concatenate([clip["actions"] for clip in clips])
     low, high = np.percentile(rows.astype(np.float64), (1, 99), axis=0).round(6)
     names = clips[0].get("action_names")
@@ -74,7 +72,7 @@ def describe_actions(clips):
 
 
 def scale_actions(actions, described):
-    """(T, A) -> float32 tensor in which the training clips' 1st and 99th percentile are -1 and 1; a constant is 0."""
+    """Scales (T, A) to a float32 tensor, so that `low` becomes -1 and `high` 1; a constant column becomes 0."""
     import torch
 
     low, high = np.array(described["low"]), np.array(described["high"])
@@ -83,10 +81,10 @@ def scale_actions(actions, described):
 
 
 def prepare_actions(condition_on, clips, held_out, before, base):
-    """Fills `clip["scaled_actions"]` of all clips. Returns {"actions": what they mean}, or {}.
+    """Fills `clip["scaled_actions"]` of all clips. Returns {"actions": as `describe_actions`}; {} without actions.
 
-    before: the actions of the run that is resumed, or None: where clips have gone since, its scale stays. base: the
-    folder of the model to start from. If that follows actions of the same kind, its scale and its encoder are kept.
+    before: the actions of the resumed run, or None; their scale stays, even if clips were removed since. base: the
+    folder of the model to start from. If it follows actions of the same kind, its scale and its encoder are kept.
     """
     known = before or read_described(base)
     if not condition_on:
@@ -117,18 +115,14 @@ def digest_of(rows):
 
 
 def column_names(described):
-    """The names of the columns, as one list; LeRobot also has them as {"motors": [...]}."""
-    names = described["names"]
+    """The names of the A columns as one list. LeRobot may group them: {"motors": [...]}."""
+    names, count = described["names"], described["count"]
     names = [name for part in names.values() for name in part] if isinstance(names, dict) else names
-    return (
-        names
-        if names and len(names) == described["count"]
-        else [f"column {place}" for place in range(described["count"])]
-    )
+    return names if names and len(names) == count else [f"column {place}" for place in range(count)]
 
 
-def warn_of_unknown(rows, described, given):
-    """Names the columns whose values lie far outside of what the model was trained on."""
+def warn_of_far_values(rows, described, given):
+    """Prints a warning for each column with values far outside those that the model was trained on."""
     far = np.abs(scale_actions(rows, described).numpy()).max(0)
     kinds = zip(column_names(described), described["low"], described["high"], rows.T, far)
     for name, low, high, column, value in kinds:
@@ -138,10 +132,10 @@ def warn_of_unknown(rows, described, given):
 
 
 def give_actions(images, settings, model):
-    """--actions: a table for all images, or a prepared dataset with one for each. Raises `UserError`.
+    """Reads --actions, one table for all images or a prepared dataset with one for each, and adds it to `images`.
 
-    Adds to each image the rows that its clip needs, their names, file and digest. settings: of inference; model: where
-    `settings` says what it was trained with.
+    Each image gets the rows that its clip needs, their names, file and digest. settings: those of inference;
+    `model.settings`: those of the model's training. Raises `UserError` if the actions do not fit the model.
     """
     given, num_frames, num_segments = settings.actions, settings.num_frames, settings.num_segments
     described = model.settings.get("actions")
@@ -157,7 +151,7 @@ def give_actions(images, settings, model):
         if rows.shape[1] != described["count"]:
             raise UserError(f"--actions {path}: has {rows.shape[1]} columns; the model was trained with {wanted}")
         if path.name == FILE and names and described["names"] and names != described["names"]:
-            raise UserError(f"--actions {path}: is of {json.dumps(names)}; the model was trained with {wanted}")
+            raise UserError(f"--actions {path}: has columns {json.dumps(names)}; the model was trained with {wanted}")
         if len(rows) < needed:
             what = f"{num_segments} segments of {num_frames} frames" if num_segments > 1 else f"{num_frames} frames"
             raise UserError(f"--actions {path}: has {len(rows)} rows; {what} need {needed} (--num_frames)")
@@ -166,13 +160,13 @@ def give_actions(images, settings, model):
         rows = rows[:needed]
         image |= {"action_rows": rows.tolist(), "action_names": described["names"], "actions_file": str(path)}
         image["actions_sha256"] = digest_of(rows)
-    warn_of_unknown(np.concatenate([image["action_rows"] for image in images]), described, given)
+    warn_of_far_values(np.concatenate([image["action_rows"] for image in images]), described, given)
     if longer:
-        print(f"--actions: the first {needed} rows are used of {listed(list(longer))}")
+        print(f"--actions: only the first {needed} rows are used of {listed(list(longer))}")
 
 
 def scaled_actions(job, settings):
-    """What a model is told to do in a clip; None where it was not trained to be told. settings: of its training."""
+    """The scaled actions of a clip, (T, A); None if the model, trained with `settings`, does not follow actions."""
     described, rows = settings.get("actions"), job.get("action_rows")
     return scale_actions(np.array(rows), described) if rows and described else None
 
@@ -181,9 +175,10 @@ def scaled_actions(job, settings):
 
 
 def add_encoder(unet, count, generator=None):
-    """Gives a stock UNet an encoder of `count` numbers a frame, in place: Linear, SiLU, Linear, the last one at zero.
+    """Gives a stock UNet an encoder for `count` numbers a frame, in place: Linear, SiLU, Linear.
 
-    So its output is at first bit for bit what it was. `acting` says which actions hold. generator: of the first layer.
+    Its output is added to the time embedding of the frame. Its last layer begins at zero, so the UNet's output is bit
+    for bit the same at first. `acting` sets the actions. generator: draws the first layer's weights.
     """
     import torch
 
@@ -198,7 +193,7 @@ def add_encoder(unet, count, generator=None):
     def add_vectors(block, inputs, known):
         if encoder.vectors is None:
             return None
-        rows, temb = encoder.vectors.flatten(0, 1), known["temb"]  # (N * T, C), (B * T, C); guidance doubles B
+        rows, temb = encoder.vectors.flatten(0, 1), known["temb"]  # (N * T, C), (B * T, C); with guidance B = 2 N
         rows = rows.to(temb.device, temb.dtype).repeat(len(temb) // len(rows), 1)
         return inputs, {**known, "temb": temb + rows}
 
@@ -209,9 +204,9 @@ def add_encoder(unet, count, generator=None):
 
 @contextlib.contextmanager
 def acting(unet, actions, keep=None):
-    """While this lasts, the UNet's forward passes follow `actions`, (B, T, A), scaled; None: none, as the base.
+    """A context in which the UNet follows the scaled `actions`, (B, T, A). With None it works as the base does.
 
-    keep: (B,), 0 where they are dropped. Recomputing activations is safe: the blocks are handed the sum.
+    keep: (B,), 0 where the actions are dropped. Recomputing activations is safe: the blocks get the finished sum.
     """
     if actions is None:
         yield
@@ -229,23 +224,20 @@ def acting(unet, actions, keep=None):
 
 
 def split_actions(weights):
-    """Trained tensors -> (those of the UNet, those of the encoder, by the encoder's own names)."""
+    """Splits trained tensors: (those of the UNet itself, those of the encoder under the encoder's own names)."""
     ours = {name.removeprefix(PREFIX): tensor for name, tensor in weights.items() if name.startswith(PREFIX)}
     return {name: tensor for name, tensor in weights.items() if not name.startswith(PREFIX)}, ours
 
 
 def save_encoder(folder, tensors, described):
-    """Writes the encoder and what its numbers mean; plain diffusers passes over the folder."""
+    """Writes the encoder and the description of its actions. Plain diffusers ignores the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     write_tensors(folder / WEIGHTS, {name: tensor.detach().cpu() for name, tensor in tensors.items()})
     write_json(folder / SETTINGS, described)
 
 
 def load_encoder(unet, trained, folder):
-    """Gives a UNet the encoder that is among the `trained` tensors of a checkpoint, or in the folder of a result.
-
-    Does nothing where there is none.
-    """
+    """Gives a UNet the encoder from a checkpoint's `trained` tensors or from a result's `folder`, if there is one."""
     from safetensors.torch import load_file
 
     tensors = split_actions(trained)[1]

@@ -1,4 +1,4 @@
-"""What a checkpoint holds, how it is written and read, and when a run may be resumed from it."""
+"""Checkpoints: what they hold, how they are written and read, and when a run may be resumed from one."""
 
 import contextlib
 import itertools
@@ -13,19 +13,19 @@ from svd_parts.weights import CHECKPOINT_STATE, write_tensors
 
 
 def flatten_state(optimizer, names):
-    """Optimizer state -> ({"name|key": tensor}, {"name|key": number}), by parameter name instead of by position."""
+    """The optimizer's state by parameter name: ({"name|key": tensor}, {"name|key": number})."""
     import torch
 
     tensors, numbers = {}, {}
     for name, parameter in names.items():
         for key, value in optimizer.state.get(parameter, {}).items():
-            value = value.clone() if key.startswith("qmap") else value  # bitsandbytes shares one table among all
+            value = value.clone() if key.startswith("qmap") else value  # all parameters share bitsandbytes' one table
             (tensors if torch.is_tensor(value) else numbers)[f"{name}|{key}"] = value
     return tensors, numbers
 
 
 def unflatten_state(optimizer, names, tensors, numbers):
-    """Puts back what `flatten_state` took, on each parameter's device."""
+    """Puts the state from `flatten_state` back into the optimizer, on each parameter's device."""
     import torch
 
     for flat, value in {**tensors, **numbers}.items():
@@ -35,9 +35,9 @@ def unflatten_state(optimizer, names, tensors, numbers):
 
 
 def save_checkpoint(folder, state, resumable=True, **more):
-    """Writes `folder` aside and renames it: all of `state`, or only the weights to generate with and what is in `more`.
+    """Writes a checkpoint, whole or not at all; an earlier one of that name is removed once the new one is whole.
 
-    An earlier folder of that name goes once the new one is whole.
+    resumable: save all that training needs, not only the weights to generate with. more: fields of training_state.json.
     """
     with replacing(folder, folder=True) as aside:
         if resumable or not state.ema:
@@ -69,7 +69,7 @@ def checkpoints_of(output_dir):
 
 
 def read_best(output_dir):
-    """(step, {metric: score}) of what `best/` holds, of this run or of before it was resumed; (None, {}) if nothing."""
+    """(step, {metric: score}) of the model in `best/`; (None, {}) if there is none."""
     with contextlib.suppress(FileNotFoundError, ValueError, KeyError):
         saved = json.loads((Path(output_dir) / "best" / CHECKPOINT_STATE).read_text())
         return saved["step"], saved["metrics"]
@@ -77,14 +77,14 @@ def read_best(output_dir):
 
 
 def read_checkpoint(folder):
-    """The state of a complete checkpoint. Raises `UserError` that names the damaged or missing file."""
+    """The training_state.json of a complete checkpoint. Raises a `UserError` that names the damaged or missing file."""
     path = folder / CHECKPOINT_STATE
     try:
         saved = read_json(path, "use another checkpoint")
     except FileNotFoundError:
         raise UserError(f"{path}: missing; not a checkpoint of train_svd.py") from None
     if "files" not in saved and "step" in saved:
-        raise UserError(f"{folder}: holds weights to generate with, no training to go on with")
+        raise UserError(f"{folder}: only holds weights to generate with; give a checkpoint-N folder to go on from")
     for name, kind in (("step", int), ("settings", dict), ("optimizer", dict), ("files", dict), ("clips", dict)):
         if not is_of_kind(saved, {name: kind}):
             raise UserError(f"{path}: damaged, it has no {name}; use another checkpoint")
@@ -98,12 +98,12 @@ def read_checkpoint(folder):
 
 
 def find_checkpoint(options):
-    """--resume_from_checkpoint -> (folder, saved state) or (None, None); `latest` takes the newest complete one."""
+    """(folder, saved state) of --resume_from_checkpoint, or (None, None); `latest` is the newest complete one."""
     output, given = Path(options.output_dir), options.resume_from_checkpoint
     if not given:
         return None, None
     if given != "latest":
-        folder = Path(given) if Path(given).is_dir() else output / given  # checkpoint-500: the one of this run
+        folder = Path(given) if Path(given).is_dir() else output / given  # `checkpoint-500` alone: of this run
         return folder, read_checkpoint(folder)
     for folder in reversed(checkpoints_of(output)):
         try:
@@ -117,7 +117,7 @@ def find_checkpoint(options):
 
 
 def put_aside_newer(options, folder, step):
-    """Renames what lies beyond the resumed step to `damaged-checkpoint-N`, out of the way of the new ones."""
+    """Renames checkpoints beyond `step` to `damaged-checkpoint-N`. Raises `UserError` if the user chose this step."""
     for newer in checkpoints_of(options.output_dir):
         if checkpoint_step(newer) > step:
             target = newer.with_name(f"damaged-{newer.name}")
@@ -126,21 +126,20 @@ def put_aside_newer(options, folder, step):
             os.replace(newer, target)
 
 
-# Settings that may differ between a checkpoint and its resumption: they do not change the result.
+# Settings that may differ when a run is resumed: they do not change the trained weights.
 MAY_DIFFER_ON_RESUME = frozenset(
-    """output_dir dataset_dir pretrained_model_name resume_from_checkpoint checkpointing_steps
-checkpoints_total_limit save_merged cache_latents cache_dir dataloader_num_workers logging_steps report_to compile
-dry_run exclude
-gradient_checkpointing gradient_accumulation_steps train_batch_size max_train_steps push_to_hub
-base_model_name versions step num_clips median_fps median_motion_bucket_id motion_bucket_id_range validation_dir
-validation_steps validation_metric trained_on held_out""".split()
+    """output_dir dataset_dir pretrained_model_name resume_from_checkpoint checkpointing_steps checkpoints_total_limit
+save_merged cache_latents cache_dir dataloader_num_workers logging_steps report_to compile dry_run exclude
+gradient_checkpointing gradient_accumulation_steps train_batch_size max_train_steps push_to_hub base_model_name versions
+step num_clips median_fps median_motion_bucket_id motion_bucket_id_range validation_dir validation_steps
+validation_metric trained_on held_out""".split()
 )
 
 
 def check_resume(settings, clips, saved, folder):
-    """Refuses, by name, settings and frames that would make the resumed run another run.
+    """Raises a `UserError` that names the settings and clips with which the resumed run would become another run.
 
-    Clips that are gone are named, and the run goes on without them: that is how one that cannot be read is left out.
+    clips: {directory: fingerprint}. A run may go on without some of its clips, which may be unreadable; it names them.
     """
     before = saved["settings"]
     free = {*MAY_DIFFER_ON_RESUME, *(["num_validation_videos"] if settings["validation_dir"] else [])}
@@ -159,14 +158,14 @@ def check_resume(settings, clips, saved, folder):
         what = f"{listed(new)} not trained on before"
         if changed:
             what = f"{listed(changed)} changed (frames, fps, motion or actions)"
-        cure = "put back what was there, leave them out by --exclude, or start a new run in another --output_dir"
+        cure = "restore the clips, leave them out with --exclude, or start a new run in another --output_dir"
         raise UserError(f"{folder}: {what}; {cure}")
     if gone:
-        print(f"going on without {listed(gone)}, which the checkpoint was trained on")
+        print(f"going on without {listed(gone)}; the checkpoint was trained on these clips")
 
 
 def put_aside_other_run(state):
-    """Moves into `earlier-N/` what a run of other settings, given up before its first checkpoint, validated here."""
+    """Moves `best/` and `validation/` of a run with other settings, given up before its first checkpoint, aside."""
     output, settings = Path(state.options.output_dir), state.settings
     with contextlib.suppress(FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
         before = json.loads((output / "best" / CHECKPOINT_STATE).read_text())["settings"]

@@ -18,7 +18,7 @@ DATE = re.compile(r"(?<!\d)(\d{4})\D?(\d\d)\D?(\d\d)\D{0,2}(\d\d)\D?(\d\d)\D?(\d
 
 
 def read_time(name):
-    """The seconds of a name with a date and a time of day in it, `2024-05-01_12-59-58.png`; None for other names."""
+    """The time in seconds of a name with date and time of day, `2024-05-01_12-59-58.png`; None for other names."""
     if found := DATE.search(name):
         with contextlib.suppress(ValueError):
             moment = datetime.datetime(*map(int, found.groups()[:6]), tzinfo=datetime.timezone.utc)
@@ -27,15 +27,15 @@ def read_time(name):
 
 
 def sort_frames(names, folder):
-    """Image names of one clip folder -> (names in frame order, the two names around a gap or None).
+    """Sorts the image names of one clip folder: (names in frame order, the two names around the widest gap or None).
 
-    Frames of one clip have the same name but for the case, the suffix and one running number, as in `00000.png`,
-    `img (1).jpg`, `2024-05-01_cam2_0001.png`. Of several numbers the one that runs has another value in every frame;
-    where more than one has, a regular one, whose usual step is its smallest, or the evenest; `1305031102.175.png`
-    counts as one number too, and so does a ROS stamp, `1305031102_175304000.png`. Its step may be any: a gap is a step
-    of more than one and a half times the usual one. Raises `UserError` where the frames would be wrong: one number
-    twice, names without a number, a second kind of name (masks, thumbnails, another series), or no regular number, and
-    the evenest contradicts the order of the names.
+    Frames of one clip have the same name but for the case, the suffix and one running number: `00000.png`,
+    `img (1).jpg`, `2024-05-01_cam2_0001.png`. The running number differs in every frame. If several numbers do, a
+    regular one wins (its usual step is its smallest), then the one with the evenest steps. `1305031102.175.png` also
+    counts as one number, and so does a ROS stamp, `1305031102_175304000.png`. The step may be any. A gap is a step of
+    more than one and a half times the usual step. Raises `UserError` if the order would be wrong: a number occurs
+    twice, there is no number, there is a second kind of name (masks, thumbnails, another series), or no number is
+    regular and the evenest contradicts the order of the names.
     """
     if len(names) < 2:
         return list(names), None
@@ -46,8 +46,8 @@ def sort_frames(names, folder):
         by_number_of_names = sorted(shapes, key=lambda shape: (-len(shapes[shape]), len(shape.replace("0", ""))))
         usual, *_, odd = (min(shapes[shape], key=natural_key) for shape in by_number_of_names)
         raise UserError(
-            f"{folder}: {odd} beside {usual}; frames of a clip have the same name but for one running number: move"
-            " what is no frame of it (a mask, a thumbnail, another series) into a folder of its own"
+            f"{folder}: {odd} beside {usual}; the frames of a clip must have the same name but for one running number:"
+            " move all other images (masks, thumbnails, another series) to a folder of their own"
         )
     columns = [[int(text) for text in column] for column in zip(*(re.findall(r"\d+", name) for name in names))]
     stamps = [re.sub(r"(\d)[_-](\d{9})(?!\d)", r"\1.\2", name) for name in names]  # seconds and nanoseconds
@@ -74,7 +74,8 @@ def sort_frames(names, folder):
 
     if irregular and list(ordered) not in (by_name(r"\d+"), by_name(r"\d+(?:\.\d+)?")):
         first, second = sorted(ordered[:2])
-        raise UserError(f"{folder}: which number of {first} and {second} runs cannot be told; rename them to have one")
+        what = f"it is unclear which number of {first} and {second} counts the frames"
+        raise UserError(f"{folder}: {what}; rename the frames so that they have one number")
     return list(ordered), ordered[place : place + 2] if unevenness > 1.5 else None
 
 
@@ -86,10 +87,10 @@ def list_frames(folder):
 
 
 def read_metadata(dataset_dir):
-    """`metadata.jsonl` of a prepared dataset as `{directory, by same_name: record}`; empty where there is none.
+    """Reads `metadata.jsonl` of a prepared dataset: `{same_name(directory): record}`; {} if there is no such file.
 
-    Lines without `directory` (sets of mp4) are passed over, and so are fields that are null. Raises `UserError` that
-    names file, line and field for no sensible value, and as `read_lines` does.
+    Lines without `directory` (sets of mp4) and fields that are null are ignored. Raises a `UserError` that names file,
+    line and field of a value that makes no sense, and as `read_lines` does.
     """
     root, records = Path(dataset_dir), {}
     damaged = "not a JSON object; repair it or prepare the dataset again"
@@ -112,7 +113,7 @@ def read_metadata(dataset_dir):
     return records
 
 
-DEFAULT_FPS, DEFAULT_BUCKET = 7, 127  # SVD's own, for clips of which metadata.jsonl says nothing
+DEFAULT_FPS, DEFAULT_BUCKET = 7, 127  # SVD's defaults, for clips that metadata.jsonl does not describe
 SYSTEM_FOLDERS = frozenset(  # deleted files, thumbnails and snapshots of Windows, macOS and network storage
     "$recycle.bin|recycler|recycled|#recycle|@recycle|@eadir|@tmp|#snapshot|@recently-snapshot|~snapshot|lost+found"
     "|system volume information|__macosx".split("|")
@@ -120,17 +121,17 @@ SYSTEM_FOLDERS = frozenset(  # deleted files, thumbnails and snapshots of Window
 
 
 def find_folders(root):
-    """Every folder below `root`, links followed: `{directory: names of its files}`, and `{path: why it is left out}`.
+    """Finds all folders below `root`, also through links: ({directory: names of its files}, {path: why left out}).
 
-    A folder that can be reached by two ways is taken once, by the one without a link if there is one. What is hidden
-    and the folders of NAS, Windows and macOS are passed over. A link to an image that is not there stays: a gap.
+    A folder with several paths is taken once, by a path without a link if there is one. Hidden files and folders, and
+    the system folders of NAS, Windows and macOS are ignored. A broken link to an image stays, as a gap in the clip.
     """
     found, left_out, seen, tops = {}, {}, set(), [str(root)]
 
     def cannot_look(error):
         left_out[error.filename] = f"cannot be looked at, {error.strerror}"
 
-    for top in tops:  # the links, which are added while walking: real folders come first
+    for top in tops:  # links are appended during the walk, so that real folders come first
         real_top = os.path.realpath(top)
         homes = [Path(os.path.realpath(folder)) for folder in (root, os.path.dirname(top))]
         if top is not tops[0] and any(home.is_relative_to(real_top) for home in homes):
@@ -149,22 +150,18 @@ def find_folders(root):
             files = [name for name in files if not name.startswith(".")]
             found[Path(folder).relative_to(root).as_posix()] = files
             for name in files:
-                path = os.path.join(folder, name)
-                if (
-                    not name.lower().endswith(common.IMAGE_SUFFIXES)
-                    and os.path.islink(path)
-                    and not os.path.exists(path)
-                ):
+                path, is_image = os.path.join(folder, name), name.lower().endswith(common.IMAGE_SUFFIXES)
+                if not is_image and os.path.islink(path) and not os.path.exists(path):
                     left_out[path] = "a link to nowhere"
     return found, left_out
 
 
 def list_clips(dataset_dir):
-    """Every clip of a dataset folder: records with `directory`, `frames` (paths) and `root`, in name order.
+    """Lists the clips of a dataset folder in name order: records with `directory`, `frames` (paths) and `root`.
 
-    A clip is any folder that holds images. `metadata.jsonl` gives fps and motion where it has a line for the folder.
-    Raises `UserError` where there is no such folder, no clip in it, or where images are not a clip's frames; warns of
-    gaps between frames and of what cannot be looked at.
+    A clip is any folder that holds images. A record also has the fields of the folder's line in `metadata.jsonl`, such
+    as fps and motion. Raises `UserError` if there is no such folder or no clip in it, and as `sort_frames` does. Warns
+    of gaps between frames and of files and folders that are left out.
     """
     root = Path(dataset_dir)
     if not root.is_dir():
@@ -189,7 +186,7 @@ def list_clips(dataset_dir):
         raise UserError(wrong[0] + (f" (and {len(wrong) - 1} more such folders)" if len(wrong) > 1 else ""))
     warnings[5:] = [f"and {len(warnings) - 5} more like these"] if len(warnings) > 5 else []
     if others:
-        warnings.append(f"left out beside the frames, as they are no images: {count_kinds(others)}")
+        warnings.append(f"left out, as these files beside the frames are no images: {count_kinds(others)}")
     for text in warnings:
         print(f"warning: {text}", file=sys.stderr)
     if not clips:
@@ -198,18 +195,16 @@ def list_clips(dataset_dir):
 
 
 def warn_of_crop(clips, width, height, multiple):
-    """Prints what the crop to `width` x `height` takes away, a line for all clips of one size; looks at first frames.
+    """Prints how much of the picture the crop to `width` x `height` removes, one line for each size of clips.
 
-    multiple: what width and height must be multiples of, for the size that would fit.
+    Reads the header of every first frame. multiple: width and height must be multiples of this number.
     """
     from PIL import Image
 
     sizes = {}
     for clip in clips:
-        with (
-            contextlib.suppress(OSError, ValueError),
-            Image.open(clip["frames"][0]) as image,
-        ):  # a bad one is told later
+        # A damaged frame is reported later, with a cure.
+        with contextlib.suppress(OSError, ValueError), Image.open(clip["frames"][0]) as image:
             turned = image.getexif().get(274, 1) >= 5
             sizes.setdefault(image.size[::-1] if turned else image.size, []).append(clip["directory"])
     for size, names in sizes.items():
@@ -218,11 +213,11 @@ def warn_of_crop(clips, width, height, multiple):
 
 
 def add_digests(clips):
-    """Fills `clip["digest"]`, which tells its frames from others, wherever they lie: sizes and last 4 KB of the files.
+    """Fills `clip["digest"]`, 16 hex digits that tell the clip's frames from others, wherever they lie.
 
-    No file is read whole: a PNG ends with a checksum of its pixels, and other compressed files change in length. Of
-    those the first 4 KB count too, where EXIF turns a picture. Only a BMP is read whole. Raises `OSError` where a file
-    cannot be read.
+    The digest covers the size and the last 4 KB of each file: a PNG ends with a checksum of its pixels, and other
+    compressed files change in length. Of all but PNG files the first 4 KB count too, as EXIF there turns a picture. A
+    BMP is read whole. Raises `OSError` if a file cannot be read.
     """
 
     def digest(clip):
@@ -241,7 +236,7 @@ def add_digests(clips):
 
 
 def clip_group(clip):
-    """What must stay together when clips are held out: all cameras of one LeRobot episode, else the video itself."""
+    """A name for the clips that are held out together: all cameras of one LeRobot episode, or all clips of a video."""
     source = str(clip.get("group") or clip.get("source") or clip["directory"])
     episode = re.match(r"(.*?)videos/(chunk-\d+)/[^/]+/(episode_\d+)", source)
     return "/".join(episode.groups()) if episode else source

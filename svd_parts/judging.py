@@ -14,11 +14,10 @@ from svd_parts.page import real_clip
 
 
 def find_trained_on(clips, folder, trainings):
-    """The names of the real clips in `folder` that a model has seen in training, {name: clip} -> set.
+    """The names, as a set, of the real clips in `folder` that a model was trained on. clips: {name: clip}.
 
-    trainings: training_settings.json of each model, {} for one that was not trained here. A clip was trained on where
-    its frames were, in whatever dataset; where its name was, in the same dataset prepared again; and with another clip
-    of its recording, but for those that the run held out.
+    trainings: the training_settings.json of each model, or {}. A clip counts if its frames were trained on, from any
+    dataset; or its name, from the same folder; or another clip of its recording, unless this clip was held out.
     """
     trained_on = set()
     if any(training.get("trained_on") for training in trainings):
@@ -35,9 +34,10 @@ def find_trained_on(clips, folder, trainings):
 
 
 def judge(settings, sets, real_clips, seen):
-    """Side-by-side videos of the sets (and the real clips); with real clips, scores in metrics.json and a table.
+    """Writes side-by-side videos of the sets and the real clips. With real clips, also writes and prints scores.
 
-    An infinite PSNR (equal pictures) counts as 100 dB. seen: the images whose real clips were trained on.
+    real_clips: {image: clip}, or empty. seen: the images whose real clips were trained on. An infinite PSNR (equal
+    pictures) counts as 100 dB.
     """
     names = [Path(s.model.name).resolve().name for s in sets]
     names = names if len(set(names)) == len(sets) else [str(s.model.name) for s in sets]
@@ -62,7 +62,7 @@ def judge(settings, sets, real_clips, seen):
                     what = ("generated", "compared")[labels.index(label)]
                     files.setdefault(jobs[0]["name"], {})[what] = found
             videos = {"real": real, **videos}
-            kept = Path(settings.output_video) / real_clip(jobs[0]["sha256"])  # for the page
+            kept = Path(settings.output_video) / real_clip(jobs[0]["sha256"])  # the page shows it
             if not kept.exists():
                 kept.parent.mkdir(parents=True, exist_ok=True)
                 common.write_video(kept, real, settings.fps)
@@ -79,10 +79,10 @@ def judge(settings, sets, real_clips, seen):
 
 
 def bootstrap(scores, draws=2000):
-    """{clip: [scores]} -> {metric: {mean, low, high}}: 95 % percentile bootstrap over the clips, fixed seed.
+    """Means with 95 % intervals: {clip: [scores]} -> {metric: {mean, low, high}}, by percentile bootstrap over clips.
 
-    The videos of one real clip (other seeds) are averaged first: they are no independent samples. A metric that a clip
-    does not have (it does not move) leaves the clip out.
+    Several videos of one real clip (other seeds) are averaged first, as they are not independent. A clip without a
+    score (it does not move) is left out for that metric. The bootstrap's seed is fixed.
     """
     result, rng = {}, np.random.default_rng(0)
     for metric in next(iter(scores.values()))[0]:
@@ -96,10 +96,10 @@ def bootstrap(scores, draws=2000):
 
 
 def print_table(table, count, seen=0):
-    """Prints {label: {metric: {mean, low, high}}} of so many real clips, a row a label; seen: how many trained on."""
+    """Prints {label: {metric: {mean, low, high}}}, a row for each label. seen: how many of `count` were trained on."""
     names = table_metrics()
     if seen:
-        print(f"\n{seen} of the {count} real clips were trained on: the scores tell how well these are remembered")
+        print(f"\n{seen} of the {count} real clips were trained on: the scores show how well the model remembers them")
     print(f"\n{count} real clips, 95 % intervals" + "".join(f"  {heading:>20s}" for heading in names.values()))
     for label, scores in table.items():
         cells = (scores.get(name) for name in names)
@@ -108,7 +108,7 @@ def print_table(table, count, seen=0):
 
 
 def report_drift(records):
-    """Prints how the segments differ from the first: the mean over the clips."""
+    """Prints how each segment differs from the first one, as the mean over the clips."""
     reports = ([[s["sharpness"], s["motion"], *s["color"]] for s in r["segments"]] for r in records if "segments" in r)
     values = np.array(list(zip(*reports)))  # (segments, clips, 5)
     for number, value in enumerate(values, 1):

@@ -1,4 +1,4 @@
-"""The results of the frozen VAE and CLIP on disk: computed once, one file a clip."""
+"""The cache: results of the frozen VAE and CLIP, computed once and kept on disk, one file for each clip."""
 
 import contextlib
 import gc
@@ -19,22 +19,22 @@ from svd_parts.weights import PARTS, write_tensors
 
 @contextlib.contextmanager
 def cure_named(clip):
-    """What is wrong with a file of this clip becomes a `UserError` that names the clip and the cure."""
+    """Turns an error about a file of this clip into a `UserError` that names the clip and the cure."""
     try:
         yield
     except (UserError, OSError, SafetensorError) as error:
         what = error if isinstance(error, UserError) else f"{clip['root'] / clip['directory']}: {error}"
-        cure = f"mend it, or go on without this clip: --exclude {shlex.quote(clip['directory'])}"
+        cure = f"repair it, or go on without this clip: --exclude {shlex.quote(clip['directory'])}"
         raise UserError(f"{what}; {cure}") from error
 
 
 def frames_at_once(options):
-    """How many frames the VAE encodes at a time: bounds its activations to about 3 GiB."""
+    """How many frames the VAE encodes at a time, so that its activations take about 3 GiB at most."""
     return max(1, 512 * 320 * 8 // (options.width * options.height))
 
 
 def frames_to_decode(options):
-    """How many frames validation decodes at a time: so few that it never needs more memory than training."""
+    """How many frames validation decodes at a time: few, so that it never needs more memory than training."""
     return max(1, frames_at_once(options) // 4)
 
 
@@ -42,12 +42,12 @@ def cache_is_current(path, digest):
     try:
         with safe_open(path, "pt") as cached:
             return (cached.metadata() or {}).get("key") == digest
-    except Exception:  # safetensors raises its own kinds for a missing or damaged file: either way it is made again
+    except Exception:  # safetensors has several kinds for a missing or damaged file; the file is then written again
         return False
 
 
 def read_cached(path, start, num_frames):
-    """Posterior mean and std of a window (T, 4, h, w) and the embedding of its first frame (1, D)."""
+    """Reads a window: posterior mean and std, (T, 4, h, w) each, and the embedding of its first frame, (1, D)."""
     with safe_open(path, "pt") as cached:
         window = slice(start, start + num_frames)
         mean, std = cached.get_slice("mean")[window], cached.get_slice("std")[window]
@@ -55,7 +55,7 @@ def read_cached(path, start, num_frames):
 
 
 def load_encoders(base, device):
-    """A pipeline without its UNet: the fp32 VAE and CLIP on the device."""
+    """A pipeline without a UNet, with the VAE and CLIP in fp32 on the device."""
     parts = {part: common.load_part(base, part, torch.float32) for part in PARTS if part != "unet"}
     for part in ("vae", "image_encoder"):
         parts[part].requires_grad_(False).to(device)
@@ -63,10 +63,10 @@ def load_encoders(base, device):
 
 
 def load_frozen(clips, options, base, fingerprint, accelerator):
-    """What training needs of the frozen parts: (pipeline that encodes, or None with the cache; VAE; its decoder).
+    """Loads the frozen parts for training: (a pipeline that encodes, or None with a cache; the VAE; its decoder).
 
-    With the cache, which is filled here, training needs the VAE's encoder alone, and CLIP not at all. fingerprint: of
-    the VAE and CLIP, a part of the cache's name.
+    Fills the cache first. Training then needs only the VAE's encoder, and no CLIP. fingerprint: that of VAE and CLIP,
+    which is a part of the cache's name.
     """
     if options.cache_latents:
         build_cache(clips, options, base, fingerprint, accelerator)
@@ -79,7 +79,7 @@ def load_frozen(clips, options, base, fingerprint, accelerator):
 
 
 def build_cache(clips, options, base, fingerprint, accelerator):
-    """Fills `clip["cache"]` for every clip, encoding those that have no current file; the processes share the work."""
+    """Sets the path `clip["cache"]` and encodes clips without a current file there. The processes share the work."""
     for clip in clips:
         root, name = clip["root"] / ".cache", "/".join(map(plain_name, clip["directory"].split("/")))
         if options.cache_dir:  # may be shared by several datasets
@@ -94,24 +94,24 @@ def build_cache(clips, options, base, fingerprint, accelerator):
             str(folder).encode()
         except (OSError, UnicodeEncodeError) as error:
             why = getattr(error, "strerror", "the name is not UTF-8")
-            cure = "name a folder that can by --cache_dir, or train without: --no-cache_latents"
+            cure = "give another folder with --cache_dir, or train without a cache: --no-cache_latents"
             raise UserError(f"{folder}: the cache cannot be written there ({why}); {cure}") from None
     if missing:
         frames = sum(len(clip["frames"]) for clip in missing)
         accelerator.print(f"caching latents of {counted(len(missing), 'clip')}, {counted(frames, 'frame')}")
-    accelerator.wait_for_everyone()  # every process has looked before one of them writes
+    accelerator.wait_for_everyone()  # no process writes before all have looked what is missing
     mine = missing[accelerator.process_index :: accelerator.num_processes]
     if mine:
         with lock_cache({clip["cache_root"] for clip in mine}):
             encode_clips(mine, options, load_encoders(base, accelerator.device), accelerator)
         gc.collect()
-        torch.cuda.empty_cache()  # what the encoders took: `usable_memory` would not count it as free
+        torch.cuda.empty_cache()  # else `usable_memory` would not count the encoders' memory as free
     accelerator.wait_for_everyone()
 
 
 @contextlib.contextmanager
 def lock_cache(roots):
-    """Marks the caches as being written; who finds that nobody else is at it removes first what a killed run left."""
+    """Holds shared locks on the cache folders. A process that is alone there first removes what a killed run left."""
     with contextlib.ExitStack() as locks:
         for root in sorted(roots):
             with contextlib.suppress(UserError), lock_file(root / ".lock", "busy"):
@@ -122,7 +122,7 @@ def lock_cache(roots):
 
 @torch.no_grad()
 def encode_clips(clips, options, pipe, accelerator):
-    """Writes the cache file of every clip: posterior mean and std (N, 4, h, w), CLIP embeddings (N, 1, D), all fp32."""
+    """Writes the cache file of each clip: posterior mean and std (N, 4, h, w), CLIP embeddings (N, 1, D), all fp32."""
     total, chunk, device = sum(len(clip["frames"]) for clip in clips), frames_at_once(options), accelerator.device
     hidden = not accelerator.is_main_process
     with progress_bar("caching latents", "frame", total, disable=hidden) as progress:
@@ -141,7 +141,7 @@ def encode_clips(clips, options, pipe, accelerator):
 
 
 def add_latents(batch, pipe, options, device):
-    """Without a cache: encodes the frames of a batch here and now, as the cache would have."""
+    """Encodes the frames of a batch when there is no cache, exactly as the cache would have."""
     pixels, chunk = batch.pop("pixel_values"), frames_at_once(options)
     frames = ((pixels + 1) * 127.5).round().byte().permute(0, 1, 3, 4, 2).cpu().numpy()  # (B, T, H, W, 3)
     with torch.no_grad():

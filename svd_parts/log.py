@@ -1,4 +1,4 @@
-"""Progress, metrics.jsonl and trackers."""
+"""The log of a training run: the progress bar, metrics.jsonl and trackers."""
 
 import contextlib
 import io
@@ -17,20 +17,20 @@ from svd_parts.files import UserError, printable, write_file
 from svd_parts.metrics import finite, read_metrics
 from svd_parts.page import write_run_page
 
-PAGE_EVERY = 60  # seconds: the page of the run loads itself again as often
+PAGE_EVERY = 60  # seconds between two updates of the run's page, which reloads itself as often
 
 
 def start_trackers(options, accelerator, step):
-    """Starts --report_to before anything expensive; what it needs of the user is one line.
+    """Starts the tracker of --report_to. Raises a `UserError` with the cure if that fails.
 
-    step: where the run begins. TensorBoard forgets what a killed run wrote beyond it.
+    step: where the run begins. TensorBoard then drops what a killed run wrote beyond this step.
     """
     if options.report_to:
         simple = {name: value for name, value in options._asdict().items() if isinstance(value, (int, float, str))}
         again = {"tensorboard": {"purge_step": step + 1 if step else 0}} if options.resume_from_checkpoint else {}
         try:
             accelerator.init_trackers("svd", simple, again)
-        except Exception as error:  # each tracker has errors of its own
+        except Exception as error:  # each tracker has its own kinds
             cure = "run `wandb login`, or set WANDB_MODE=offline" if options.report_to == "wandb" else "or leave it out"
             why = str(error).strip().splitlines() or [type(error).__name__]
             raise UserError(f"--report_to {options.report_to}: cannot be started ({why[0]}); {cure}") from None
@@ -41,12 +41,12 @@ def is_validated(options, step):
 
 
 class Log:
-    """The progress bar, metrics.jsonl and --report_to; device values are read only when a line is written."""
+    """Writes the progress bar, metrics.jsonl and --report_to. Reads values from the GPU only when it writes a line."""
 
     def __init__(self, state):
         self.state, self.accelerator, options = state, state.accelerator, state.options
         self.path, lines = Path(options.output_dir) / "metrics.jsonl", []
-        if self.accelerator.is_main_process:  # a resumed run writes the lines after its checkpoint again
+        if self.accelerator.is_main_process:  # drops lines after the checkpoint: the resumed run writes them again
             lines = [line for line in read_metrics(options.output_dir) if line["step"] <= state.steps and state.steps]
             write_file(self.path, "".join(json.dumps(line) + "\n" for line in lines))
             write_run_page(self.path.parent, state.settings)
@@ -58,25 +58,25 @@ class Log:
         self.start(state.steps)
 
     def start(self, step):
-        """Begins to measure the steps of the next line."""
+        """Begins to measure for the next line, after step `step`."""
         self.values, self.waited, self.since, self.step = defaultdict(list), 0.0, time.perf_counter(), step
         if self.accelerator.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
 
     @contextlib.contextmanager
     def waiting(self):
-        """The time within counts as waiting for data."""
+        """A context whose time counts as waiting for data."""
         start = time.perf_counter()
         yield
         self.waited += time.perf_counter() - start
 
     def add(self, values):
-        """Device scalars by name; a line holds the mean of those since the last one."""
+        """Adds scalars on the device, {name: scalar}. The next line holds their means."""
         for name, value in values.items():
             self.values[name].append(value)
 
     def step_done(self, step, write):
-        """Counts a step; with `write`, a line of the means since the last one."""
+        """Counts a step; with `write`, also writes a line."""
         if not self.state.freed_early:
             self.add({"grad_norm": self.state.grad_norm})
         if write:
@@ -84,6 +84,7 @@ class Log:
         self.progress.update()
 
     def write(self, step):
+        """Writes a line with the means since the last line, speed, time left and GPU memory."""
         reduce, elapsed = self.accelerator.reduce, time.perf_counter() - self.since
         means = {name: reduce(sum(given) / len(given), "mean").item() for name, given in self.values.items()}
         line = {"step": step, **means, "learning_rate": self.state.lr_scheduler.get_last_lr()[0]}
@@ -100,13 +101,13 @@ class Log:
         self.start(step)
 
     def seconds_left(self, step, seconds_per_step):
-        """Until the last step is done and validated, if each validation takes as long as the last one did."""
+        """Seconds until the run ends, if each further validation takes as long as the last one did."""
         last, every = self.state.options.max_train_steps, self.state.options.validation_steps
-        validations = last // every - (step - 1) // every + bool(last % every)  # this step's is still to come
+        validations = last // every - (step - 1) // every + bool(last % every)  # includes that of this step
         return (last - step) * seconds_per_step + validations * self.seconds_of_validation
 
     def append(self, line):
-        """Adds a line of numbers to metrics.jsonl and to --report_to."""
+        """Adds a line of numbers, {name: number} with "step", to metrics.jsonl and to --report_to."""
         line = finite(line)
         if self.accelerator.is_main_process:
             with open(self.path, "a") as file:
@@ -118,7 +119,7 @@ class Log:
         self.accelerator.log(numbers, step=line["step"])
 
     def scores(self, metrics, seconds):
-        """Writes what a validation gave, its videos too, and how many seconds it took."""
+        """Writes the scores of a validation, its videos, and how many seconds it took."""
         self.seconds_of_validation = round(seconds, 1)
         scores = {f"validation_{name}": value for name, value in metrics.items()}
         self.append({"step": self.state.steps, **scores, "seconds_of_validation": self.seconds_of_validation})
@@ -129,7 +130,7 @@ class Log:
         return any(line["step"] == step and "validation_loss_v" in line for line in read_metrics(self.path.parent))
 
     def send_videos(self):
-        """The side-by-side videos of a validation, to --report_to."""
+        """Sends the side-by-side videos of a validation to --report_to."""
         step, kind = self.state.steps, self.state.options.report_to
         for path in sorted(self.path.parent.glob(f"validation/step-{step:06d}/*.mp4")) if kind else ():
             tracker, name = self.accelerator.get_tracker(kind, unwrap=True), printable(path.stem)
@@ -137,7 +138,7 @@ class Log:
                 import wandb
 
                 tracker.log({name: wandb.Video(str(path), format="mp4")}, step=step)
-            else:  # as a GIF, which its page plays; torch's add_video would need moviepy 1
+            else:  # TensorBoard's page plays GIFs; torch's add_video would need moviepy 1
                 from tensorboard.compat.proto.summary_pb2 import Summary
 
                 frames, data = [Image.fromarray(frame) for frame in common.read_video(path)], io.BytesIO()

@@ -1,4 +1,4 @@
-"""LoRA adapters: adds them to a UNet, saves, reads and merges them."""
+"""LoRA adapters: adds them to a UNet, saves, reads, checks and merges them."""
 
 import math
 import re
@@ -18,9 +18,9 @@ from svd_parts.weights import (
 
 
 def add_adapters(unet, options, generator):
-    """Puts a LoRA of --lora_rank into the transformer blocks that --trainable names, in place, as peft does it.
+    """Adds a LoRA of --lora_rank to the transformer blocks that --trainable names, in place, as peft does.
 
-    Every linear layer there gets one, but the queries and keys of cross-attention: see WITHOUT_GRADIENT.
+    Every linear layer gets one, except for the queries and keys of cross-attention: see WITHOUT_GRADIENT in unet.py.
     """
     import peft
     import torch
@@ -37,9 +37,9 @@ def add_adapters(unet, options, generator):
 
 
 def adapter_forward(layer):
-    """The forward pass of a peft LoRA layer, W x + b + scale * B A x, in its input's dtype.
+    """The forward pass of a peft LoRA layer, W x + b + scale * B A x, in the dtype of its input.
 
-    peft's own holds its input in fp32 too, and four tensors as large as the output where this holds one: training
+    peft's own forward also keeps its input in fp32, and four tensors as large as the output instead of one: training
     SVD-XT at 512x320x25 would need 7.8 GiB instead of 6.7.
     """
     import torch.nn.functional as F
@@ -57,7 +57,7 @@ def adapter_forward(layer):
 
 
 def save_adapter(folder, state, weights):
-    """A LoRA as peft itself saves it, and what it was trained with."""
+    """Saves the trained tensors `weights` of a LoRA as peft does, with the training's settings beside them."""
     config, settings = state.bare_unet.peft_config["default"], state.settings
     config.base_model_name_or_path = settings["base_model_name"]
     config.save_pretrained(folder)
@@ -68,9 +68,9 @@ def save_adapter(folder, state, weights):
 
 
 def load_trained_weights(weights, trained, settings):
-    """Puts trained tensors in the place of the base's, whatever dtype these have; a LoRA is added to them.
+    """Copies trained tensors over those of the base, in the base's dtype, or adds a trained LoRA to them.
 
-    weights: {name: tensor} of a UNet or of one of its files, changed in place; settings: what it was trained with.
+    weights: {name: tensor} of a UNet or of one of its files, changed in place. settings: those of the training.
     """
     import torch
 
@@ -82,10 +82,10 @@ def load_trained_weights(weights, trained, settings):
 
 
 def add_adapter(weights, adapter, scale):
-    """Adds scale * B A of a LoRA (Hu et al. 2021) to the weights that it is for, in place; the sum is made in fp32.
+    """Adds scale * B A of a LoRA (Hu et al. 2021) to the weights that it adapts, in place. The sum is made in fp32.
 
-    weights: {"<layer>.weight": (out, in)} of a UNet or of one of its files; adapter: {"<layer>.lora_A.weight": (r, in),
-    "<layer>.lora_B.weight": (out, r)}, named as in peft's files or as in a model that peft has adapters in.
+    weights: {"<layer>.weight": (out, in)} of a UNet or of one of its files. adapter: {"<layer>.lora_A.weight": (r, in),
+    "<layer>.lora_B.weight": (out, r)}, named as in peft's files or as in a model with peft's adapters.
     """
     import torch
 
@@ -99,25 +99,25 @@ def add_adapter(weights, adapter, scale):
 
 
 def lora_scale(config):
-    """What B A is multiplied by, from training_settings.json or from peft's adapter_config.json."""
+    """The factor of B A, from the fields of training_settings.json or of peft's adapter_config.json."""
     rank = config.get("lora_rank") or config["r"]
     return config["lora_alpha"] / (rank**0.5 if config.get("use_rslora") else rank)
 
 
-# What of peft's adapter_config.json is understood, or changes nothing; whatever else is set there is another method.
+# Fields of peft's adapter_config.json that we understand or that change nothing. Other fields mean another method.
 UNDERSTOOD = frozenset(
     """peft_type task_type auto_mapping peft_version base_model_name_or_path revision inference_mode r target_modules
 exclude_modules lora_alpha lora_dropout use_rslora layers_to_transform layers_pattern megatron_core
 qalora_group_size""".split()
 )
-PLAIN_STARTS = (None, True, False, "gaussian", "orthogonal", "eva")  # other ways to begin also change the base
+PLAIN_STARTS = (None, True, False, "gaussian", "orthogonal", "eva")  # other initialisations also change the base
 
 
 def read_lora(folder):
-    """(adapter_config.json, the header of its weights) of a plain LoRA; raises `UserError` for any other folder."""
+    """Reads a plain LoRA: (adapter_config.json, header of its weights). Raises `UserError` for any other folder."""
     config, file = folder / "adapter_config.json", folder / "adapter_model.safetensors"
     if not config.is_file():
-        raise UserError(f"--lora {folder}: no {config.name} in it; give OUTPUT_DIR/lora of a training run")
+        raise UserError(f"--lora {folder}: has no {config.name}; give OUTPUT_DIR/lora of a training run")
     config, tensors = read_json(config), safetensors_header(file)
     special = [f"peft_type {config.get('peft_type')}"] * (config.get("peft_type") != "LORA")
     plain = {"init_lora_weights": PLAIN_STARTS, "bias": (None, "none")}
@@ -127,18 +127,18 @@ def read_lora(folder):
     numbers = (config.get(name) for name in ("r", "lora_alpha"))
     special += ["no r and lora_alpha"] * (not all(isinstance(n, (int, float)) and n > 0 for n in numbers))
     if special:
-        cure = "merge it by peft itself, or convert it to a plain LoRA (path_initial_model_for_weight_conversion)"
+        cure = "merge it with peft, or convert it to a plain LoRA (path_initial_model_for_weight_conversion)"
         raise UserError(f"--lora {folder}: not a plain LoRA ({', '.join(special)}); {cure}")
     others = sorted(name for name in tensors if not re.search(r"\.lora_[AB]\.weight$", name))
     if others or not tensors:
-        empty = f"damaged, no two matrices of rank {config['r']} in it"
-        what = f"{listed(others)} in {file.name} is not of a plain LoRA; merge it by peft itself"
+        empty = f"damaged, it has no two matrices of rank {config['r']}"
+        what = f"{listed(others)} in {file.name} does not belong to a plain LoRA; merge it with peft"
         raise UserError(f"--lora {folder}: {what if others else empty}")
     return config, tensors
 
 
 def find_lora(name):
-    """The folder of a LoRA: `name` itself, `name`/lora of a training's output, or what the hub has under this name."""
+    """The folder of a LoRA: `name`, the lora/ in a training's output `name`, or a download of the hub's `name`."""
     folder = Path(name)
     if not folder.exists() and len(folder.parts) == 2 and not str(name).startswith((".", "~", "/")):
         from huggingface_hub import snapshot_download
@@ -151,24 +151,22 @@ def find_lora(name):
 
 
 def check_shapes(folder, config, tensors, shapes, base):
-    """Raises `UserError` where the matrices of a LoRA are not pairs of its rank, or not for layers of this base."""
+    """Raises `UserError` if a LoRA's matrices are not pairs of its rank, or do not fit the `shapes` of the base."""
     for layer in sorted({name.rsplit(".lora_", 1)[0] for name in tensors}):
         down, up = (tensors.get(f"{layer}.lora_{side}.weight", {}).get("shape", []) for side in "AB")
         if len(down) > 2 and len(up) > 2:
-            raise UserError(
-                f"--lora {folder}: adapts a convolution ({layer}), not only linear layers; merge it by peft"
-            )
+            raise UserError(f"--lora {folder}: adapts a convolution, not only linear layers ({layer}); use peft itself")
         if len(down) != 2 or len(up) != 2 or down[0] != config["r"] or up[1] != config["r"]:
             raise UserError(f"--lora {folder}: damaged, {layer} has no two matrices of rank {config['r']}")
         name = layer.removeprefix("base_model.model.") + ".weight"
         if shapes and shapes.get(name) != [up[0], down[1]]:
-            raise UserError(f"--lora {folder}: for another model: {base} has no {name} of its size")
+            raise UserError(f"--lora {folder}: for another model: {base} has no {name} of this size")
 
 
 def check_adapters(model, options):
-    """The model with the LoRAs of --lora, and where it was not trained here, with what the first was trained with.
+    """Adds the LoRAs of --lora to the model's `adapters`. A model without settings takes those of the first LoRA.
 
-    Raises `UserError` for a folder that holds none, and for a LoRA that is not for this model, by the shapes alone.
+    Reads no weights, only their shapes. Raises `UserError` for a LoRA that is missing, damaged or for another model.
     """
     shapes, settings, adapters = {}, model.settings, []
     for file in weight_files(model.base, "unet") if options.lora and not options.dry_run else ():
@@ -180,12 +178,12 @@ def check_adapters(model, options):
         known, here = config.get("base_model_name_or_path"), model.settings.get("base_model_name") or model.name
         if (folder / SETTINGS).is_file():
             found = read_settings(folder / SETTINGS, "delete it, or copy the folder again")
-            if without_paths({**found, "step": 0}) == without_paths({**model.settings, "step": 0}):  # a result's
+            if without_paths({**found, "step": 0}) == without_paths({**model.settings, "step": 0}):
                 raise UserError(f"--lora {folder} is merged into --model_dir {model.name} already; leave it out")
             if shapes and found["base_fingerprint"] not in fingerprints_of(model):
                 print(f"warning: --lora {folder} was trained on another base than {model.name} ({known or 'unnamed'})")
             settings = settings or found
-            if found.get("actions"):  # whose encoder lies in the LoRA's folder
+            if found.get("actions"):  # the LoRA's folder holds their encoder
                 settings = {**settings, "actions": found["actions"]}
         elif known and known in SVD_NAMES and str(here) in SVD_NAMES and known != here:
             print(f"warning: --lora {folder} was trained on {known}, not on {here}")
@@ -193,12 +191,12 @@ def check_adapters(model, options):
 
 
 def fingerprints_of(model):
-    """Of the base that a model was trained from, and of the model itself."""
+    """The fingerprints of the base that the model was trained from, and of the model itself."""
     return {model.settings.get("base_fingerprint"), weights_fingerprint(model.base, "unet")}
 
 
 def without_paths(settings):
-    """The settings of a run as others may read them: a folder of this machine is named by its last part alone."""
+    """The settings of a run without paths of this machine: only the last part of each path stays."""
     folders = "dataset_dir output_dir validation_dir cache_dir pretrained_model_name resume_from_checkpoint".split()
     public = dict(settings)
     for name in folders:

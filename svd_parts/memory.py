@@ -1,4 +1,4 @@
-"""How much GPU memory there is, and what to do where it is not enough."""
+"""How much GPU memory there is, and what to do if it is not enough."""
 
 import importlib.util
 import os
@@ -9,22 +9,23 @@ from tqdm.auto import tqdm
 
 from svd_parts.weights import size_multiple
 
-LOW_VRAM_CHUNK = 4  # frames decoded at once: needs as much memory as the UNet at 1024x576
+LOW_VRAM_CHUNK = 4  # frames decoded at once: that takes as much memory as the UNet at 1024x576
 
 
 def usable_memory(device, size=None):
-    """GiB that a run may use of `size` bytes, or of what is free now: less what no forecast sees, which is CUDA's
-    context and workspaces (0.6), and fragments (5 %; 12 % on Windows, where torch has no expandable segments)."""
+    """GiB that a run may use, of `size` bytes or of what is free now."""
     import psutil
     import torch
 
+    # No forecast sees CUDA's context and workspaces (0.6) and fragments: 5 %, and 12 % on Windows, where torch has no
+    # expandable segments.
     is_cuda = device.type == "cuda"
     size = size or (torch.cuda.mem_get_info(device)[0] if is_cuda else psutil.virtual_memory().available)
     return size / 2**30 * (0.88 if is_cuda and os.name == "nt" else 0.95) - 0.6
 
 
 def is_out_of_memory(error):
-    """Whether the GPU's memory was not enough, which torch, cuBLAS and cuDNN say in different words."""
+    """Whether the error says that the GPU's memory ran out; torch, cuBLAS and cuDNN use different words."""
     import torch
 
     words = "out of memory|CUBLAS_STATUS_ALLOC_FAILED|ALLOCATION_FAILED|unable to find an engine"
@@ -33,7 +34,7 @@ def is_out_of_memory(error):
 
 
 def smaller_memory(settings, reason):
-    """The settings with the next smaller memory mode; None where there is none. A reason is printed."""
+    """The settings in the next mode that needs less memory, or None. Prints the change, if there is a reason."""
     for low_vram, chunk in ((settings.low_vram, 8), (True, LOW_VRAM_CHUNK), (True, 1)):
         change = {"low_vram": low_vram, "decode_chunk_size": min(chunk, settings.decode_chunk_size)}
         change = {name: value for name, value in change.items() if getattr(settings, name) != value}
@@ -46,7 +47,7 @@ def smaller_memory(settings, reason):
 
 
 def fit_memory(settings, folder):
-    """Before anything is loaded: smaller settings where the forecast says that the GPU has too little memory."""
+    """Reduces the settings until the forecast fits the GPU's free memory, before anything is loaded."""
     import torch
 
     from svd_parts.forecast import forecast_clip
@@ -55,13 +56,13 @@ def fit_memory(settings, folder):
     while (needed := forecast_clip(folder, settings)[0]) > available:
         smaller = smaller_memory(settings, f"needs {needed:.1f} GiB, {available:.1f} GiB are free")
         if smaller is None:
-            break  # a forecast may err: let it try
+            break  # the forecast may be wrong, so the run is tried
         settings = smaller
     return settings
 
 
 def advice(options, folder, weight_dtype, available):
-    """One sentence: which changes of the command line would fit, cheapest first. Each adds to the one before."""
+    """A sentence with changes of the command line that would fit, cheapest first. Each adds to the one before."""
     from svd_parts.forecast import forecast
 
     multiple, fitting, flags = size_multiple(folder), [], []
@@ -88,14 +89,14 @@ def advice(options, folder, weight_dtype, available):
 
 
 def why_no_cuda():
-    """Why torch finds no CUDA GPU, and what to do about it."""
+    """A text that says why torch finds no CUDA GPU, and what to do."""
     import torch
 
-    with warnings.catch_warnings(record=True) as caught:  # torch warns of a driver that is too old
+    with warnings.catch_warnings(record=True) as caught:  # torch warns if the driver is too old
         warnings.simplefilter("always")
         torch.cuda.is_available()
     if any("driver" in str(warning.message) for warning in caught):
         return "the NVIDIA driver is too old for this torch: update the driver, or install a torch for an older CUDA"
     if torch.version.cuda is None:
-        return f"torch {torch.__version__} is a build without CUDA: install one with it, see pytorch.org"
-    return "no NVIDIA GPU or driver found: see whether nvidia-smi lists one"
+        return f"torch {torch.__version__} is a build without CUDA: install one with CUDA, see pytorch.org"
+    return "no NVIDIA GPU or driver found: check whether nvidia-smi lists one"

@@ -1,4 +1,4 @@
-"""How much a clip moves, how a generated clip is scored, and reading a run's metrics.jsonl."""
+"""Measures how much a clip moves, scores generated clips, and reads a run's metrics.jsonl."""
 
 import contextlib
 import functools
@@ -18,18 +18,18 @@ def optical_flow(first, second, preset=cv2.DISOPTICAL_FLOW_PRESET_MEDIUM):
     return cv2.DISOpticalFlow_create(preset).calc(first, second, None)
 
 
-MOTION_SIZE = 128  # pixels of the longer side at which motion is measured, so that it does not depend on the resolution
-MOTION_MIDDLE, MOTION_EXPONENT = 1.5, 0.5  # the motion in the middle of the buckets, and how they spread around it
+MOTION_SIZE = 128  # pixels of the longer side for measuring motion, so that motion does not depend on the resolution
+MOTION_MIDDLE, MOTION_EXPONENT = 1.5, 0.5  # the motion of the middle bucket, and how the buckets spread around it
 
 
 def motion_stride(fps):
-    """Frames between the two pictures of a motion measurement: about a tenth of a second, whatever the fps."""
+    """Frames between the two pictures whose motion is measured: about a tenth of a second."""
     return max(1, round(fps / 10))
 
 
 def motion_thumbnail(frame, to_grey=cv2.COLOR_RGB2GRAY):
-    """(H, W, 3) -> grey, the longer side at most `MOTION_SIZE`: what `flow_magnitude` compares."""
-    step = max(1, max(frame.shape[:2]) // (2 * MOTION_SIZE))  # every step-th pixel first: area averaging is slow
+    """(H, W, 3) -> grey, with the longer side at most `MOTION_SIZE`, for `flow_magnitude`."""
+    step = max(1, max(frame.shape[:2]) // (2 * MOTION_SIZE))  # first takes every step-th pixel: area averaging is slow
     frame = frame[::step, ::step]
     scale = MOTION_SIZE / max(frame.shape[:2])
     if scale < 1:
@@ -41,7 +41,7 @@ def motion_thumbnail(frame, to_grey=cv2.COLOR_RGB2GRAY):
 def flow_magnitude(first, second):
     """Mean length of the optical flow between two thumbnails, in percent of the longer side: DIS, fast preset."""
     h, w = first.shape
-    if min(h, w) < 32:  # DIS needs some room
+    if min(h, w) < 32:  # DIS fails on smaller images
         pad = (0, max(0, 32 - h), 0, max(0, 32 - w), cv2.BORDER_REPLICATE)
         first, second = cv2.copyMakeBorder(first, *pad), cv2.copyMakeBorder(second, *pad)
     flow = optical_flow(first, second, cv2.DISOPTICAL_FLOW_PRESET_FAST)[:h, :w]
@@ -57,7 +57,7 @@ def clip_motion(frames, fps):
 
 
 def motion_bucket(motion):
-    """`clip_motion` -> motion_bucket_id: 255 * m^p / (m^p + middle^p). The scale is ours: Stability's is not public."""
+    """The motion_bucket_id of a `clip_motion`: 255 * m^p / (m^p + middle^p). Our scale: Stability's is not public."""
     powered = max(motion, 0.0) ** MOTION_EXPONENT
     return round(255 * powered / (powered + MOTION_MIDDLE**MOTION_EXPONENT))
 
@@ -82,7 +82,7 @@ def psnr(squared_error):
 
 
 class Pair:
-    """A generated continuation beside the real one of the same first frame; what several metrics need, made once."""
+    """A generated clip and the real clip with the same first frame. Computes once what several metrics need."""
 
     def __init__(self, generated, real):
         self.length = min(len(generated), len(real))
@@ -91,13 +91,13 @@ class Pair:
 
     @functools.cached_property
     def moving(self):
-        """Where the real clip moves: |real - frame 0| > 20 of 255 in any channel, dilated 3x3, (T - 1, H, W) bool."""
+        """The moving pixels, (T - 1, H, W) bool: |real - frame 0| > 20 of 255 in any channel, dilated 3x3."""
         moving = np.abs(self.real[1:].astype(np.int16) - self.real[0]).max(axis=3) > 20
         return np.stack([cv2.dilate(m.astype(np.uint8), np.ones((3, 3), np.uint8)) > 0 for m in moving])
 
     @functools.cached_property
     def flows(self):
-        """DIS flow of the moving pixels, of the generated and of the real clip: two arrays (N, 2), pixels a frame."""
+        """DIS flow of the moving pixels in the generated and in the real clip: two arrays (N, 2), pixels a frame."""
         steps, moving = range(self.length - 1), self.moving
         videos = self.generated, self.real
         return [np.concatenate([optical_flow(v[t], v[t + 1])[moving[t]] for t in steps]) for v in videos]
@@ -124,16 +124,16 @@ def flow_cosine(pair):
 
 
 class Metric(NamedTuple):
-    """One entry of the table of metrics: a new metric is a new entry, and shown everywhere by itself."""
+    """One entry of the table of metrics. A new metric is one new entry; it is then shown everywhere."""
 
     title: str
     unit: str
     better: str  # higher, lower, or "near 1"
-    note: str  # on the page
-    compute: Callable = None  # Pair -> number or None; none for the loss, which validation computes
-    needs_motion: bool = False  # None where the real clip does not move
-    in_tables: bool = True  # the tables of infer_svd.py and of a validation
-    picks_best: bool = True  # --validation_metric may name it
+    note: str  # shown on the page
+    compute: Callable = None  # Pair -> number or None; not for the loss, which validation computes
+    needs_motion: bool = False  # whether the score is None for a real clip that does not move
+    in_tables: bool = True  # whether the tables of infer_svd.py and of a validation show it
+    picks_best: bool = True  # whether --validation_metric may name it
 
 
 METRICS = {
@@ -153,14 +153,14 @@ METRICS = {
 
 
 def table_metrics():
-    """{name: heading} of what the printed tables show: `PSNR moving dB`."""
+    """{name: heading} of the metrics in the printed tables; a heading is like `PSNR moving dB`."""
     return {name: f"{metric.title} {metric.unit}".strip() for name, metric in METRICS.items() if metric.in_tables}
 
 
 def video_metrics(generated, real):
-    """{metric: number} of a generated clip against the real one, (T, H, W, 3) uint8 RGB each, over frames 1..T-1.
+    """Scores a generated clip against the real one, (T, H, W, 3) uint8 RGB each, over frames 1..T-1: {metric: number}.
 
-    Whole-frame PSNR and SSIM prove little alone: a static background wins them. None where the real clip does not move.
+    PSNR and SSIM over whole frames prove little: a static background scores high. None where the real clip is static.
     """
     pair = Pair(generated, real)
     moves = pair.moving.any()
@@ -169,18 +169,18 @@ def video_metrics(generated, real):
 
 
 def sharpness(frame):
-    """Variance of the Laplacian of (H, W, 3) RGB: falls when a picture blurs."""
+    """Variance of the Laplacian of (H, W, 3) RGB; lower for a blurred picture."""
     return float(cv2.Laplacian(cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY), cv2.CV_64F).var())
 
 
 def sharpness_ratio(frames):
-    """`sharpness`, mean of the last quarter of the frames over frame 0; None where frame 0 is of one colour."""
+    """Mean `sharpness` of the last quarter of the frames, over that of frame 0; None if frame 0 has only one colour."""
     start, end = sharpness(frames[0]), np.mean([sharpness(frame) for frame in frames[-max(1, len(frames) // 4) :]])
     return round(float(end / start), 4) if start else None
 
 
 def flicker(frames):
-    """Mean |change| of a frame's mean brightness to the next, levels of 255. Motion within it hardly counts."""
+    """Mean |change| of the mean brightness from frame to frame, in levels of 255. Motion hardly changes it."""
     brightness = [cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY).mean() for frame in frames]
     return round(float(np.abs(np.diff(brightness)).mean()), 4)
 
@@ -189,7 +189,7 @@ class Measure(NamedTuple):
     """One entry of the table of measures, which need no real clip."""
 
     title: str
-    note: str  # on the page
+    note: str  # shown on the page
     compute: Callable  # (frames (T, H, W, 3), input image (H, W, 3), motion as `clip_motion`) -> number or None
 
 
@@ -207,24 +207,24 @@ MEASURES = {
 
 
 def clip_measures(frames, image, fps):
-    """{measure: number} of a generated clip (T, H, W, 3) RGB, without a real one; image: its input, same size."""
+    """Measures a generated clip (T, H, W, 3) RGB without a real one: {measure: number}. image: its input, same size."""
     motion = clip_motion(frames, fps)
     return {name: measure.compute(frames, image, motion) for name, measure in MEASURES.items()}
 
 
 def mean_scores(scores):
-    """The mean of each metric over the clips that have it."""
+    """{metric: mean} over the clips that have a score for the metric. scores: [{metric: number or None}]."""
     values = {name: [score[name] for score in scores if score[name] is not None] for name in scores[0]}
     return {name: float(np.mean(given)) for name, given in values.items() if given}
 
 
 def finite(values):
-    """The numbers as JSON has them: null for what is not finite (a step that overflowed in fp16, equal pictures)."""
+    """Replaces numbers that JSON lacks by None: infinite or NaN, from an overflow in fp16 or from equal pictures."""
     return {name: value if math.isfinite(value) else None for name, value in values.items()}
 
 
 def read_metrics(output_dir):
-    """The lines of a run's metrics.jsonl, without those that a crash cut off."""
+    """The lines of a run's metrics.jsonl as dicts, without a line that a crash cut off."""
     path, lines = Path(output_dir) / "metrics.jsonl", []
     for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
         with contextlib.suppress(UserError):

@@ -9,13 +9,13 @@ from svd_parts.actions import acting
 
 
 def random_generator(*key):
-    """A CPU generator that depends on `key` alone: the same numbers on every machine, in every order."""
+    """A CPU generator whose numbers depend on `key` alone: they are the same on every machine and in any order."""
     return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "little"))
 
 
 @functools.lru_cache(maxsize=4)  # the loader's threads may be in two epochs at once
 def shuffled(count, *key):
-    """0 .. count - 1 in an order that depends on `key` alone."""
+    """The numbers 0 .. count - 1 in an order that depends on `key` alone."""
     return torch.randperm(count, generator=random_generator(*key)).tolist()
 
 
@@ -36,18 +36,18 @@ def scalings(sigmas):
 
 
 def v_target(latents, noise, sigmas):
-    """What F should give: v = (noise - sigma * latents) / sqrt(sigma^2 + 1).
+    """The target of F: v = (noise - sigma * latents) / sqrt(sigma^2 + 1).
 
     MSE(F, v) equals SVD's weighted denoising loss, (sigma^2 + 1) / sigma^2 * MSE(denoised, latents), since that weight
-    times c_out^2 is 1; and it keeps its digits in half precision at small sigma, which the denoised form does not.
+    times c_out^2 is 1. In half precision the v form stays accurate at small sigma; the denoised form does not.
     """
     return (noise - sigmas * latents) / (sigmas**2 + 1).sqrt()
 
 
 def loss_weight(sigmas, loss):
-    """Weight of the squared v error: 1 for SVD's loss; 1 / (sigma^2 + 1) makes it MSE(predicted noise, noise).
+    """The weight of the squared v error: 1 for SVD's loss. 1 / (sigma^2 + 1) makes it MSE(predicted noise, noise).
 
-    The predicted noise is (x - denoised) / sigma; its error is the error of F divided by sqrt(sigma^2 + 1).
+    The predicted noise is (x - denoised) / sigma, so its error is the error of F divided by sqrt(sigma^2 + 1).
     """
     return torch.ones_like(sigmas) if loss == "v" else 1 / (sigmas**2 + 1)
 
@@ -55,13 +55,13 @@ def loss_weight(sigmas, loss):
 def training_loss(unet, vae, batch, weight_dtype, loss="v"):
     """One forward pass: latents -> noise -> condition -> predict -> loss.
 
-    batch: as ClipDataset, with a batch axis. Returns (loss to minimise, {"loss_v", "loss_noise"} detached scalars).
+    batch: stacked samples of ClipDataset. Returns (the loss to minimise, {"loss_v", "loss_noise"}: detached scalars).
     """
     latents, noise = batch["latents"], batch["noise"]  # (B, T, 4, h, w)
     sigmas = batch["sigmas"].view(-1, 1, 1, 1, 1)
     keep = batch["keep"].view(-1, 1, 1, 1, 1)
     _, _, c_in, c_noise = scalings(sigmas)
-    with torch.no_grad():  # the mode, not a sample, and not scaled: what the pipeline feeds
+    with torch.no_grad():  # as in the pipeline: the mode, not a sample, and without the scaling factor
         image_latents = vae.encode(batch["conditioning_image"]).latent_dist.mode()  # (B, 4, h, w)
     image_latents = image_latents[:, None].expand_as(latents) * keep
 

@@ -1,6 +1,6 @@
-"""One table of optimizers: how each is built, its bytes a parameter, and how it takes a step.
+"""The table of optimizers: how each is built, how it takes a step, and how many bytes a parameter it needs.
 
-torch is imported inside the functions, so that the command line can list the table without it.
+torch is imported inside the functions, so that the command line can list the table without loading torch.
 """
 
 from functools import partial
@@ -11,11 +11,11 @@ class Optimizer(NamedTuple):
     """One entry of the table."""
 
     build: Callable  # (parameter groups, lr=..., weight_decay=...) -> a torch optimizer
-    step: Callable  # (optimizer, parameter groups, bad): one step, none where the device scalar `bad` is set
-    bytes_per_parameter: float  # of its states
-    package: str = ""  # what has to be installed for it, beside requirements.txt
+    step: Callable  # (optimizer, parameter groups, bad): takes a step, unless the device scalar `bad` is True
+    bytes_per_parameter: float  # of the optimizer's states
+    package: str = ""  # a package that it needs beside those in requirements.txt
     needs_cuda: bool = False
-    max_grad_norm: float = 1.0  # the default; 0 frees each gradient once it is used
+    max_grad_norm: float = 1.0  # default of --max_grad_norm; 0 frees each gradient once it is used
 
 
 def build_adamw(groups, **options):
@@ -31,7 +31,7 @@ def build_adamw8bit(groups, **options):
 
 
 def step_fused(optimizer, groups, bad):
-    """torch's fused optimizers look at `found_inf` on the device: the CPU never waits for the GPU."""
+    """One step of a fused torch optimizer. It reads `found_inf` on the device, so the CPU never waits for the GPU."""
     all_groups, optimizer.param_groups = optimizer.param_groups, groups
     optimizer.found_inf = bad.float()
     optimizer.step()
@@ -39,9 +39,9 @@ def step_fused(optimizer, groups, bad):
 
 
 def step_bitsandbytes(optimizer, groups, bad):
-    """Calls the parts of bitsandbytes' step, because its own step() waits for the GPU after every tensor.
+    """One step of a bitsandbytes optimizer, part by part: its own step() waits for the GPU after every tensor.
 
-    What a bad step changed is put back on the device.
+    If the step is bad, the old values are put back, on the device.
     """
     import torch
 
@@ -57,7 +57,7 @@ def step_bitsandbytes(optimizer, groups, bad):
                 value.copy_(torch.where(bad, old, value))
 
 
-# AdamW keeps two fp32 numbers a parameter; in 8 bits two bytes, and two fp32 scales for every 256 parameters.
+# AdamW keeps two fp32 numbers a parameter; its 8-bit form two bytes, and two fp32 scales for every 256 parameters.
 OPTIMIZERS = {
     "adamw": Optimizer(build_adamw, step_fused, bytes_per_parameter=8),
     "adamw8bit": Optimizer(build_adamw8bit, step_bitsandbytes, 2 + 8 / 256, "bitsandbytes", True, max_grad_norm=0.0),
@@ -65,23 +65,23 @@ OPTIMIZERS = {
 
 
 def gradients_freed_early(options, num_processes):
-    """Whether each gradient can be used and freed as soon as it is there: nothing needs all of them at once."""
+    """Whether each gradient can be used and freed in the backward pass, as nothing needs all of them together."""
     alone = options.gradient_accumulation_steps == num_processes == 1
     return alone and options.max_grad_norm == 0 and options.mixed_precision != "fp16"
 
 
 def build_optimizer(options, parameters, each_alone=False):
-    """The optimizer of --optimizer over `parameters`; each_alone: one parameter group for each of them."""
+    """Builds the optimizer of --optimizer. each_alone: put each parameter into a group of its own."""
     groups = [{"params": [parameter]} for parameter in parameters] if each_alone else [{"params": list(parameters)}]
     build = OPTIMIZERS[options.optimizer].build
     return build(groups, lr=options.learning_rate, weight_decay=options.adam_weight_decay)
 
 
 def step_in_backward(optimizer, step, bad):
-    """Updates each parameter in the backward pass and frees its gradient at once, so that they are never all there.
+    """Lets the backward pass update each parameter and free its gradient at once, so that few gradients exist together.
 
-    step: of the table. bad: a device scalar, set where a gradient was not finite; neither that parameter nor any after
-    it changes then.
+    step: `Optimizer.step` of the table. bad: a device scalar, set when a gradient is not finite; from then on no
+    parameter changes.
     """
     import torch
 
@@ -95,5 +95,5 @@ def step_in_backward(optimizer, step, bad):
 
 
 def optimizer_bytes(name, count):
-    """Bytes that the states of the optimizer `name` take for `count` parameters."""
+    """The bytes of the states of the optimizer `name` for `count` parameters."""
     return int(count * OPTIMIZERS[name].bytes_per_parameter)

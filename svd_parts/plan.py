@@ -1,4 +1,4 @@
-"""What a run will need: memory, disk, and what would fit a smaller card."""
+"""The plan of a run, for --dry_run: memory, disk and time, and what would fit a smaller card."""
 
 import json
 import math
@@ -29,7 +29,7 @@ from svd_parts.weights import (
 
 
 def dry_run(options, device):
-    """Prints the plan of a run; its last line is one JSON object."""
+    """Prints the plan of a training run. The last line is one JSON object."""
     folder, weight_dtype = resolve_config(options.pretrained_model_name), compute_dtype(options.mixed_precision)
     check_sizes(options, folder)
     available = usable_memory(device) if device.type == "cuda" else 0
@@ -46,13 +46,13 @@ def dry_run(options, device):
     for name in ("weights", "gradients", "optimizer", "activations"):
         print(f"  {name:12s} {plan[f'{name}_gib']:8.2f} GiB" + (" at the peak" if name == "activations" else ""))
     print(f"  peak         {plan['peak_memory_gib']:8.2f} GiB, and about 0.6 GiB for CUDA itself")
-    print(f"  validation   {plan['validation_gib']:8.2f} GiB, where there is one")
+    print(f"  validation   {plan['validation_gib']:8.2f} GiB, if the run has one")
     print(f"  a step       {plan['flops_per_step'] / 1e12:8.2f} TFLOP")
     cache, each = f"{plan['cache_gib']:.2f} GiB for {frames} frames", f"{plan['checkpoint_gib']:.2f} GiB a checkpoint"
     at_once = f"(up to {options.checkpoints_total_limit + 1} at once)"
     print(f"  disk: cache {cache}, {each} {at_once}, result {plan['output_gib']:.2f} GiB")
     if device.type != "cuda":
-        print(f"no CUDA GPU to compare with ({why_no_cuda()}): choose a card with more memory than the peak")
+        print(f"no CUDA GPU to compare with ({why_no_cuda()}): the card needs more memory than the peak")
     else:
         fits = plan["peak_memory_gib"] <= available
         print(f"{'fits' if fits else 'does not fit'} {torch.cuda.get_device_name()}: {available:.1f} GiB can be used")
@@ -66,20 +66,15 @@ def dry_run(options, device):
 
 
 def disk_space(options, folder, frames, plan):
-    """GiB on disk of the cache, of one checkpoint and of the result, which is as large as the base.
-
-    Where there is only the base's configuration, that is the size of its weights in fp32.
-    """
+    """The GiB on disk of the cache, of one checkpoint and of the result: {cache_gib, checkpoint_gib, output_gib}."""
     unet, vae = read_config(folder, "unet"), read_config(folder, "vae")
     factor = latent_factor(vae)
-    frame = (
-        2 * vae["latent_channels"] * (options.width // factor) * (options.height // factor)
-        + unet["cross_attention_dim"]
-    )
+    latents = vae["latent_channels"] * (options.width // factor) * (options.height // factor)
+    frame = 2 * latents + unet["cross_attention_dim"]  # numbers in the cache: mean, std and embedding
     weights = (1 + options.use_ema) * plan["trainable_parameters"] * 4 / 2**30
     try:
         output = sum(f.stat().st_size for part in MODEL_PARTS for f in weight_files(folder, part))
-    except (UserError, TypeError):  # no files there, or no folder at all
+    except (UserError, TypeError):  # the base has no weights here, or is only a dict: as large as in fp32
         with torch.device("meta"):
             clip = CLIPVisionModelWithProjection(CLIPVisionConfig(**read_config(folder, "image_encoder")))
             models = [UNetSpatioTemporalConditionModel.from_config(unet), AutoencoderKLTemporalDecoder.from_config(vae)]
@@ -91,23 +86,20 @@ def disk_space(options, folder, frames, plan):
 
 
 def warn_of_disk(state, base):
-    """Says before the first step where the checkpoints that are still to come and the result will not fit."""
+    """Warns before the first step if the disk has no room for the further checkpoints and the result."""
     options, count = state.options, sum(p.numel() for p in state.trained.values())
     plan = {"trainable_parameters": count, "optimizer_gib": optimizer_bytes(options.optimizer, count) / 2**30}
     sizes = disk_space(options, base, 0, plan)
     ahead = math.ceil((options.max_train_steps - state.steps) / options.checkpointing_steps)
     more = min(ahead, options.checkpoints_total_limit + 1 - len(checkpoints_of(options.output_dir)))
-    needed, free = (
-        more * sizes["checkpoint_gib"] + sizes["output_gib"],
-        shutil.disk_usage(options.output_dir).free / 2**30,
-    )
-    if needed > free:
+    needed, free = more * sizes["checkpoint_gib"] + sizes["output_gib"], shutil.disk_usage(options.output_dir).free
+    if needed > free / 2**30:
         where = f"--output_dir {options.output_dir}: the checkpoints and the result"
-        print(f"warning: {where} need {needed:.1f} GiB more, {free:.1f} are free on its disk")
+        print(f"warning: {where} need {needed:.1f} GiB more, but its disk has only {free / 2**30:.1f} GiB free")
 
 
 def print_plan(settings, images, base):
-    """--dry_run: what there is to make and the memory that it needs, from the configuration alone, without weights."""
+    """Prints the plan of inference: clips, memory and time. base: folder of the configuration, or SVD_XT_CONFIG."""
     count = len(images) * settings.num_videos_per_image * len(settings.motion_bucket_id)
     count *= 2 if settings.compare_with else 1
     size, chunk = f"{settings.width}x{settings.height}", settings.decode_chunk_size

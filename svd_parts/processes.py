@@ -14,9 +14,9 @@ PATIENCE = datetime.timedelta(hours=12)  # the other processes wait while one va
 
 
 def build_accelerator(options, device):
-    """Accelerate for devices, processes and fp16's scaler alone: nothing of its environment may change the result."""
-    # fp16 needs accelerate's gradient scaler, but never its autocast: prepare_unet has cast what is to be cast.
-    # Accumulation and dynamo's backend are given because it would take those of the environment.
+    """An Accelerator for the device, the processes and fp16's gradient scaler; its environment changes no result."""
+    # Autocast stays off, as `prepare_unet` does all casts. Accumulation and dynamo's backend are set here, since
+    # accelerate would read them from the environment.
     kinds = accelerate.utils
     chosen = {"mixed_precision": "fp16" if options.mixed_precision == "fp16" else "no", "dynamo_backend": "no"}
     chosen["gradient_accumulation_plugin"] = kinds.GradientAccumulationPlugin(num_steps=1)
@@ -34,11 +34,11 @@ def build_accelerator(options, device):
 
 
 def end_processes(state):
-    """Several processes end together: one that is gone would leave the others waiting."""
+    """Ends all processes together, as the others would wait for one that is gone."""
     accelerator = state.accelerator
     accelerator.wait_for_everyone()
-    # The wrapper of several processes goes before their group: if it let go of the group last, it would wait for the
-    # group's threads with Python's lock in its hand, and they for the lock: a deadlock, seen on one busy core.
+    # DDP's wrapper must go before the process group. If the wrapper held the group's last reference, it would wait for
+    # the group's threads while it holds the GIL, and they would wait for the GIL: a deadlock, seen on one busy core.
     state.unet = None
     accelerator.free_memory()
     gc.collect()
@@ -46,9 +46,9 @@ def end_processes(state):
 
 
 class StopSignal:
-    """SIGINT, SIGTERM, SIGHUP (a closed terminal) and SIGUSR1 (Slurm) ask for a stop after the step.
+    """Makes SIGINT, SIGTERM, SIGHUP (a closed terminal) and SIGUSR1 (Slurm) ask for a stop after the current step.
 
-    A second Ctrl-C stops at once. What nohup told the process to ignore stays ignored.
+    A second Ctrl-C stops at once. Signals that nohup has set to be ignored stay ignored.
     """
 
     def __init__(self, accelerator):
@@ -58,18 +58,18 @@ class StopSignal:
             ignored = number and name in ("SIGHUP", "SIGUSR1") and signal.getsignal(number) == signal.SIG_IGN
             if number and not ignored:
                 signal.signal(number, self.receive)
-        if accelerator.num_processes > 1:  # a group of its own on the CPU: to ask each other makes no GPU wait
+        if accelerator.num_processes > 1:  # a group on the CPU, so that asking the others stalls no GPU
             self.group = torch.distributed.new_group(backend="gloo", timeout=PATIENCE)
 
     def receive(self, number, frame):
         self.signal = number
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # not SIGTERM: launchers send it twice
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # SIGTERM stays, as launchers send it twice
 
     def requested(self, failure):
-        """The signal's number, or 0; -1 where only another process failed. The same answer on every process."""
+        """A received signal's number, or 0, or -1 if another process failed: the same answer on every process."""
         if not self.group:
             return self.signal
-        if os.getppid() != self.launcher:  # killed; nobody would end this run any more
+        if os.getppid() != self.launcher:  # the launcher was killed, and would no longer end this run
             self.signal = self.signal or signal.SIGTERM
         answer = torch.tensor([self.signal, failure is not None])
         torch.distributed.all_reduce(answer, torch.distributed.ReduceOp.MAX, self.group)

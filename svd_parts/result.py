@@ -1,4 +1,4 @@
-"""The finished pipeline folder and its model card."""
+"""Writes the finished pipeline folder and its model card."""
 
 import json
 import os
@@ -19,12 +19,12 @@ from svd_parts.weights import MODEL_PARTS, PARTS, SETTINGS, read_config, weight_
 
 
 def save_result(state, base):
-    """The fine-tuned pipeline as a standard diffusers folder: the base's own files, the trained tensors replaced.
+    """Writes the fine-tuned pipeline as a standard diffusers folder: the base's files, with the trained tensors.
 
-    Frozen weights are copied from the base on disk, so they stay bitwise the same whatever dtype they were trained in,
-    and no second model is built. Every file keeps the base's precision. model_index.json is written last. (diffusers'
-    save_pretrained would write the local path into config.json, and shards of its own.) A LoRA is merged into it, and
-    lies in `lora/` too; with --no-save_merged there alone.
+    Frozen weights are copied from the base on disk. So they stay bitwise the same, whatever dtype they had in training,
+    and no second model is built. Each file keeps the base's precision. model_index.json is written last. (diffusers'
+    save_pretrained would write the local path into config.json, and would make other shards.) A LoRA is saved in
+    `lora/` and merged into the pipeline; with --no-save_merged it is only saved.
     """
     output, options = Path(state.options.output_dir), state.options
     weights = dict(zip(state.trained, state.ema.shadow_params)) if state.ema else state.trained
@@ -52,12 +52,12 @@ def save_result(state, base):
                 write_tensors(target, tensors, {"format": "pt"})
             else:
                 shutil.copyfile(source, target)
-    if options.save_merged:  # without this transformers, given no dtype, would load fp16 beside diffusers' fp32
+    if options.save_merged:  # else transformers would load fp16 by default, beside diffusers' fp32
         config = {**read_config(base, "image_encoder"), "dtype": "float32"}
         write_file(aside / "image_encoder" / "config.json", json.dumps(config, indent=2))
-        (output / "model_index.json").unlink(missing_ok=True)  # until it is back, this is no finished result
+        (output / "model_index.json").unlink(missing_ok=True)  # without it, the folder counts as not finished
     for part in list(aside.iterdir()):
-        shutil.rmtree(output / part.name, ignore_errors=True)  # an earlier result of this same run, resumed to go on
+        shutil.rmtree(output / part.name, ignore_errors=True)  # the result from before this run was resumed
         os.replace(part, output / part.name)
     aside.rmdir()
     write_json(output / SETTINGS, without_paths({**state.settings, "step": state.steps}))
@@ -67,9 +67,9 @@ def save_result(state, base):
 
 
 def model_card(state, base, relation="finetune"):
-    """What the result is, as a README in the hub's format: base, data, settings, last validation, samples.
+    """The README of the result, in the hub's format: base, data, settings, last validation, samples.
 
-    relation: to the base, finetune for a whole model, adapter for a LoRA.
+    relation: how the result relates to its base: "finetune" for a whole model, "adapter" for a LoRA.
     """
     settings, output = state.settings, Path(state.options.output_dir)
     scores = next((line for line in reversed(read_metrics(output)) if "validation_loss_v" in line), {})
@@ -89,7 +89,7 @@ def model_card(state, base, relation="finetune"):
 
 
 def snippet(state, relation):
-    """How the result is loaded, for its card."""
+    """The part of the card that shows how to load the result."""
     options = state.options
     name = options.push_to_hub or Path(options.output_dir).absolute().name
     base = state.settings["base_model_name"] or "BASE_MODEL"

@@ -1,4 +1,4 @@
-"""What a training step sees: windows of clips, with all random numbers drawn; held-out clips."""
+"""The samples of a training step, and the choice of training and held-out clips."""
 
 import itertools
 import math
@@ -14,19 +14,19 @@ from svd_parts.latent_cache import cure_named, read_cached
 from svd_parts.objective import random_generator, sample_sigmas, shuffled
 from svd_parts.weights import latent_factor
 
-# A sample is a function of (seed, index), nothing else; index = step * global batch + place in the batch. So a resumed
-# run draws what an unbroken one would have drawn, at no cost, and there is no random state to save.
+# A sample depends on (seed, index) alone, with index = step * global batch size + place in the batch. So a resumed run
+# draws the same numbers as an uninterrupted one, and no random state has to be saved.
 NOISE_AUG_MEAN, NOISE_AUG_STD = -3.0, 0.5  # ln of noise_aug_strength; median 0.05 (Blattmann et al. 2023, appendix D)
 
 
 class ClipDataset:
     """Random windows of consecutive frames, with every random number of a training step already drawn.
 
-    `dataset[index]`, any index >= 0: each clip once an epoch, in an order shuffled by (seed, epoch).
+    `dataset[index]` takes any index >= 0. Each clip comes once an epoch, in an order shuffled by (seed, epoch).
     Shapes, without the batch axis: latents and noise (T, 4, h, w); sigmas (); conditioning_image (3, H, W), the first
     frame in [-1, 1] with its noise; image_embeddings (1, D); added_time_ids (3,); keep (), 0 where both image
-    conditions are dropped. Without a cache: pixel_values (T, 3, H, W) and posterior_noise instead of latents. With
-    actions: these, scaled (T, A), and keep_actions (), 0 where they are dropped.
+    conditions are dropped. Without a cache, pixel_values (T, 3, H, W) and posterior_noise stand in place of latents.
+    With actions, also the scaled actions (T, A) and keep_actions (), 0 where the actions are dropped.
     """
 
     def __init__(self, clips, options, vae_config, cached):
@@ -36,19 +36,19 @@ class ClipDataset:
         self.latent_shape = (vae_config.latent_channels, options.height // factor, options.width // factor)
 
     def clip_of(self, index):
-        """The clip that `dataset[index]` is cut from."""
+        """The clip from which `dataset[index]` is cut."""
         epoch, place = divmod(index, len(self.clips))
         return self.clips[shuffled(len(self.clips), self.options.seed, "order", epoch)[place]]
 
     def __getitem__(self, index):
-        """Raises `UserError` that names the clip where a file of it cannot be read any more."""
+        """Raises a `UserError` that names the clip if one of its files can no longer be read."""
         clip, generator = self.clip_of(index), random_generator(self.options.seed, "sample", index)
         last_start = len(clip["frames"]) - self.options.num_frames
         with cure_named(clip):
             return self.sample(clip, int(torch.randint(last_start + 1, (), generator=generator)), generator)
 
     def sample(self, clip, start, generator):
-        """The window of `clip` from frame `start`, with everything random drawn from `generator`."""
+        """The window of `clip` that begins at frame `start`; `generator` draws all random numbers."""
         options = self.options
         normal = torch.randn(3, generator=generator)
         noise_aug_strength = math.exp(NOISE_AUG_MEAN + NOISE_AUG_STD * normal[1].item())
@@ -71,7 +71,7 @@ class ClipDataset:
             sample["image_embeddings"] = embedding
         else:
             sample |= {"pixel_values": pixels, "posterior_noise": posterior_noise}
-        if options.condition_on:  # drawn last: all else is as it is without
+        if options.condition_on:  # drawn last, so that all other numbers are the same without actions
             sample["actions"] = clip["scaled_actions"][start : start + options.num_frames]
             keep = torch.rand((), generator=generator) >= options.action_dropout_prob
             sample["keep_actions"] = keep.float()
@@ -79,11 +79,11 @@ class ClipDataset:
 
 
 def batches(dataset, index_batches, pin_memory, num_workers):
-    """Yields a batch on the CPU for each list of B indices: ClipDataset's samples, stacked: {name: (B, ...)}.
+    """Yields one batch on the CPU for each list of B indices: stacked samples of ClipDataset, {name: (B, ...)}.
 
-    num_workers: threads that prepare batches ahead, two for each; pin_memory: whether a GPU will fetch them. Threads,
-    since OpenCV, safetensors and torch release the GIL, and a forked worker would deadlock in OpenCV. An error of a
-    sample is raised in its turn.
+    num_workers: how many threads load; each prepares two batches ahead. pin_memory: for batches that go to a GPU.
+    Threads are enough, since OpenCV, safetensors and torch release the GIL; a forked worker would deadlock in OpenCV.
+    An error in a sample is raised when its batch is due.
     """
 
     def load(indices):
@@ -91,7 +91,7 @@ def batches(dataset, index_batches, pin_memory, num_workers):
         batch = {key: torch.stack([sample[key] for sample in samples]) for key in samples[0]}
         return {key: value.pin_memory() for key, value in batch.items()} if pin_memory else batch
 
-    torch.zeros(()).exp()  # MKL's very first exp, if several threads call it at once, is now and then off by 7e-5
+    torch.zeros(()).exp()  # if several threads make MKL's very first exp, it is now and then off by 7e-5
     with ThreadPoolExecutor(num_workers) as pool:
         jobs = (pool.submit(load, indices) for indices in index_batches)
         ahead = deque(itertools.islice(jobs, 2 * num_workers))
@@ -102,7 +102,7 @@ def batches(dataset, index_batches, pin_memory, num_workers):
 
 
 def index_batches(state):
-    """For each micro-batch of this process from `state.steps` on, the sample indices in it."""
+    """Yields the sample indices of each micro-batch of this process, from step `state.steps` on."""
     options, ranks, rank = state.options, state.accelerator.num_processes, state.accelerator.process_index
     size, total = options.train_batch_size, state.settings["global_batch_size"]
     for step in range(state.steps, options.max_train_steps):
@@ -111,8 +111,8 @@ def index_batches(state):
             yield list(range(first, first + size))
 
 
-def take(loader, count):
-    """The next `count` batches and None, or none and the error that came in their place."""
+def next_batches(loader, count):
+    """(the next `count` batches, None), or ([], the error) if one of them cannot be read."""
     try:
         return [next(loader) for _ in range(count)], None
     except (UserError, OSError) as error:
@@ -120,9 +120,9 @@ def take(loader, count):
 
 
 def load_clips(dataset_dir, num_frames, fps, motion_bucket_id):
-    """The clips that can be trained on, with `fps` and `motion_bucket_id` filled in; short ones are named.
+    """The clips of at least `num_frames` frames, with `fps` and `motion_bucket_id` filled in. Prints the shorter ones.
 
-    Raises `UserError` where none is as long as --num_frames, and as `dataset.list_clips` does.
+    Raises `UserError` if all clips are too short, and as `dataset.list_clips` does.
     """
     found = list_clips(dataset_dir)
     clips = [clip for clip in found if len(clip["frames"]) >= num_frames]
@@ -133,7 +133,7 @@ def load_clips(dataset_dir, num_frames, fps, motion_bucket_id):
     short = [clip for clip in found if len(clip["frames"]) < num_frames]
     if short:
         named = listed([f"{clip['directory']} has {counted(len(clip['frames']), 'frame')}" for clip in short])
-        print(f"left out: {named}; --num_frames is {num_frames}")
+        print(f"left out, as --num_frames is {num_frames}: {named}")
     generated = sum(bool(clip.get("generated")) for clip in clips)
     if generated:
         print(f"generated by a model, not filmed: {generated} of {counted(len(clips), 'clip')}")
@@ -144,16 +144,17 @@ def load_clips(dataset_dir, num_frames, fps, motion_bucket_id):
 
 
 def hold_out(clips, num_validation_videos, seed, known=None):
-    """(training clips, held-out clips): whole episodes are held out, so that no camera of one is on the other side.
+    """Holds out whole episodes, so that no camera of an episode is on both sides: (training clips, held-out clips).
 
-    known: the names that the run being resumed held out; these stay held out, whatever has come or gone meanwhile.
+    known: the names that the resumed run held out; they stay held out, even if clips were added or removed since.
+    Raises `UserError` if no episode would be left to train on.
     """
     if known is not None:
         there = {clip["directory"]: clip for clip in clips}
         validation = [there[name] for name in known if name in there]
         if known and not validation:
             what = listed(list(known))
-            print(f"warning: no clip is there that this run held out ({what}): nothing is validated any more")
+            print(f"warning: the clips that this run held out are gone ({what}); nothing is validated any more")
         return clips_of_other_groups(clips, validation), validation
     groups = {}
     for clip in clips:
@@ -169,25 +170,26 @@ def hold_out(clips, num_validation_videos, seed, known=None):
 
 
 def clips_of_other_groups(clips, held_out):
-    """The clips that share no episode with those that are held out; says how many of them are used for nothing."""
+    """The clips that share no episode with `held_out`. Prints how many clips are then on neither side."""
     groups = {clip_group(clip) for clip in held_out}
     training = [clip for clip in clips if clip_group(clip) not in groups]
     if unused := len(clips) - len(training) - len(held_out):
-        what = f"used for nothing: {counted(unused, 'more clip')} of the held-out episodes"
+        what = f"not used: {counted(unused, 'more clip')} of the held-out episodes"
         print(f"{what}; --num_validation_videos {unused + len(held_out)} would validate with all of them")
     return training
 
 
-def leave_out(sides, patterns):
-    """Both sides without the clips that --exclude names; says how many, and which names are no clip's.
+def leave_out(chosen, patterns):
+    """(training clips, held-out clips) without those that --exclude names. Prints their number and unknown names.
 
-    This comes after `hold_out`, so that the other clips stay on the side where they are without it.
+    This comes after `hold_out`, so that --exclude moves no other clip from one side to the other.
     """
-    left = [[clip for clip in clips if not is_named(patterns, clip["directory"])] for clips in sides]
-    for name in names_of_nothing(patterns, [(clip["directory"],) for clips in sides for clip in clips]):
-        print(f"warning: --exclude {name}: no clip that would be used is called so")
+    left = [[clip for clip in clips if not is_named(patterns, clip["directory"])] for clips in chosen]
+    for name in names_of_nothing(patterns, [(clip["directory"],) for clips in chosen for clip in clips]):
+        print(f"warning: --exclude {name}: no clip of this run has that name")
     if not left[0]:
         raise UserError(f"--exclude {' '.join(pattern_names(patterns)[:5])}: no clip is left to train on")
     if patterns:
-        print(f"--exclude: {sum(map(len, sides)) - sum(map(len, left))} of {sum(map(len, sides))} clips left out")
+        total = sum(map(len, chosen))
+        print(f"--exclude: {total - sum(map(len, left))} of {total} clips left out")
     return left

@@ -1,11 +1,11 @@
-"""Exact shortcuts through SVD's UNet and VAE, for training and inference: equal but for rounding."""
+"""Shortcuts through SVD's UNet and VAE, for training and inference. Results are equal but for rounding."""
 
 
 def convolve(module, x, weight, bias):
-    """The forward pass of a convolution with these weights; in half precision SVD's 3-D ones become 2-D, equal.
+    """The forward pass of a convolution with these weights. In half precision SVD's 3-D ones run as equal 2-D ones.
 
-    All of SVD's 3-D kernels are (3, 1, 1): over (B, C, T, H * W) they are 2-D. cuDNN 9.8 to 9.14 has no fast 3-D
-    convolution in half precision (pytorch#166122), and oneDNN's bf16 backward pass on a CPU does not come to its end.
+    All of SVD's 3-D kernels are (3, 1, 1), so over (B, C, T, H * W) they are 2-D. cuDNN 9.8 to 9.14 has no fast 3-D
+    convolution in half precision (pytorch#166122), and oneDNN's bf16 backward pass on a CPU never ends.
     """
     import torch
 
@@ -16,7 +16,7 @@ def convolve(module, x, weight, bias):
 
 
 def avoid_conv3d(model):
-    """Lets the 3-D convolutions of a UNet or VAE go through `convolve`, in place."""
+    """Makes the 3-D convolutions of a UNet or VAE use `convolve`, in place."""
     from torch.nn import Conv3d
 
     for module in model.modules():
@@ -25,9 +25,9 @@ def avoid_conv3d(model):
 
 
 class SingleTokenAttention:
-    """Cross-attention over SVD's one token: softmax over one key is 1, so the output is to_out(to_v(token)).
+    """Cross-attention over SVD's one token. The softmax over one key is 1, so the output is to_out(to_v(token)).
 
-    It is computed once for all queries: equal to the stock result but for rounding, and bitwise in the CPU tests.
+    The output is computed once for all queries. It equals the stock result but for rounding, and bitwise in CPU tests.
     """
 
     def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, **kwargs):
@@ -37,19 +37,19 @@ class SingleTokenAttention:
 
 
 def compile_blocks(unet):
-    """Compiles each large block by itself, in place: the names in the state dict stay as they are."""
+    """Compiles each large block by itself, in place, so that the names in the state dict stay the same."""
     import torch._dynamo
     from diffusers.models.attention import BasicTransformerBlock, TemporalBasicTransformerBlock
     from diffusers.models.resnet import SpatioTemporalResBlock
 
-    torch._dynamo.config.cache_size_limit = 64  # the blocks come in more shapes than the default 8
+    torch._dynamo.config.cache_size_limit = 64  # the blocks have more shapes than the default of 8
     for module in unet.modules():
         if isinstance(module, (BasicTransformerBlock, TemporalBasicTransformerBlock, SpatioTemporalResBlock)):
             module.compile()
 
 
 def wrap_unet(unet, compiled=False):
-    """Wraps a stock UNet in place: the same frames, but for the rounding of torch.compile."""
+    """Gives a stock UNet these shortcuts, in place. The frames stay the same, but for the rounding of torch.compile."""
     avoid_conv3d(unet)
     processors = unet.attn_processors.items()  # attn2 is the attention over the image's one token
     unet.set_attn_processor({n: SingleTokenAttention() if ".attn2." in n else p for n, p in processors})
@@ -58,8 +58,10 @@ def wrap_unet(unet, compiled=False):
 
 
 def save_memory(unet):
-    """What --low_vram does to a UNet, in place: feed-forward layers in chunks, and guidance's two samples one after the
-    other, which halves the activations and is equal but for rounding."""
+    """Makes a UNet need less memory, in place, for --low_vram.
+
+    Feed-forward layers run in chunks, and guidance's two samples one after the other, which halves the activations.
+    """
     import torch
 
     def one_at_a_time(sample, timestep, encoder_hidden_states, added_time_ids, return_dict=True):
@@ -73,14 +75,14 @@ def save_memory(unet):
 
 
 def move_to_device(pipe, low_vram, device):
-    """Puts a pipeline on the device: whole, or with --low_vram each part only while it works (diffusers' offload)."""
+    """Puts a pipeline on the device. With --low_vram, each part is there only while it works (diffusers' offload)."""
     import torch
 
     if pipe.vae.dtype != pipe.unet.dtype:
-        pipe.vae.to(dtype=pipe.unet.dtype)  # the pipeline's encode in fp32 was left by an out-of-memory
+        pipe.vae.to(dtype=pipe.unet.dtype)  # the pipeline encodes in fp32, and ran out of memory there
     if low_vram:
         save_memory(pipe.unet)
     if low_vram and device == "cuda":
-        pipe.enable_model_cpu_offload(gpu_id=torch.cuda.current_device())  # else: always the first
+        pipe.enable_model_cpu_offload(gpu_id=torch.cuda.current_device())  # the default is always the first GPU
     else:
         pipe.to(device)

@@ -1,4 +1,4 @@
-"""What is being trained, and how one step changes it."""
+"""The state of a training run: what is trained, and how one step changes it."""
 
 import contextlib
 import math
@@ -17,10 +17,10 @@ from svd_parts.unet import trained_parameters
 
 
 class TrainingState:
-    """What is trained, and all that a checkpoint holds: fp32 parameters, optimizer, schedule, average, scaler.
+    """Everything that a checkpoint holds: fp32 parameters, optimizer, schedule, average and scaler.
 
-    unet: as `prepare_unet` leaves it, on its device. `self.unet` is what to call: several processes wrap it.
-    clips: {directory: digest, fps and motion} of what is trained on, for a resumption to compare.
+    unet: from `prepare_unet`, on its device. Call `self.unet`, which is wrapped where there are several processes.
+    clips: {directory: fingerprint} of the training clips; a resumed run compares them.
     """
 
     def __init__(self, unet, options, accelerator, settings, clips):
@@ -33,13 +33,13 @@ class TrainingState:
         self.lr_scheduler = get_scheduler(options.lr_scheduler, self.optimizer, **steps)
         self.ema = EMAModel(self.trained.values(), decay=options.ema_decay) if options.use_ema else None
         self.unet, self.scaled_optimizer = accelerator.prepare(unet, self.optimizer)
-        unet.__dict__.pop("forward", None)  # with fp16, accelerate's fp32 outputs would break the stock pipeline
+        unet.__dict__.pop("forward", None)  # accelerate's, for fp16: its fp32 outputs would break the stock pipeline
         self.scaler = accelerator.scaler
-        # A loss or gradient that is not finite sets `bad`, on the device: to look at every step would stall the GPU.
+        # A loss or gradient that is not finite sets `bad`, on the device: reading it at every step would stall the GPU.
         # From then on no step changes the weights or the average.
         self.bad = torch.zeros((), dtype=torch.bool, device=accelerator.device)
-        self.bad_step = torch.full((), -1, dtype=torch.int64, device=accelerator.device)  # the first of them
-        self.whole = True  # not in the middle of a step that changes weights as it goes
+        self.bad_step = torch.full((), -1, dtype=torch.int64, device=accelerator.device)  # the first bad step, or -1
+        self.consistent = True  # False while a backward pass updates one parameter after the other
         if self.freed_early:
             step_in_backward(self.optimizer, self.take_step, self.bad)
 
@@ -48,7 +48,7 @@ class TrainingState:
         for name, tensor in load_file(folder / "trained.safetensors").items():
             self.trained[name].data.copy_(tensor)
         unflatten_state(self.optimizer, self.trained, load_file(folder / "optimizer.safetensors"), saved["optimizer"])
-        for _ in range(saved["step"]):  # the schedule is a function of the step
+        for _ in range(saved["step"]):  # the schedule depends on the step alone, so none of it is saved
             self.lr_scheduler.step()
         if self.ema:
             average = load_file(folder / "ema.safetensors")
@@ -58,26 +58,26 @@ class TrainingState:
         self.steps = saved["step"]
 
     def synchronized(self, last):
-        """A context for each micro-batch of a step: processes exchange gradients in the last one alone."""
+        """A context for one micro-batch: the processes exchange gradients only in the `last` one of a step."""
         return contextlib.nullcontext() if last else self.accelerator.no_sync(self.unet)
 
     def backward(self, loss):
-        """Adds the gradients of `loss`; where each is used at once, that is the update too."""
+        """Adds the gradients of `loss`. With gradients that are freed early, this also updates the parameters."""
         bad = ~torch.isfinite(loss.detach())
-        if self.scaler and self.accelerator.num_processes > 1:  # there no gradient norm tells the others of it
+        if self.scaler and self.accelerator.num_processes > 1:  # with a scaler, no gradient norm tells the others
             bad = self.accelerator.reduce(bad.float()) > 0
         torch.logical_or(self.bad, bad, out=self.bad)
-        self.whole = not self.freed_early
+        self.consistent = not self.freed_early
         self.accelerator.backward(loss)
 
-    def update(self, look):
-        """One optimizer step with the gradients that are there.
+    def update(self, check):
+        """Takes one optimizer step with the gradients that `backward` made.
 
-        look: whether the CPU may wait for the GPU to see if all is well. Returns False where it is not.
+        check: wait for the GPU and return False if a loss or gradient was not finite, or if fp16 overflows.
         """
         if not self.freed_early:
             norm = self.accelerator.clip_grad_norm_(self.trained.values(), self.options.max_grad_norm or math.inf)
-            if not self.scaler:  # with fp16 an overflow is the scaler's business: it skips that step
+            if not self.scaler:  # fp16's scaler skips a step that overflows by itself
                 torch.logical_or(self.bad, ~torch.isfinite(norm), out=self.bad)
             self.grad_norm = norm
         self.bad_step = torch.where(self.bad & (self.bad_step < 0), self.steps, self.bad_step)
@@ -86,11 +86,11 @@ class TrainingState:
         elif not self.freed_early:
             self.take_step(self.optimizer, self.optimizer.param_groups, self.bad)
         self.optimizer.zero_grad(set_to_none=True)
-        self.whole = True
-        if look and (self.is_bad() or self.overflows()):
+        self.consistent = True
+        if check and (self.is_bad() or self.overflows()):
             return False
         self.lr_scheduler.step()
-        if self.ema:  # its own step() would hold a copy of all weights for a moment, and would take a bad step in
+        if self.ema:  # diffusers' step() would copy all weights for a moment, and would average a bad step in
             weight = ~self.bad * (1 - self.ema.get_decay(self.steps + 1))
             averages, weights = self.ema.shadow_params, [p.data for p in self.trained.values()]
             torch._foreach_lerp_(averages, weights, [weight] * len(weights))
@@ -98,20 +98,20 @@ class TrainingState:
         return True
 
     def is_bad(self):
-        """Whether a step was bad; waits for the GPU. If so, the weights and `self.steps` are those before that step."""
+        """Whether any step was bad; waits for the GPU. If so, `self.steps` goes back to the last good step."""
         bad_step = self.bad_step.item()
         if bad_step >= 0:
             self.steps = bad_step
         return bad_step >= 0
 
     def overflows(self):
-        """Whether fp16's scaler has fallen so low that no step gets through; waits for the GPU."""
+        """Whether fp16's scale has fallen so low that every step is skipped; waits for the GPU."""
         return bool(self.scaler) and self.scaler.get_scale() < 2**-14
 
     def save(self):
-        """Writes `checkpoint-<steps>/`; only then goes the oldest beyond --checkpoints_total_limit.
+        """Writes `checkpoint-<steps>/`, then removes the oldest beyond --checkpoints_total_limit.
 
-        After an error any process may do it: all hold the same state. The lock lets one after the other in.
+        After an error any process may call this, since all hold the same state. The lock admits one at a time.
         """
         self.is_bad()
         if self.steps:

@@ -1,20 +1,22 @@
-"""How long a run will take: measured on the GPU that is there, else estimated for some common cards."""
+"""Estimates how long a run will take: on this machine's GPU, or on some common cards if there is none."""
 
 import math
 import time
 from typing import NamedTuple
 
+from svd_parts.files import counted
+
 
 class Card(NamedTuple):
-    """A GPU: its published dense bf16 rate with fp32 sums, its memory, and the share of the rate that is reached."""
+    """A GPU: its published dense bf16 rate with fp32 sums, its memory, and the share of the rate that we expect."""
 
     tflops: float
     gib: int
     share: float
 
 
-# The share is our estimate, on no card measured. A roofline of the whole step gives 0.39 on an RTX 4090 (a quarter of
-# that time is elementwise work, which memory bounds); cards with more matrix rate for their memory reach less.
+# The shares are estimates, on no card measured. A roofline of the whole step gives 0.39 on an RTX 4090, where
+# elementwise work takes a quarter of the time. Cards whose matrix rate is higher for their bandwidth reach less.
 CARDS = {
     "RTX 4060 Ti 16 GB": Card(44, 16, 0.4),
     "RTX 3090": Card(71, 24, 0.4),
@@ -22,15 +24,15 @@ CARDS = {
     "A100 80 GB": Card(312, 80, 0.3),
     "H100 80 GB": Card(989, 80, 0.2),
 }
-MEASURED_SHARE = 0.4  # of a matrix rate that was measured, which is lower than the published one
-FORWARD_SHARE = {"none": 1 / 2.56, "transformers": 1 / 3.13, "full": 1 / 3.5}  # of a training step's FLOP
-ENCODE_TFLOP, DECODE_TFLOP = 0.676, 1.88  # the VAE, a frame of 512x320
-VAE_SLOWER = 2  # the VAE works in fp32, on tensor cores at half the rate of bf16 (TF32)
-VALIDATION_STEPS = 25  # denoising steps of a validation's clip
+MEASURED_SHARE = 0.4  # expected share of a measured matrix rate, which is lower than a published one
+FORWARD_SHARE = {"none": 1 / 2.56, "transformers": 1 / 3.13, "full": 1 / 3.5}  # the forward pass in a step's FLOP
+ENCODE_TFLOP, DECODE_TFLOP = 0.676, 1.88  # of the VAE, for a frame of 512x320
+VAE_SLOWER = 2  # the VAE works in fp32: on tensor cores (TF32) at half the rate of bf16
+VALIDATION_STEPS = 25  # denoising steps for a clip of a validation
 
 
 def training_tflop(options, plan, frames, clips, mode):
-    """(a step, caching, all validations) in TFLOP of bf16; the VAE's count as so many more as they are slower."""
+    """The work in TFLOP of bf16: (a step, caching, all validations). The VAE's fp32 counts `VAE_SLOWER` times."""
     area = options.width * options.height / (512 * 320)
     step = plan["flops_per_step"] / 1e12
     forward = step * FORWARD_SHARE[mode] / (options.train_batch_size * options.gradient_accumulation_steps)
@@ -41,14 +43,14 @@ def training_tflop(options, plan, frames, clips, mode):
 
 
 def readable(seconds):
-    """`40 s`, `12 min`, `3.2 h`."""
+    """Seconds as text: `40 s`, `12 min`, `3.2 h`."""
     if seconds < 100:
         return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def measured_rate(device):
-    """bf16 TFLOP/s (fp16 on older cards) of a large matrix product on this GPU, over half a second."""
+    """TFLOP/s of a large matrix product on this GPU in bf16 (fp16 on older cards), measured for half a second."""
     import torch
 
     dtype = torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
@@ -64,7 +66,7 @@ def measured_rate(device):
 
 
 def rates(device):
-    """{name: (TFLOP/s that a run reaches, GiB or None)} of this GPU, or of the common cards where there is none."""
+    """{card: (expected TFLOP/s of a run, GiB or None)} for this GPU, or for the common cards if there is none."""
     if device.type == "cuda":
         import torch
 
@@ -72,12 +74,17 @@ def rates(device):
     return {name: (card.tflops * card.share, card.gib) for name, card in CARDS.items()}
 
 
+def basis(device):
+    """What the times are estimated from, as text."""
+    how = "its measured matrix rate" if device.type == "cuda" else "published rates, on no card measured"
+    return f"an estimate from {how}"
+
+
 def print_training_time(options, plan, frames, clips, mode, device):
-    """Prints seconds a step and hours; returns {card: hours} for the plan's JSON."""
+    """Prints seconds a step and the total time; returns {card: hours}. frames: to cache; clips: of a validation."""
     step, cache, validation = training_tflop(options, plan, frames, clips, mode)
-    how = "from its measured matrix rate" if device.type == "cuda" else "from published rates, on no card measured"
     parts = f"caching {frames} frames" + (f" and validating {clips} clips" if clips else "")
-    print(f"time for {options.max_train_steps} steps, {parts} included; an estimate {how}:")
+    print(f"time for {options.max_train_steps} steps, {parts} included; {basis(device)}:")
     hours = {}
     for name, (rate, gib) in rates(device).items():
         total = (step * options.max_train_steps + cache + validation) / rate
@@ -88,9 +95,8 @@ def print_training_time(options, plan, frames, clips, mode, device):
 
 
 def print_clip_time(tflop, count, device):
-    """Prints how long `count` generated clips of `tflop` each take."""
-    how = "from its measured matrix rate" if device.type == "cuda" else "from published rates, on no card measured"
-    print(f"time for {count} clip{'s' * (count != 1)}; an estimate {how}:")
+    """Prints how long it takes to generate `count` clips of `tflop` TFLOP each."""
+    print(f"time for {counted(count, 'clip')}; {basis(device)}:")
     for name, (rate, _) in rates(device).items():
         each = readable(tflop / rate)
         print(f"  {name:18s} {each} a clip" + (f", {readable(count * tflop / rate)} in all" if count > 1 else ""))

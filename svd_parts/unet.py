@@ -1,21 +1,19 @@
-"""What of the UNet is trained, in which precision, and what is recomputed in the backward pass.
+"""Which parts of the UNet are trained, in which precision, and what is recomputed in the backward pass.
 
-torch is imported inside the functions, so that the command line can list the tables without it.
+torch is imported inside the functions, so that the command line can list the tables without loading torch.
 """
 
 from svd_parts.actions import PREFIX
 from svd_parts.lora import adapter_forward
 from svd_parts.shortcuts import SingleTokenAttention, avoid_conv3d, convolve
 
-# Frozen weights stay in the compute dtype; trained ones, their gradients and AdamW's states are fp32.
+# The choices of --trainable: a parameter is trained if its name holds one of these texts.
 TRAINABLE = {
     "temporal": ("temporal_transformer_blocks", "temporal_res_block", "time_pos_embed", "time_mixer"),
     "temporal_attention": ("temporal_transformer_blocks",),
     "all": ("",),
 }
-
-
-# SVD's cross-attention sees one token, so its softmax is 1 whatever the query is: these never get a gradient.
+# SVD's cross-attention sees one token, so its softmax is always 1. So these parameters never get a gradient.
 WITHOUT_GRADIENT = ("attn2.to_q.", "attn2.to_k.", ".norm2.")
 
 
@@ -26,12 +24,12 @@ def is_trained(name, trainable):
 
 
 def trained_layers(options):
-    """What is trained, in words: `temporal, LoRA of rank 32`."""
+    """The trained layers as text: `temporal, LoRA of rank 32`."""
     return options.trainable + (f", LoRA of rank {options.lora_rank}" if options.lora_rank else "")
 
 
-# What is recomputed in the backward pass. 512x320x25, AdamW: 37.0 GiB and 45.8 TFLOP with none, 17.4 and 56.0 with
-# transformers, 13.8 and 62.7 with full; recomputing the resnets alone would save little memory.
+# The modules whose activations are recomputed in the backward pass. At 512x320x25 with AdamW, none needs 37.0 GiB and
+# 45.8 TFLOP, transformers 17.4 and 56.0, full 13.8 and 62.7. Recomputing only the resnets would save little memory.
 RECOMPUTED = {
     "none": (),
     "transformers": ("TransformerSpatioTemporalModel",),
@@ -41,30 +39,28 @@ DTYPES = {"no": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
 def compute_dtype(mixed_precision):
-    """The dtype of --mixed_precision, in which the frozen weights are kept and the UNet computes."""
+    """The torch dtype of --mixed_precision: the UNet computes in it and keeps its frozen weights in it."""
     import torch
 
     return getattr(torch, DTYPES[mixed_precision])
 
 
 def forward_in_input_dtype(module):
-    """The forward pass of a layer with fp32 weights, in the dtype of its input: autocast for this layer alone."""
-    import torch
+    """The forward pass of a layer with fp32 weights, in the dtype of its input, as autocast would do it."""
     import torch.nn.functional as F
+    from torch.nn import Conv2d, Conv3d, GroupNorm, LayerNorm, Linear
 
-    if not isinstance(
-        module, (torch.nn.Linear, torch.nn.Conv2d, torch.nn.Conv3d, torch.nn.GroupNorm, torch.nn.LayerNorm)
-    ):
-        return module.forward  # AlphaBlender casts its scalar by itself
+    if not isinstance(module, (Linear, Conv2d, Conv3d, GroupNorm, LayerNorm)):
+        return module.forward  # AlphaBlender, which casts its scalar itself
 
     def forward(x):
         weight = module.weight.to(x.dtype)
         bias = None if module.bias is None else module.bias.to(x.dtype)
-        if isinstance(module, torch.nn.Linear):
+        if isinstance(module, Linear):
             return F.linear(x, weight, bias)
-        if isinstance(module, torch.nn.GroupNorm):
+        if isinstance(module, GroupNorm):
             return F.group_norm(x, module.num_groups, weight, bias, module.eps)
-        if isinstance(module, torch.nn.LayerNorm):
+        if isinstance(module, LayerNorm):
             return F.layer_norm(x, module.normalized_shape, weight, bias, module.eps)
         return convolve(module, x, weight, bias)
 
@@ -72,9 +68,10 @@ def forward_in_input_dtype(module):
 
 
 def prepare_unet(unet, trainable, weight_dtype, checkpointing):
-    """Freezes, casts and wraps a UNet for training, in place; names and shapes in its state dict stay as they are.
+    """Freezes, casts and wraps a UNet for training, in place. Names and shapes in its state dict stay the same.
 
-    Where it has adapters, they alone are trained, and `trainable` has said where they are.
+    Trained weights, their gradients and AdamW's states are fp32; frozen weights are in `weight_dtype`. A UNet with LoRA
+    adapters trains only these; `trainable` was used to place them. An encoder of actions is always trained.
     """
     import torch
     from diffusers.models.activations import GEGLU
@@ -95,13 +92,13 @@ def prepare_unet(unet, trainable, weight_dtype, checkpointing):
             module.attn2.set_processor(SingleTokenAttention())
         if isinstance(module, GEGLU) and checkpointing != "none":
             module.forward = gated_recomputed(module)
-        if type(module).__name__ in RECOMPUTED[checkpointing]:  # diffusers' own checkpointing skips the temporal halves
+        if type(module).__name__ in RECOMPUTED[checkpointing]:  # diffusers' checkpointing skips the temporal layers
             module.forward = checkpointed(module.forward)
     return unet.train()
 
 
 def checkpointed(forward):
-    """`forward`, its activations recomputed in the backward pass; nothing in SVD draws random numbers there."""
+    """Makes the backward pass recompute the activations of `forward`. Nothing there draws random numbers in SVD."""
     import torch
     from torch.utils.checkpoint import checkpoint
 
@@ -114,7 +111,7 @@ def checkpointed(forward):
 
 
 def gated_recomputed(geglu):
-    """A GEGLU's forward pass, with all but its matrix product computed again: that costs next to nothing."""
+    """A GEGLU's forward pass that recomputes everything but its matrix product, which costs next to nothing."""
 
     def gate(projected):
         hidden, gate = projected.chunk(2, dim=-1)
@@ -125,5 +122,5 @@ def gated_recomputed(geglu):
 
 
 def trained_parameters(unet):
-    """{name: parameter} of what is trained, in the model's order."""
+    """The trained parameters, {name: parameter}, in the model's order."""
     return {name: parameter for name, parameter in unet.named_parameters() if parameter.requires_grad}

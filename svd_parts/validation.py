@@ -1,4 +1,4 @@
-"""Scores of held-out clips: is the model learning?"""
+"""Validation: generates held-out clips and scores them, to show whether the model is learning."""
 
 import time
 from pathlib import Path
@@ -21,18 +21,18 @@ from svd_parts.objective import random_generator, training_loss
 from svd_parts.samples import ClipDataset
 from svd_parts.unet import compute_dtype
 
-VALIDATION_SIGMAS = (0.1, 0.5, 2.0, 10.0, 100.0)  # 8 of the 25 inference steps lie over 80
+VALIDATION_SIGMAS = (0.1, 0.5, 2.0, 10.0, 100.0)  # 8 of the 25 inference steps have a sigma over 80
 
 
 class Stopped(Exception):
-    """A stop signal came during a validation."""
+    """A stop signal was received during a validation."""
 
 
 class Validation:
-    """Scores the model as it stands on held-out clips, with generators of its own: it changes nothing of the run.
+    """Scores the current model on held-out clips. It has its own random generators, so the training is not changed.
 
-    vae: the run's own, on the GPU; its decoder stays on the CPU until latents are decoded. CLIP is not needed: the
-    cache holds what it says of each first frame.
+    vae: the run's VAE, on the GPU; `decoder` stays on the CPU until latents are decoded. CLIP is not needed, since the
+    cache holds the embedding of each first frame.
     """
 
     def __init__(self, options, base, clips, vae, decoder):
@@ -45,33 +45,33 @@ class Validation:
         self.header_shown = False
 
     def __call__(self, state, log, stop):
-        """Scores the state as it is, keeps it in `best/` if none was better, and writes and prints the scores.
+        """Scores the current weights, keeps them in `best/` if no step was better, and writes and prints the scores.
 
-        A signal that `stop` received ends it within seconds. No fault of it ends the run: a line says what was wrong.
+        A signal that `stop` received ends the validation within seconds. If it fails, it says why and the run goes on.
         """
         start, metrics = time.perf_counter(), {}
         try:
             metrics = self.score(state, stop)
         except Stopped:
             tqdm.write("the validation was stopped; a resumed run does it again")
-        except (RuntimeError, OSError, SafetensorError, UserError) as error:  # out of memory has many names
+        except (RuntimeError, OSError, SafetensorError, UserError) as error:  # RuntimeError: out of memory
             tqdm.write(f"validation failed and was left out; training goes on ({str(error).splitlines()[0]})")
         if metrics:
-            is_best = keep_best(metrics, state)  # before the line, without which a resumed run does all of this again
+            is_best = keep_best(metrics, state)  # first: a resumed run validates again unless the log has its line
             seconds = time.perf_counter() - start
             log.scores(metrics, seconds)
             self.report(metrics, state, seconds, is_best)
         log.start(state.steps)
 
     def losses(self, unet, device, stop):
-        """Mean v loss by noise level, on the first window of every clip, with the same noise every time."""
+        """The mean v loss at each noise level, on the first window of every clip, always with the same noise."""
         sums = dict.fromkeys(VALIDATION_SIGMAS, 0.0)
         for place, clip in enumerate(self.clips):
             sample = self.dataset.sample(clip, 0, random_generator("validation", place))
             batch = {name: value[None].to(device) for name, value in sample.items()}
             batch |= {name: torch.ones_like(batch[name]) for name in ("keep", "keep_actions") if name in batch}
             for sigma in VALIDATION_SIGMAS:
-                check(stop)
+                raise_if_stopped(stop)
                 batch["sigmas"] = torch.full_like(batch["sigmas"], sigma)
                 loss, _ = training_loss(unet, self.vae, batch, self.weight_dtype)
                 sums[sigma] += loss.item() / len(self.clips)
@@ -79,9 +79,9 @@ class Validation:
         return {**by_sigma, "loss_v": sum(sums.values()) / len(sums)}
 
     def generate(self, clip, device, stop):
-        """The continuation of the clip's first frame by the stock pipeline: (T, H, W, 3) uint8, the first frame too.
+        """Generates from the clip's first frame with the stock pipeline: (T, H, W, 3) uint8, the first frame included.
 
-        T is --num_frames, at the clip's fps and motion. The noise is the same every time.
+        T is --num_frames; fps and motion are the clip's. The noise is always the same.
         """
         options, pipe = self.options, self.pipe
         first = common.read_frames(clip["frames"][:1], options.width, options.height)[0]
@@ -92,7 +92,7 @@ class Validation:
             latents = pipe(
                 Image.fromarray(first), width=options.width, height=options.height, num_frames=options.num_frames,
                 fps=round(clip["fps"]), motion_bucket_id=clip["motion_bucket_id"], output_type="latent",
-                generator=torch.Generator().manual_seed(0), callback_on_step_end=lambda *_: check(stop),
+                generator=torch.Generator().manual_seed(0), callback_on_step_end=lambda *_: raise_if_stopped(stop),
             ).frames  # fmt: skip
         self.vae.decoder = self.decoder.to(device)
         try:
@@ -104,7 +104,7 @@ class Validation:
 
     @torch.no_grad()
     def score(self, state, stop):
-        """{metric: mean over the clips} of the state; writes `validation/step-N/<clip>.mp4`, real and generated."""
+        """{metric: mean over the clips} of the state. Writes `validation/step-N/<clip>.mp4`, real and generated."""
         device, options = state.accelerator.device, self.options
         target = Path(options.output_dir) / "validation" / f"step-{state.steps:06d}"
         target.mkdir(parents=True, exist_ok=True)
@@ -135,8 +135,8 @@ class Validation:
                 state.ema.restore(state.trained.values())
 
     def report(self, metrics, state, seconds, is_best):
-        """Prints one line of scores; before the first, a table of what they are to be compared with."""
-        base = next((line for line in read_metrics(self.options.output_dir) if line["step"] == 0), {})  # scores alone
+        """Prints one line of scores; before the first one also a table of the copied first frame and the base."""
+        base = next((line for line in read_metrics(self.options.output_dir) if line["step"] == 0), {})
         copied = {name.removeprefix("copied_"): v for name, v in metrics.items() if name.startswith("copied_")}
         base = {name.removeprefix("validation_"): value for name, value in base.items()}
         if not self.header_shown:
@@ -161,15 +161,15 @@ class Validation:
             tqdm.write(f"warning: {moves}. {cure}")
 
 
-def check(stop):
-    """Raises `Stopped` once a stop signal was received; what the pipeline's callback returns changes nothing."""
+def raise_if_stopped(stop):
+    """Raises `Stopped` once a stop signal was received. As a callback of the pipeline it returns no changes."""
     if stop.signal:
         raise Stopped
     return {}
 
 
 def keep_best(metrics, state):
-    """Keeps the weights in `best/`, to generate with, if this step is the best by --validation_metric; says whether."""
+    """Saves the weights in `best/` if this step is the best by --validation_metric. Returns whether it is."""
     name = state.options.validation_metric
     sign, best = -1 if METRICS[name].better == "lower" else 1, read_best(state.options.output_dir)[1].get(name)
     is_best = metrics.get(name) is not None and (best is None or sign * metrics[name] > sign * best)

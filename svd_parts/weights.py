@@ -1,4 +1,4 @@
-"""Finds a model's folder, checks it, tells its weights from others, and says what is wrong with it."""
+"""Finds a model's folder, checks it, says what is wrong with it, and fingerprints its weights."""
 
 import contextlib
 import difflib
@@ -15,35 +15,35 @@ PARTS = ("unet", "vae", "image_encoder", "scheduler", "feature_extractor")
 MODEL_PARTS = PARTS[:3]
 CLIP_CONFIG = {"hidden_size": 1280, "num_hidden_layers": 32, "num_attention_heads": 16, "intermediate_size": 5120}
 VAE_CONFIG = {"block_out_channels": [128, 256, 512, 512], "latent_channels": 4, "layers_per_block": 2}
-SVD_XT_CONFIG = {  # as published, where it differs from the classes' defaults; a plan needs nothing else
+SVD_XT_CONFIG = {  # as published; only fields that differ from the classes' defaults. A plan needs no more.
     "unet": {"block_out_channels": [320, 640, 1280, 1280], "cross_attention_dim": 1024, "num_frames": 25},
     "vae": {"down_block_types": ["DownEncoderBlock2D"] * 4, **VAE_CONFIG},
     "image_encoder": {"patch_size": 14, "projection_dim": 1024, **CLIP_CONFIG},
 }
 SVD_NAMES = [f"stabilityai/stable-video-diffusion-img2vid{kind}" for kind in ("", "-xt", "-xt-1-1")]
-CHECKPOINT_STATE = "training_state.json"  # what makes a folder a checkpoint of train_svd.py
-SETTINGS = "training_settings.json"  # beside every result: what it was trained with
+CHECKPOINT_STATE = "training_state.json"  # every checkpoint of train_svd.py has this file
+SETTINGS = "training_settings.json"  # every result has this file: the settings of its training
 HUB_HELP = """{what}. Ways to get the weights:
   1. accept the licence at https://huggingface.co/{name} , then: pip install -U huggingface_hub && hf auth login
   2. in mainland China: export HF_ENDPOINT=https://hf-mirror.com HF_TOKEN=hf_... , then run the same command again
   3. in mainland China, without an account: pip install modelscope, then
      modelscope download AI-ModelScope/{short} --local-dir ./{short} --include "*.json" "*.fp16.safetensors"
-     and give ./{short} in place of the name (the licence holds there, too)
+     and give ./{short} in place of the name (the same licence holds)
   4. download the folder on another machine (hf download {name} --exclude "svd*.safetensors"), copy it here whole,
      and give the folder's path in place of the name (infer_svd.py, for a checkpoint: as --base_model)"""
-AWAY = """the hub cannot be reached, and the model is not in the cache ({error}): is there a network, or a proxy to set
-(HTTPS_PROXY)? """
+AWAY = """the hub cannot be reached, and the model is not in the cache ({error}): check the network, or set a proxy
+(HTTPS_PROXY). """
 NEEDED = (
-    "what is needed is a whole diffusers folder of Stable Video Diffusion (model_index.json, unet/, vae/, ...): hf"
+    "give a whole diffusers folder of Stable Video Diffusion (model_index.json, unet/, vae/, ...): hf"
     " download stabilityai/stable-video-diffusion-img2vid-xt --exclude 'svd*.safetensors'"
     " --local-dir ./stable-video-diffusion-img2vid-xt"
 )
 
 
 def resolve_model(name):
-    """A hub name or local folder -> the local folder of a complete diffusers pipeline in safetensors.
+    """The local folder of the complete diffusers pipeline that `name`, a hub name or local folder, stands for.
 
-    Raises `UserError` that says exactly what is missing and how to get it. Never reads pickled weights.
+    Downloads it if needed. Raises a `UserError` that says what is missing and how to get it. Reads no pickled weights.
     """
     folder = local_folder(name) or download_model(str(name))
     for part in PARTS:
@@ -58,12 +58,12 @@ def resolve_model(name):
 
 
 def resolve_config(name):
-    """A model name -> a folder (or, for SVD itself, a dict) with the configuration of its parts; needs no weights."""
+    """The folder with the configuration of a model's parts, or SVD_XT_CONFIG for SVD itself. Needs no weights."""
     from huggingface_hub import hf_hub_download
 
     if folder := local_folder(name):
         return folder
-    known = str(name) in SVD_NAMES  # what the cache has, or what we know: no network needed to plan
+    known = str(name) in SVD_NAMES  # planning then needs no network: the hub's cache or SVD_XT_CONFIG is enough
     try:
         with hub_errors(name):
             paths = [hf_hub_download(str(name), f"{part}/config.json", local_files_only=known) for part in MODEL_PARTS]
@@ -75,7 +75,7 @@ def resolve_config(name):
 
 
 def local_folder(name):
-    """The pipeline folder that `name` is, or None for a name of the hub. Raises `UserError` for any other thing."""
+    """The pipeline folder `name`, or None if `name` is a hub name. Raises `UserError` for anything else."""
     path = Path(name)
     looks_local = path.is_absolute() or str(name).startswith((".", "~")) or len(path.parts) != 2
     if not (looks_local or path.exists() or path.parent.is_dir()):
@@ -90,11 +90,14 @@ def check_pipeline(index, name):
     """Refuses the model_index.json of another pipeline (Stable Diffusion 1.5, SDXL, ...)."""
     found = read_json(index).get("_class_name") or "pipeline without a name"
     if not str(found).startswith("StableVideoDiffusion"):
-        raise UserError(f"{name}: a {found}, no StableVideoDiffusionPipeline; {NEEDED}")
+        raise UserError(f"{name}: is a {found}, not a StableVideoDiffusionPipeline; {NEEDED}")
+
+
+LORA = "a LoRA, which is not a whole model: give it to infer_svd.py as --lora"
 
 
 def describe(path):
-    """What a path that is no pipeline folder is, and what to give instead."""
+    """Says what a path is if it is no pipeline folder, and what to give instead."""
     if not path.exists():
         return "no such model folder (and not a hub name, which has the form owner/name)"
     if (path / CHECKPOINT_STATE).is_file():
@@ -102,10 +105,10 @@ def describe(path):
     if path.is_dir() and ((path / "metadata.jsonl").is_file() or (path / ".prepare").is_dir()):
         return "a dataset (metadata.jsonl), not a model; give the --output_dir of its training, or a base model"
     if path.name == "lora" and (path / "adapter_config.json").is_file():
-        return "a LoRA, which adds to a model and is none: infer_svd.py takes it as --lora"
-    patterns = ("*", "snapshots/*", "*/snapshots/*")  # the latter two: the hub's cache
+        return LORA
+    patterns = ("*", "snapshots/*", "*/snapshots/*")  # the last two: the hub's cache
     for index in sorted(found for pattern in patterns for found in path.glob(f"{pattern}/model_index.json")):
-        return f"no pipeline, but there is one in it: give {index.parent}"
+        return f"no pipeline, but it contains one: give {index.parent}"
     if (path.resolve().parent / "model_index.json").is_file():
         return f"one part of a pipeline; give the whole folder, {path.parent}"
     for newest in sorted(path.glob("checkpoint-*"), key=lambda folder: natural_key(folder.name))[-1:]:
@@ -118,20 +121,20 @@ def describe(path):
         return f"pickled weights ({weights[0].name}), which are never loaded: unpickling runs code; {NEEDED}"
     names, what = "".join(safetensors_header(weights[0])), "the weights of one part of a model"
     if "lora" in names:
-        what = "a LoRA, which adds to a model and is none: infer_svd.py takes it as --lora"
+        what = LORA
     elif "diffusion_model." in names:
         what = "weights in one file, as ComfyUI takes them"
     return f"{what} ({weights[0].name}); {NEEDED}"
 
 
 def download_model(name):
-    """Downloads (or finds in the cache) a pipeline of the hub: full precision, or fp16 if it has no other."""
+    """Downloads a pipeline of the hub, or finds it in the cache: in full precision, or in fp16 if there is no other."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError
 
     with hub_errors(name):
-        check_pipeline(Path(hf_hub_download(name, "model_index.json")), name)  # before gigabytes of another model
-        with contextlib.suppress(EntryNotFoundError):  # of a model that was trained here
+        check_pipeline(Path(hf_hub_download(name, "model_index.json")), name)  # before gigabytes are downloaded
+        with contextlib.suppress(EntryNotFoundError):  # files of a model that was trained with train_svd.py
             for file in (SETTINGS, "actions/actions.json", "actions/encoder.safetensors"):
                 hf_hub_download(name, file)
         from diffusers import DiffusionPipeline
@@ -146,9 +149,9 @@ def download_model(name):
 
 @contextlib.contextmanager
 def hub_errors(name):
-    """Makes what goes wrong at the hub a `UserError` that says what to do; a full or read-only disk stays what it is.
+    """Turns an error of the hub into a `UserError` that says what to do. A full or read-only disk stays an `OSError`.
 
-    The hub's own errors are among Python's, those of its httpx are not.
+    The hub's own errors are also Python's OSError or ValueError; those of httpx are not.
     """
     from huggingface_hub import errors
 
@@ -175,7 +178,7 @@ def hub_errors(name):
 
 
 def read_config(folder, part):
-    """`<folder>/<part>/config.json` as a dict, readable before any weight is loaded."""
+    """`<folder>/<part>/config.json` as a dict. Raises `UserError` if it is missing or damaged."""
     if isinstance(folder, dict):
         return folder[part]
     try:
@@ -188,9 +191,9 @@ def read_config(folder, part):
 
 
 def weight_files(folder, part):
-    """The safetensors files of a part, full precision first, the fp16 files where the folder has only those.
+    """The safetensors files of a part: those in full precision, or in fp16 if there are no others.
 
-    Raises `UserError` for missing, pickled-only, git-lfs-pointer and cut-off files.
+    Raises `UserError` if the files are missing, only pickled, git-lfs pointers or cut off.
     """
     folder, stem = Path(folder) / part, "model" if part == "image_encoder" else "diffusion_pytorch_model"
     for variant in ("", ".fp16"):
@@ -210,9 +213,9 @@ def weight_files(folder, part):
 
 
 def safetensors_header(file):
-    """The header of a safetensors file: `{tensor name: {dtype, shape, data_offsets}}`, offsets from the file's start.
+    """The header of a safetensors file: {tensor name: {dtype, shape, data_offsets}}, offsets from the file's start.
 
-    Raises `UserError` where the file is missing, a git-lfs pointer, damaged, or shorter than its header says.
+    Raises `UserError` if the file is missing, a git-lfs pointer, damaged, or shorter than its header says.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -221,7 +224,7 @@ def safetensors_header(file):
             size = int.from_bytes(opened.read(8), "little")
             if size.to_bytes(8, "little") == b"version ":
                 raise UserError(f"{file}: a git-lfs pointer, not the weights; run `git lfs pull`, or download the file")
-            with safe_open(file, "np"):  # checks the whole header, and the file's length against it
+            with safe_open(file, "np"):  # checks the header, and the file's length against it
                 header = json.loads(opened.read(size))
     except FileNotFoundError:
         raise UserError(f"{file}: missing; download it into this folder") from None
@@ -234,9 +237,9 @@ def safetensors_header(file):
 
 
 def weights_fingerprint(folder, part):
-    """A hash that tells two sets of weights apart, without reading gigabytes: the head of every tensor.
+    """A hash of the first 4 KB of every tensor: it tells two sets of weights apart without reading gigabytes.
 
-    The bytes are read by their offsets, for safetensors has no bf16 without torch, and a refusal need not wait for it.
+    The bytes are read by their offsets, since safetensors needs torch for bf16, and torch takes seconds to load.
     """
     digest = hashlib.sha256()
     for file in weight_files(folder, part):
@@ -250,43 +253,42 @@ def weights_fingerprint(folder, part):
 
 
 def latent_factor(vae_config):
-    """How many pixels a latent's side stands for: 8 for SVD."""
+    """How many pixels of the image's side make one of the latents' side: 8 for SVD."""
     return 2 ** (len(vae_config["block_out_channels"]) - 1)
 
 
 def size_multiple(folder):
-    """What width and height must be multiples of: the VAE's factor times the UNet's downsampling; 64 for SVD."""
+    """Width and height must be multiples of this: the VAE's factor times the UNet's downsampling, 64 for SVD."""
     return latent_factor(read_config(folder, "vae")) * 2 ** (len(read_config(folder, "unet")["block_out_channels"]) - 1)
 
 
 def check_sizes(options, folder):
-    """Refuses `--width` and `--height` that the model cannot take, from its configuration alone."""
+    """Raises `UserError` for a --width or --height that the model cannot take, by its configuration."""
     multiple = size_multiple(folder)
     for flag, value in (("--width", options.width), ("--height", options.height)):
         if value > 16384:
             raise UserError(f"{flag} must be at most 16384, got {value}")
         if value % multiple:
             near = max(multiple, round(value / multiple) * multiple)
-            takes = f"must be a multiple of {multiple} for this model, got {value}; the nearest is {near}"
-            raise UserError(f"{flag} {takes}")
+            wanted = f"must be a multiple of {multiple} for this model"
+            raise UserError(f"{flag} {wanted}, got {value}; the nearest is {near}")
 
 
-# checkpoint-N/: trained.safetensors, optimizer.safetensors, ema.safetensors, training_state.json; nothing pickled.
 def write_tensors(path, tensors, metadata=None):
-    """A safetensors file, whole or as it was. Raises `OSError` for a full disk, which safetensors calls otherwise."""
+    """Writes a safetensors file, whole or not at all. Raises `OSError` if the disk is full."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     try:
         with replacing(path) as aside:
             save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, aside, metadata)
-            os.chmod(aside, 0o666 & ~umask())  # safetensors writes files that only their owner can read
+            os.chmod(aside, 0o666 & ~umask())  # safetensors lets only the owner read its files
     except SafetensorError as error:
         raise OSError(errno.ENOSPC, f"cannot be written ({error})", str(path)) from error
 
 
 def encoders_fingerprint(base):
-    """Tells the frozen parts that the cache is made by from others."""
+    """A hash of the VAE and CLIP, which make the cache: it tells caches of different models apart."""
     return "-".join(weights_fingerprint(base, part)[:8] for part in ("vae", "image_encoder"))
 
 
@@ -296,13 +298,13 @@ SETTINGS_EXAMPLE |= {"use_ema": False, "lora_rank": 0, "lora_alpha": 0, "trained
 
 
 def read_settings(path, cure):
-    """What a model was trained with, beside a result or in a checkpoint; raises `UserError` for what none writes."""
+    """Reads the settings of a training from a result's or a checkpoint's file. Raises `UserError` if it is damaged."""
 
     def kind(value):
         return [kind(one) for one in value] if isinstance(value, list) else {int: float}.get(type(value), type(value))
 
     settings = read_json(path, cure)
-    if path.name == CHECKPOINT_STATE:  # what is needed to find its base must be there
+    if path.name == CHECKPOINT_STATE:  # must have all that is needed to find its base
         found, needed = settings.get("settings"), ("pretrained_model_name", "base_fingerprint", "use_ema")
         settings = {"step": settings.get("step"), **dict.fromkeys(needed), **(found if isinstance(found, dict) else {})}
     for field in settings.keys() & SETTINGS_EXAMPLE:

@@ -32,9 +32,9 @@ def test_all_cameras_of_an_episode_fall_on_one_side(capsys):
     training, held_out = hold_out(clips, num_validation_videos=4, seed=0)
     episodes = [{clip["source"][-10:] for clip in side} for side in (training, held_out)]
     assert len(held_out) == 4 and len(episodes[1]) == 2 and not episodes[0] & episodes[1]
-    assert "used for nothing" not in capsys.readouterr().out
+    assert "not used" not in capsys.readouterr().out
     training, held_out = hold_out(clips, num_validation_videos=3, seed=0)  # the other camera of the second episode
     assert len(held_out) == 3 and len(training) == 8
-    assert "used for nothing: 1 more clip of the held-out episodes" in capsys.readouterr().out
+    assert "not used: 1 more clip of the held-out episodes" in capsys.readouterr().out
     known = {clip["directory"]: "digest" for clip in held_out}
     assert hold_out(clips, num_validation_videos=3, seed=0, known=known) == (training, held_out)

@@ -25,7 +25,7 @@ def test_the_average_does_not_take_a_bad_step_in_and_the_checkpoint_is_that_of_t
     for factor in (1.0, 1.0, float("nan"), 1.0):
         for place, parameter in enumerate(state.trained.values()):
             parameter.grad = torch.full_like(parameter, factor * (-1) ** place)
-        assert state.update(look=False)
+        assert state.update(check=False)
         if state.steps == 2:
             kept = [value.clone() for value in (*state.ema.shadow_params, *(p.data for p in state.trained.values()))]
     assert state.steps == 4
@@ -33,7 +33,7 @@ def test_the_average_does_not_take_a_bad_step_in_and_the_checkpoint_is_that_of_t
     assert all(torch.equal(before, after) for before, after in zip(kept, now))
     state.save()
     assert state.steps == 2 and [path.name for path in checkpoints_of(tmp_path / "out")] == ["checkpoint-2"]
-    assert not state.update(look=True)
+    assert not state.update(check=True)
 
 
 def test_the_process_that_fails_saves_and_an_old_checkpoint_that_cannot_go_is_no_reason_to_stop(tmp_path, capsys):

@@ -78,7 +78,10 @@ def test_a_regular_number_runs_whatever_stands_before_it(tmp_path):
         (["a.png", "b.png"], "one running number"),
         (["img.png", "img (1).png", "img (2).png"], "img.png beside"),
         ([f"cam{c}_{i:04d}.png" for c in (1, 2) for i in range(4)], "are several series"),
-        ([f"{sec}_{ms}.png" for sec, ms in ((7, 10), (7, 405), (7, 790), (8, 202), (8, 611))], "cannot be told"),
+        (
+            [f"{sec}_{ms}.png" for sec, ms in ((7, 10), (7, 405), (7, 790), (8, 202), (8, 611))],
+            "it is unclear which number",
+        ),
     ],
 )
 def test_what_is_no_frame_is_refused_by_its_folder(names, message, tmp_path):
@@ -279,7 +282,7 @@ def test_what_is_no_pipeline_is_called_what_it_is(trained, tmp_path):
     index = tmp_path / "sd15" / "model_index.json"
     assert f"give {tmp_path / 'sd15'}" in refused(tmp_path)
     index.write_text(index.read_text().replace("StableVideo", "Stable"))
-    assert "a StableDiffusionPipeline, no StableVideoDiffusionPipeline" in refused(tmp_path / "sd15")
+    assert "a StableDiffusionPipeline, not a StableVideoDiffusionPipeline" in refused(tmp_path / "sd15")
     index.write_text("[]")
     assert "damaged" in refused(tmp_path / "sd15")
     assert "--resume_from_checkpoint" in refused(trained / "checkpoint-3")
@@ -329,7 +332,7 @@ def hub(tmp_path):
         ("stabilityai/stable-video-difusion-img2vid", "is it stabilityai/stable-video-diffusion-img2vid?"),
         ("stabilityai/gated", "licence"),
         ("stabilityai/files", "no diffusers pipeline"),
-        ("stabilityai/sd15", "a StableDiffusionPipeline, no StableVideoDiffusionPipeline"),
+        ("stabilityai/sd15", "a StableDiffusionPipeline, not a StableVideoDiffusionPipeline"),
         ("https://huggingface.co/stabilityai/gated", "owner/name"),
     ],
 )
