@@ -1,7 +1,7 @@
-"""What a second script calls: reading and writing frames and videos, and loading SVD's parts.
+"""What several scripts share: reading and writing frames and videos, and loading SVD's parts.
 
-No command line, no loss, no loop. Importing this module touches no disk, GPU or network. torch and diffusers are
-imported inside the functions that use them, so that preparing a dataset needs neither.
+Importing this module touches no disk, GPU or network. torch and diffusers are imported inside the functions that use
+them, so that preparing a dataset needs neither.
 """
 
 import contextlib
@@ -17,10 +17,10 @@ import svd_parts  # noqa: F401  isort: skip  (first: it sets what cv2 reads once
 
 try:
     import cv2
-except ImportError as error:  # most often libGL, which a server without a screen lacks
+except ImportError as error:  # most often because a server without a screen has no libGL
     sys.exit(
         f"error: OpenCV cannot be loaded ({error}). On a server without a screen: pip uninstall opencv-python, then"
-        " pip install opencv-python-headless; where it is missing: pip install -r requirements.txt"
+        " pip install opencv-python-headless. If it is not installed: pip install -r requirements.txt"
     )
 import numpy as np
 
@@ -39,26 +39,24 @@ from svd_parts.weights import (
 )
 
 if not hasattr(cv2, "IMWRITE_PNG_ZLIBBUFFER_SIZE"):
-    sys.exit(f"error: OpenCV {cv2.__version__} is older than 4.13: pip install -U opencv-python (of its packages, one)")
+    sys.exit(f"error: OpenCV {cv2.__version__} is older than 4.13: pip install -U opencv-python, and no other OpenCV")
 
 IMAGE_SUFFIXES = tuple(".png .jpg .jpeg .jpe .jfif .webp .bmp .avif .jp2 .j2k .tif .tiff .ppm .pgm .pnm .tga".split())
-MOST_PIXELS = 1 << 29  # 23,170 x 23,170: a larger image is refused by its header
+MOST_PIXELS = 1 << 29  # 23,170 x 23,170: a larger image is refused after reading its header
 PNG_OPTIONS = [cv2.IMWRITE_PNG_COMPRESSION, 1, cv2.IMWRITE_PNG_STRATEGY, cv2.IMWRITE_PNG_STRATEGY_RLE]
 PNG_OPTIONS += [cv2.IMWRITE_PNG_FILTER, cv2.IMWRITE_PNG_FILTER_UP]  # the fastest lossless settings measured
 PNG_OPTIONS += [cv2.IMWRITE_PNG_ZLIBBUFFER_SIZE, 1 << 16]
 
 
 def is_plain(data):
-    """Whether these bytes are a PNG or JPEG of 8-bit RGB that nothing turns or makes transparent.
+    """Whether these bytes are a plain PNG or JPEG: 8-bit RGB, not rotated, not transparent, without a colour profile.
 
-    OpenCV decodes such a file to the same pixels as PIL does, in half the time.
+    OpenCV decodes such a file to the same pixels as PIL, in half the time.
     """
     if data[:8] == b"\x89PNG\r\n\x1a\n" and data[24:26] == b"\x08\x02":
         at = 8
         while at < len(data):  # a chunk: size, kind, content, checksum
-            if re.match(
-                rb"eXIf|tRNS|acTL|iCCP|[tzi][ET]Xt(Raw|XML)", data[at + 4 : at + 11]
-            ):  # the texts hold EXIF, XMP
+            if re.match(rb"eXIf|tRNS|acTL|iCCP|[tzi][ET]Xt(Raw|XML)", data[at + 4 : at + 11]):  # texts with EXIF, XMP
                 return False
             at += int.from_bytes(data[at : at + 4], "big") + 12
         return True
@@ -66,12 +64,12 @@ def is_plain(data):
         return False
     header, picture, _ = data.partition(b"\xff\xda")
     is_rgb = re.search(rb"\xff[\xc0-\xc2]\0\x11\x08.{4}\x03", header, re.DOTALL)
-    is_special = re.search(rb"\xff[\xe1\xe2\xee]", header)  # EXIF or XMP, which may turn it; ICC; Adobe's spaces
+    is_special = re.search(rb"\xff[\xe1\xe2\xee]", header)  # EXIF or XMP, which may rotate; ICC; Adobe's colour spaces
     return bool(picture and is_rgb and not is_special)
 
 
 def to_srgb(image):
-    """A PIL image with an ICC profile (Adobe RGB, Display P3, ...) in sRGB; as it is where the profile is none."""
+    """Converts a PIL image with an ICC profile (Adobe RGB, Display P3, ...) to sRGB; returns others as they are."""
     from PIL import ImageCms
 
     profile = image.info.get("icc_profile")
@@ -82,7 +80,7 @@ def to_srgb(image):
     try:
         source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
         image = ImageCms.profileToProfile(image.convert(mode), source, ImageCms.createProfile("sRGB"), outputMode="RGB")
-    except (ImageCms.PyCMSError, OSError, ValueError):  # a damaged profile, or one of other channels: as viewers do
+    except (ImageCms.PyCMSError, OSError, ValueError):  # a damaged or unsuitable profile: ignored, as viewers do
         return image
     if alpha is not None:
         image.putalpha(alpha)
@@ -90,9 +88,9 @@ def to_srgb(image):
 
 
 def read_image(path):
-    """Reads any still image as people see it: EXIF rotation applied, ICC profile to sRGB, alpha over white, to RGB.
+    """Reads any still image as people see it: rotated by EXIF, converted to sRGB, with white behind transparent parts.
 
-    Returns (H, W, 3) uint8 RGB. Raises `UserError` for a file that is no readable image, or too large a one.
+    Returns (H, W, 3) uint8 RGB. Raises `UserError` if the file is missing, not a readable image, or too large.
     """
     try:
         with open(path, "rb") as file:
@@ -105,11 +103,11 @@ def read_image(path):
 
 
 def decode_image(data, path):
-    """The bytes of a still image -> (H, W, 3) uint8 RGB, as `read_image` does; path: the name for its errors."""
+    """Decodes the bytes of a still image as `read_image` does, to (H, W, 3) uint8 RGB. path: a name for errors."""
     from PIL import Image, ImageOps
 
     try:
-        Image.MAX_IMAGE_PIXELS = None  # a panorama is no attack, and what is one is refused here
+        Image.MAX_IMAGE_PIXELS = None  # PIL's limit would refuse panoramas; ours is MOST_PIXELS
         opened = Image.open(io.BytesIO(data))  # reads the header alone
         if opened.width * opened.height > MOST_PIXELS:
             raise UserError(f"{path}: {opened.width}x{opened.height} pixels are too many; make the image smaller")
@@ -126,27 +124,27 @@ def decode_image(data, path):
             return np.array(image.convert("RGB"))
     except UserError:
         raise
-    except Exception as error:  # of a damaged file PIL raises errors of many kinds
+    except Exception as error:  # PIL raises errors of many kinds for a damaged file
         reason = getattr(error, "strerror", None) or re.sub(" <.*>", "", str(error)) or type(error).__name__
         raise UserError(f"{path}: not a readable image ({reason})") from None
 
 
 def read_frames(paths, width, height):
-    """Image files -> (T, height, width, 3) uint8 RGB, each fitted as `fit_frame` does."""
+    """Reads image files to (T, height, width, 3) uint8 RGB, each resized and cropped by `fit_frame`."""
     return np.stack([fit_frame(read_image(path), width, height) for path in paths])
 
 
 def to_pixels(frames):
-    """(T, H, W, 3) uint8 -> (T, 3, H, W) float32 in [-1, 1]; by way of [0, 1], as in the pipeline, to the last bit."""
+    """(T, H, W, 3) uint8 -> (T, 3, H, W) float32 in [-1, 1], through [0, 1] for the same bits as in the pipeline."""
     import torch
 
     return torch.from_numpy(frames.astype(np.float32) / 255.0 * 2.0 - 1.0).permute(0, 3, 1, 2)
 
 
 def fit_frame(frame, width, height):
-    """Resizes (H, W, 3) so that it covers `width` x `height`, keeping the aspect ratio, then crops the centre.
+    """Resizes (H, W, 3) to cover `width` x `height` at the same aspect ratio, then crops the centre.
 
-    Area averaging when shrinking (no aliasing), bicubic when enlarging. A frame of the right size is returned as it is.
+    Shrinks by area averaging (no aliasing), enlarges bicubically. A frame of the right size is returned unchanged.
     """
     h, w = frame.shape[:2]
     scale = max(width / w, height / h)
@@ -158,18 +156,19 @@ def fit_frame(frame, width, height):
 
 
 def encode_png(frame):
-    """(H, W, 3) RGB -> PNG bytes."""
+    """(H, W, 3) uint8 RGB -> the bytes of a PNG file."""
     return cv2.imencode(".png", cv2.cvtColor(frame, cv2.COLOR_RGB2BGR), PNG_OPTIONS)[1].tobytes()
 
 
-# What the pixels are: ffmpeg makes YUV of RGB by BT.601's matrix. Untagged, a player takes a wide video for BT.709.
+# ffmpeg converts RGB to YUV with BT.601's matrix, so the file says so. Else players take a wide video for BT.709.
 COLORS = "-colorspace smpte170m -color_primaries bt709 -color_trc bt709 -color_range tv".split()
 
 
 def write_video(path, frames, fps, *options):
-    """Writes (T, H, W, 3) uint8 RGB as H.264 yuv420p mp4 that browsers and phones play; whole or not at all.
+    """Writes (T, H, W, 3) uint8 RGB, whole or not at all, as H.264 yuv420p mp4, which browsers and phones play.
 
-    An odd width or height loses its last column or row: H.264 with 4:2:0 has even sizes only. `options` are ffmpeg's.
+    options: further options of ffmpeg. An odd width or height loses its last column or row, as H.264 with 4:2:0 needs
+    even sizes. Raises `OSError` if the file cannot be read back whole.
     """
     import imageio_ffmpeg
 
@@ -183,14 +182,14 @@ def write_video(path, frames, fps, *options):
             writer.send(np.ascontiguousarray(frame))
         writer.close()
         with contextlib.suppress(UserError):
-            if len(read_video(aside)) == len(frames):  # ffmpeg does not tell of a disk that fills up at the end
+            if len(read_video(aside)) == len(frames):  # ffmpeg does not report a disk that fills up at the end
                 return
         raise OSError(errno.ENOSPC, "not written whole; is the disk full?", str(path))
 
 
 def read_video(path):
-    """Decodes a short, well-behaved video (one that `write_video` wrote) to (T, H, W, 3) uint8 RGB."""
-    capture, frames = cv2.VideoCapture(os.fsencode(path)), []  # a str that is not UTF-8 crashes it
+    """Decodes a short video by `write_video` to (T, H, W, 3) uint8 RGB. Raises `UserError` if no frame can be read."""
+    capture, frames = cv2.VideoCapture(os.fsencode(path)), []  # OpenCV crashes on a str that is not UTF-8
     while (frame := capture.read()[1]) is not None:
         frames.append(cv2.cvtColor(frame, cv2.COLOR_BGR2RGB))
     if not frames:
@@ -199,7 +198,7 @@ def read_video(path):
 
 
 def label_frames(frames, text):
-    """Puts a white strip with `text` above every frame of (T, H, W, 3)."""
+    """Adds a white strip with `text` above every frame: (T, H, W, 3) -> (T, H + 24, W, 3)."""
     frames = np.asarray(frames)
     strip = np.full((24, frames.shape[2], 3), 255, np.uint8)
     width = max(cv2.getTextSize(text, cv2.FONT_HERSHEY_SIMPLEX, 0.5, 1)[0][0], 1)
@@ -209,7 +208,7 @@ def label_frames(frames, text):
 
 
 def side_by_side(videos, min_width=256):
-    """`{label: (T, H, W, 3)}` -> one labelled video, the shortest's length; small ones enlarged to be seen."""
+    """{label: (T, H, W, 3)} -> one labelled video, as long as the shortest. Narrow videos are enlarged."""
     length = min(len(video) for video in videos.values())
     scale = max(1, -(-min_width // next(iter(videos.values())).shape[2]))
     columns = []
@@ -248,10 +247,10 @@ def load_part(folder, part, dtype):
 
 
 def load_pipeline(name, dtype, base=None):
-    """A stock `StableVideoDiffusionPipeline` on the CPU in `dtype`, and what it was trained with.
+    """A stock `StableVideoDiffusionPipeline` on the CPU in `dtype`: (pipeline, settings of its training).
 
-    name: a hub name, a pipeline folder, or a checkpoint of train_svd.py, which is laid over the base that it names, or
-    over `base`. Returns (pipeline, settings); settings is {} for a model that was not trained here.
+    name: a hub name, a pipeline folder, or a checkpoint of train_svd.py. A checkpoint's weights are put into the base
+    that it names, or into `base`. settings is {} for a model that train_svd.py did not train.
     """
     from diffusers import StableVideoDiffusionPipeline
     from safetensors.torch import load_file
@@ -265,9 +264,10 @@ def load_pipeline(name, dtype, base=None):
 
 
 def resolve_checkpoint(name, base=None):
-    """A model name -> (pipeline folder, training settings, trained-weights file or None): reads no weights.
+    """Finds the files of a model: (pipeline folder, training settings, trained-weights file or None). Reads no weights.
 
-    base: hub name or folder in place of the base that a checkpoint names; a whole pipeline needs none.
+    base: for a checkpoint, a hub name or folder to use in place of the base that it names. Raises `UserError` if a file
+    is missing or damaged, or if the checkpoint was trained on another base.
     """
     folder = Path(name)
     state_file = folder / CHECKPOINT_STATE
@@ -283,15 +283,15 @@ def resolve_checkpoint(name, base=None):
     fingerprint = settings["base_fingerprint"]
     found = resolve_model(base or find_base(folder, settings["pretrained_model_name"], fingerprint))
     if weights_fingerprint(found, "unet") != fingerprint:
-        raise UserError(f"{folder}: was trained on another base than what is in {found}; give that one as --base_model")
+        raise UserError(f"{folder}: was not trained on the base in {found}; give the right one as --base_model")
     return found, settings, trained
 
 
 def find_base(folder, recorded, fingerprint):
-    """The base that a checkpoint names, or where it lies now: what was moved together keeps the end of its path.
+    """The base of a checkpoint, also if it was moved together with the run: the end of its path is then the same.
 
-    recorded: a hub name, or the folder's path when the run began. Candidates are judged by their weights, so a
-    fine-tuned result of the same name is not taken. Raises `UserError` where there is none.
+    recorded: the base's hub name, or its path when the run began. A folder counts only if its weights have this
+    fingerprint, so a fine-tuned result of the same name does not. Raises `UserError` if the base is not found.
     """
     if os.path.isdir(recorded) or re.fullmatch(r"[\w.-]+/[\w.-]+", recorded):
         return recorded
@@ -302,5 +302,5 @@ def find_base(folder, recorded, fingerprint):
             with contextlib.suppress(UserError):
                 if os.path.isdir(candidate / "unet") and weights_fingerprint(candidate, "unet") == fingerprint:
                     return candidate
-    where = f"neither in {recorded} any more nor beside the run"
+    where = f"no longer in {recorded}, nor beside the run"
     raise UserError(f"{folder}: its base model is {where}; give its folder or hub name as --base_model")

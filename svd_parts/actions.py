@@ -97,7 +97,7 @@ def prepare_actions(condition_on, clips, held_out, before, base):
         described = known
     elif known:
         wanted, found = (", ".join(column_names(kind)) for kind in (known, described))
-        print(f"{base} follows actions of another kind ({wanted}): what it knows of them is not used for {found}")
+        print(f"{base} follows other actions ({wanted}): its encoder is not used, and a new one learns {found}")
     for clip in [*clips, *held_out]:
         clip["scaled_actions"] = scale_actions(clip["actions"], described)
         clip["actions_digest"] = digest_of(clip["actions"])
@@ -105,7 +105,7 @@ def prepare_actions(condition_on, clips, held_out, before, base):
 
 
 def read_described(base):
-    """What the actions of a trained model mean, {count, names, low, high}; None where it follows none."""
+    """The `describe_actions` that is saved with a trained model; None if the model follows no actions."""
     path = Path(base) / FOLDER / SETTINGS
     return json.loads(path.read_text("utf-8")) if path.is_file() else None
 

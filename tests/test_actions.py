@@ -260,7 +260,9 @@ def test_training_goes_on_from_a_model_that_follows_actions(acted, model, tmp_pa
     assert not (tmp_path / "off" / "actions").exists()
     (other / "metadata.jsonl").write_text((other / "metadata.jsonl").read_text().replace("left", "right"))
     done = run("train_svd.py", *train_arguments(other, tmp_path / "new", model), "--condition_on", "actions", *start)
-    assert "another kind (left, seed): what it knows of them is not used for right, seed" in done.stdout
+    assert (
+        "follows other actions (left, seed): its encoder is not used, and a new one learns right, seed" in done.stdout
+    )
     assert load_file(tmp_path / "new" / "actions" / "encoder.safetensors")["2.weight"].abs().sum() == 0
 
 
