@@ -5,11 +5,18 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 from conftest import ROOT, TINY
 
-pytest.importorskip("pybullet")
+import svd_common as common
 
+pytest.importorskip("pybullet")
+sys.path.insert(0, str(ROOT / "tests" / "proof"))
+
+import inside  # isort: skip
+
+PUSHES = ROOT / "tests" / "data" / "robot_push" / "videos" / "chunk-000" / "observation.images.front"
 FEW = "--new 2 --more 2 --aimless 2 --videos 11 --layouts 2 --seeds 1 --labellers 1 --label_steps 2 --policy_steps 2"
 
 
@@ -26,3 +33,25 @@ def test_the_proof_runs_whole(tmp_path):
     assert {"b - a", "b - c", "h - g", "i - g"} <= set(results["differences"])
     assert all((tmp_path / name).stat().st_size > 1000 for name in ("clips.png", "pushes.png"))
     assert (tmp_path / "table.md").read_text().count("\n| ") == 9
+
+
+def test_the_colour_test_tells_the_end_of_a_push_from_its_start():
+    clips = np.stack([common.read_video(video) for video in sorted(PUSHES.glob("*.mp4"))[:40]])
+    assert inside.on_disc(clips[:, 0], clips[:, -1]).mean() > 0.9
+    assert not inside.on_disc(clips[:, 0], clips[:, 0]).any()
+
+
+def test_a_judge_that_is_always_right_correlates_fully_and_is_no_optimist():
+    true = np.random.default_rng(0).random((6, 40)) < np.linspace(0.1, 0.9, 6)[:, None]
+    same = inside.compare(true, true, draws=200)
+    assert same["spearman"]["mean"] == pytest.approx(1) and same["optimism"]["mean"] == 0
+    hopeful = inside.compare(true | True, true, draws=200)
+    assert hopeful["optimism"]["mean"] == pytest.approx(1 - true.mean()) and np.isnan(hopeful["pearson"]["mean"])
+    assert inside.rank([3, 1, 3]).tolist() == [1.5, 0, 1.5]
+
+
+def test_proposed_paths_begin_where_the_answers_begin():
+    answers = np.random.default_rng(0).normal(size=(3, 4, 8, 3))
+    answers[:, :, 0] = 0.5
+    paths = inside.propose(answers, count=2)
+    assert paths.shape == (8, 8, 3) and np.allclose(paths[:, 0], 0.5)

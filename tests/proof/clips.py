@@ -7,8 +7,6 @@ import json
 import math
 import random
 import sys
-from concurrent.futures import ProcessPoolExecutor
-from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -28,11 +26,12 @@ VIDEOS = Path("videos", "chunk-000", "observation.images.front")
 # Layouts
 
 
-def make_clips(folder, seed, episodes, pictures=None, cameras=("front",), task="push"):
+def make_clips(folder, seed, episodes, pictures=None, cameras=("front",), task="push", processes=None):
     """Simulates what is not there yet; without cameras nothing is rendered, with pictures=1 first frames alone."""
     if len(list((folder / "states").glob("*.json"))) < episodes:
         args = render.build_parser().parse_args(["--task", task, "--output_dir", str(folder)])
         args.seed, args.episodes, args.pictures, args.frames, args.cameras = seed, episodes, pictures, FRAMES, cameras
+        args.workers = processes or args.workers
         render.main(args)
 
 
@@ -80,13 +79,7 @@ def judge_layout(job, seed):
         play(robot, path)
         distances.append(np.linalg.norm(np.array(p.getBasePositionAndOrientation(cube)[0][:2]) - goal))
     p.disconnect(client)
-    return distances
-
-
-def judge(paths, seed):
-    """`judge_layout` for paths (P, N, 8, 3) of N layouts: (P, N) distances in metres."""
-    with ProcessPoolExecutor() as pool:
-        return np.array(list(pool.map(partial(judge_layout, seed=seed), enumerate(np.swapaxes(paths, 0, 1))))).T
+    return np.array(distances)
 
 
 # Pictures

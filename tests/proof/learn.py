@@ -3,6 +3,7 @@
 Both are the same small CNN, which finds points in the image and says from their places where the fingertip is or goes.
 """
 
+import json
 import math
 import os
 from concurrent.futures import ProcessPoolExecutor
@@ -78,52 +79,89 @@ def to_tensor(frames):
     return torch.from_numpy(np.ascontiguousarray(frames)).movedim(-1, -3).float() / 255
 
 
-def in_processes(function, jobs):
-    """[function(job)], a process a core."""
-    with ProcessPoolExecutor() as pool:
+def in_processes(function, jobs, processes):
+    """[function(job)], so many at a time."""
+    if processes == 1:
+        return [function(job) for job in jobs]
+    with ProcessPoolExecutor(processes) as pool:
         return list(pool.map(function, jobs))
 
 
-# Inverse dynamics
+def keep(function, jobs, processes, folder, options):
+    """`in_processes`, each result, an array, kept in the folder: after a stop it goes on. Other options begin anew."""
+    folder.mkdir(parents=True, exist_ok=True)
+    told, text = folder / "options.json", json.dumps(options, default=str)
+    if not told.exists() or told.read_text() != text:
+        for old in folder.glob("*.npy"):
+            old.unlink()
+        told.write_text(text)
+    files = [folder / f"{index:04d}.npy" for index in range(len(jobs))]
+    missing = [(job, file) for job, file in zip(jobs, files) if not file.exists()]
+    in_processes(partial(write_result, function), missing, processes)
+    return [np.load(file) for file in files]
 
 
-def train_labeller(seed, sources, videos, steps, batch=16):
-    """Learns from `sources` and labels each of `videos`, (M, T, H, W, 3) uint8.
+def write_result(function, job_and_file):
+    result, file = function(job_and_file[0]), job_and_file[1]
+    np.save(file.with_suffix(".tmp.npy"), result)
+    os.replace(file.with_suffix(".tmp.npy"), file)
 
-    sources: [(clips (N, T, H, W, 3) uint8, paths (N, T, 3))]; each batch is drawn from all of them alike.
 
-    Returns displacements since frame 0, in metres, a list of (M, T - 1, 3). One network says for each of two frames
-    where the hand is; the difference is trained to be the displacement, so two frames are all it ever compares.
+# Labels
+
+
+class Finder(nn.Module):
+    """(B, 3, 64, 96) in [0, 1] -> (B, 3), where the fingertip is, by where in the picture a few features lie."""
+
+    def __init__(self, points=16):
+        super().__init__()
+        self.features = nn.Sequential(
+            nn.Conv2d(3, 16, 5, 2, 2), nn.ReLU(), nn.Conv2d(16, 24, 3, 2, 1), nn.ReLU(),
+            nn.Conv2d(24, 32, 3, 1, 1), nn.ReLU(), nn.Conv2d(32, 32, 3, 1, 2, dilation=2), nn.ReLU(),
+        )  # fmt: skip
+        self.places = nn.Conv2d(32, points, 1)
+        self.head = nn.Sequential(nn.Linear(2 * points + 32 * 12, 128), nn.ReLU(), nn.Linear(128, 3))
+
+    def forward(self, frames):
+        features = self.features(frames - 0.5)
+        maps = 3 * F.instance_norm(self.places(features))
+        height, width = maps.shape[2:]
+        weights = maps.flatten(2).softmax(2).view_as(maps)
+        x = weights.sum(2) @ torch.linspace(-1, 1, width)
+        y = weights.sum(3) @ torch.linspace(-1, 1, height)
+        return self.head(torch.cat([x, y, F.adaptive_avg_pool2d(features, (3, 4)).flatten(1)], 1))
+
+
+def train_labeller(seed, sources, videos, steps, batch=32):
+    """Learns where the fingertip is in a picture, and says so for all frames of the videos, (M, T, H, W, 3) uint8 each.
+
+    sources: [(clips (N, T, H, W, 3) uint8, paths (N, T, 3))]; a quarter of each batch is drawn from the first, the
+    demonstrations. Returns places in metres, (all M, T, 3): those of all videos one after the other.
     """
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
-    sources = [(to_tensor(clips), torch.from_numpy(paths).float()) for clips, paths in sources]
-    length, scale = sources[0][1].shape[1], sources[0][1].std((0, 1))
-    model = PointNet(points=8, known=0, outputs=3)
-    nothing = torch.zeros(2 * batch, 0)
+    sources = [
+        (to_tensor(clips).flatten(0, 1), torch.from_numpy(paths).float().flatten(0, 1)) for clips, paths in sources
+    ]
+    middle, scale = (f(torch.cat([places for _, places in sources]), 0) for f in (torch.mean, torch.std))
+    shares = [batch] if len(sources) == 1 else [batch // 4, batch - batch // 4]
+    model = Finder()
 
     def loss_of_batch():
-        pairs, moves = [], []
-        for frames, paths in sources:
-            size = (batch // len(sources),)
-            clip, i, j = (torch.randint(0, n, size, generator=generator) for n in (len(paths), length, length))
-            pairs.append(torch.cat([frames[clip, i], frames[clip, j]], 1))  # both move and brighten alike
-            moves.append((paths[clip, j] - paths[clip, i]) / scale)
-        pairs, moves = torch.cat(pairs), torch.cat(moves)
-        pairs = vary(pairs, LABEL_SHIFT, generator).view(batch, 2, 3, *pairs.shape[2:]).transpose(0, 1).flatten(0, 1)
-        before, after = model(soften(pairs, generator), nothing).chunk(2)
-        return F.mse_loss(after - before, moves)
+        frames, places = [], []
+        for (pictures, known), share in zip(sources, shares):
+            chosen = torch.randint(len(pictures), (share,), generator=generator)
+            frames.append(pictures[chosen])
+            places.append((known[chosen] - middle) / scale)
+        shown = vary(soften(torch.cat(frames), generator), LABEL_SHIFT, generator)
+        shown = shown + 0.02 * torch.randn(shown.shape, generator=generator)
+        return F.smooth_l1_loss(model(shown), torch.cat(places), beta=0.1)
 
     train(model, loss_of_batch, steps)
     with torch.no_grad():
-        places = [torch.stack([model(to_tensor(clip), nothing[:length]) for clip in clips]) for clips in videos]
-    return [((x[:, 1:] - x[:, :1]) * scale).numpy() for x in places]
-
-
-def pseudo_label(networks, **options):
-    """The mean of the labels of so many networks, each from another seed."""
-    answers = in_processes(partial(train_labeller, **options), range(networks))
-    return [np.mean(labels, 0) for labels in zip(*answers)]
+        return np.concatenate(
+            [[(model(to_tensor(clip)) * scale + middle).numpy() for clip in clips] for clips in videos]
+        )
 
 
 # Policy

@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import clips  # isort: skip  (first: it finds svd_common, which quiets OpenCV)
 import cv2
+import inside
 import learn
 import numpy as np
 
@@ -39,8 +40,11 @@ ARMS = {
     "g": "+ the bundled videos, pseudo-labelled, nothing generated",
     "h": "+ (g) and (b): the bundled videos and the generated clips",
     "i": "+ (g), (b) and clips generated for more new scenes",
+    "j": "+ paths that end well inside the action-conditioned model, no labels",
 }
-DIFFERENCES = ("hg", "ig", "ba", "bc", "bd", "bg", "ea", "fa")
+DIFFERENCES = "hg ig ba bc bd bg ea fa ja jf jg".split()
+OF_LABELS = "new videos more aimless label_steps".split()  # the options that labels, and policies, depend on
+OF_POLICIES = [*OF_LABELS, *"labellers arms layouts seeds policy_steps".split()]
 COLORS = {"true": (20, 200, 60), "a": (235, 150, 20), "b": (230, 20, 40), "c": (40, 80, 235), "f": (150, 60, 200)}
 
 
@@ -50,7 +54,7 @@ def build_parser():
     add("--output_dir", type=Path, default=clips.ROOT / "proof")
     add("--model_dir", type=Path, default=clips.ROOT / "demo" / "model", help="fine-tuned (default: make demo's)")
     add("--judge_on", choices=["judged", "development"], default="judged", help="development: to choose something by")
-    add("--arms", default="".join(ARMS), help="which, e.g. abc")
+    add("--arms", default="abcdefghi", help="which, e.g. abc")
     add("--new", type=int, default=100, help="clips to generate")
     add("--videos", type=int, default=192, help="bundled clips, the labelled ones included")
     add("--more", type=int, default=300, help="clips to generate for arm i")
@@ -60,19 +64,117 @@ def build_parser():
     add("--labellers", type=int, default=4, help="inverse dynamics networks, averaged")
     add("--label_steps", type=int, default=400)
     add("--policy_steps", type=int, default=400)
+    add("--action_model", type=Path, default=clips.ROOT / "actions" / "with", help="of make actions, for section 3")
+    add("--tries", type=int, default=6, help="paths that are tried for each new layout (arm j)")
+    add("--inside", type=int, nargs=2, default=[2, 24], help="policies of an arm and layouts to judge inside the model")
+    add("--processes", type=int, default=os.cpu_count(), help="at a time")
     return parser
 
 
-def generate(model, frames, output):
-    """Starts infer_svd.py as a user does."""
-    command = [sys.executable, clips.ROOT / "infer_svd.py", "--model_dir", model, "--input_image", frames,
-        "--output_video", output, *GENERATING.split()]  # fmt: skip
-    threads = str(max(1, (os.cpu_count() or 2) // 2))  # two of them run at a time
-    return subprocess.Popen(command, env={"TQDM_DISABLE": "1", **os.environ, "OMP_NUM_THREADS": threads})
+# The stages
 
 
-def read_generated(folder):
-    return np.stack([[common.read_image(f) for f in clip["frames"]] for clip in list_clips(folder)])
+def prepare(args):
+    """Renders what is not there yet. Returns ({name: true paths}, {name: videos}); some are of first frames alone."""
+    out, front = args.output_dir, ("front",)
+    sets = {"bundled": (1, args.videos, None, ()), "new": (SEEDS["new"], args.new, None, front)}
+    sets |= {"more": (SEEDS["more"], args.more, 1, front), "aimless": (SEEDS["aimless"], args.aimless, None, front)}
+    sets[args.judge_on] = SEEDS[args.judge_on], args.layouts, 1, front
+    paths, videos = {}, {}
+    for name, (seed, count, pictures, cameras) in sets.items():
+        task = "reach" if name == "aimless" else "push"
+        clips.make_clips(out / name, seed, count, pictures, cameras, task, args.processes)
+        paths[name] = clips.read_paths(out / name, count)
+        videos[name] = clips.read_clips(out / name if cameras else BUNDLED, count)
+    for name in ("new", "more"):
+        (out / f"{name}_first_frames").mkdir(exist_ok=True)
+        for i, clip in enumerate(videos[name]):
+            write_file(out / f"{name}_first_frames" / f"episode_{i:06d}.png", common.encode_png(clip[0]))
+    return paths, videos
+
+
+def generate(processes, *sets):
+    """Starts infer_svd.py as a user does, for each set (model, images, output, further options ...); returns the clips.
+
+    Each set is made in as many parts as there are processes.
+    """
+    parts = [(*words, "--shard", f"{part}/{processes}") for words in sets for part in range(processes)]
+    if any(learn.in_processes(run_infer, parts, processes)):
+        sys.exit("error: infer_svd.py failed, see above")
+    return [np.stack([[common.read_image(f) for f in clip["frames"]] for clip in list_clips(s[2])]) for s in sets]
+
+
+def run_infer(words):
+    model, images, output, *more = words
+    command = [sys.executable, clips.ROOT / "infer_svd.py", "--model_dir", model, "--input_image", images,
+        "--output_video", output, *GENERATING.split(), *more]  # fmt: skip
+    return subprocess.run(command, env={"TQDM_DISABLE": "1", **os.environ, "OMP_NUM_THREADS": "1"}).returncode
+
+
+def label(args, paths, videos):
+    """Pseudo-labels of all videos, and those of a labeller without aimless clips: {arm: moves since the start}."""
+    demonstrations = videos["bundled"][:LABELLED], paths["bundled"][:LABELLED]
+    sources = [demonstrations, (videos["aimless"], paths["aimless"])]
+    starts = {"g": paths["bundled"][LABELLED:, 0], "more": paths["more"][:, 0]}
+    starts |= dict.fromkeys("bcde", paths["new"][:, 0])
+    shown = {arm: videos[arm] if arm != "more" else videos["generated_more"] for arm in starts}
+    found = []
+    for name, known, networks in (("labels", sources, args.labellers), ("labels_alone", sources[:1], 1)):
+        work = partial(learn.train_labeller, sources=known, videos=list(shown.values()), steps=args.label_steps)
+        places = np.mean(keep(args, work, range(networks), name, OF_LABELS), 0)  # of all videos, one after the other
+        places = np.split(places, np.cumsum([len(video) for video in shown.values()])[:-1])
+        found.append({arm: x[:, 1:] - starts[arm][:, None] for arm, x in zip(shown, places)})
+    return found
+
+
+def keep(args, work, jobs, name, depends_on):
+    options = {key: value for key, value in vars(args).items() if key in depends_on}
+    return learn.keep(work, list(jobs), args.processes, args.output_dir / name, options)
+
+
+def train_and_judge(args, arms, real, test, name):
+    """The policies' answers {arm: (seeds, N, 8, 3)} and how far they leave the cube {arm: (seeds, judged layouts)}.
+
+    arms: {arm: added samples or None}; test: the first frames and starts of the judged layouts, and of any others.
+    """
+    train = partial(learn.train_policy, real=real, steps=args.policy_steps, test=test)
+    jobs = [(policy, added) for added in arms.values() for policy in range(args.seeds)]
+    answers = np.stack(keep(args, train, jobs, f"{name}_answers", OF_POLICIES))
+    judged = np.swapaxes(answers[:, : args.layouts], 0, 1)
+    play = partial(clips.judge_layout, seed=SEEDS[args.judge_on])
+    distances = np.stack(keep(args, play, enumerate(judged), f"{name}_distances", OF_POLICIES), 1)
+    shape = len(arms), args.seeds
+    return [dict(zip(arms, x.reshape(*shape, *x.shape[1:]))) for x in (answers, distances)]
+
+
+def follow(args, name, firsts, answers):
+    """(N,) whether a clip of the first frame (N, H, W, 3) and the path (N, 8, 3) ends with the cube on the disc."""
+    commands, output = (args.output_dir / f"{name}_{what}" for what in ("commands", "clips"))
+    inside.write_commands(commands, firsts, answers)
+    made = generate(args.processes, (args.action_model, commands, output, "--actions", commands))[0]
+    return inside.on_disc(firsts, made[:, -1])
+
+
+def try_paths(args, answers, firsts, starts):
+    """Arm j: paths mixed of the answers (P, N, 8, 3), tried in the model. Returns (added samples or None, numbers)."""
+    tried, owner = inside.propose(answers, args.tries), np.repeat(np.arange(args.new), args.tries)
+    good = follow(args, "tried", firsts[owner], tried)
+    play = partial(clips.judge_layout, seed=SEEDS["new"])
+    jobs = enumerate(tried.reshape(args.new, args.tries, clips.FRAMES, 3))
+    really = np.concatenate(keep(args, play, jobs, "tried_distances", [*OF_POLICIES, "tries"])) < clips.DISC
+    numbers = {"tried": len(tried), "kept": int(good.sum()), "layouts": len(set(owner[good].tolist()))}
+    numbers |= {"succeed_of_tried": inside.share(really), "succeed_of_kept": inside.share(really[good])}
+    samples = firsts[owner[good]], starts[owner[good]], tried[good][:, 1:] - tried[good][:, :1]
+    return samples if good.any() else None, numbers
+
+
+def judge_inside(args, answers, distances, firsts):
+    """What the model says of policies, beside what the simulator says of them, on the same layouts."""
+    policies, layouts = min(args.inside[0], args.seeds), min(args.inside[1], args.layouts)
+    asked = np.concatenate([answer[:policies, :layouts] for answer in answers.values()])
+    true = np.concatenate([d[:policies, :layouts] for d in distances.values()]) < clips.DISC
+    predicted = follow(args, "inside", np.tile(firsts[:layouts], (len(asked), 1, 1, 1)), np.concatenate(asked))
+    return inside.compare(predicted.reshape(true.shape), true)
 
 
 # What is measured
@@ -108,6 +210,7 @@ def write_table(results, path):
     alone = results["demonstrations_alone"]
     lines += ["", "Label error with the 10 demonstrations alone, without aimless motion: "
         + ", ".join(f"{arm} {r['label_error_cm']:.1f} cm" for arm, r in alone.items())]  # fmt: skip
+    lines += inside.sentences(results)
     path.write_text("\n".join(lines) + "\n")
     print("\n" + path.read_text())
 
@@ -152,6 +255,33 @@ def write_clips(path, videos, labels, paths, count=3):
     path.write_bytes(common.encode_png(np.concatenate(rows)))
 
 
+def summarize(args, answers, distances, labels, alone, paths):
+    """The table's numbers."""
+    success = {arm: (d < clips.DISC).astype(float) for arm, d in distances.items()}
+    draws, true = bootstrap(success), paths[args.judge_on]
+    moved = {name: p[:, 1:] - p[:, :1] for name, p in paths.items()}
+    true_moves = {"g": moved["bundled"][LABELLED:], **dict.fromkeys("bcde", moved["new"])}
+    results = {"judged_on": args.judge_on, "arms": {}, "differences": {}, "ratios": {}}
+    results["demonstrations_alone"] = {arm: label_quality(alone[arm], true_moves[arm]) for arm in "beg"}
+    for arm, answer in answers.items():
+        error = np.linalg.norm(answer[:, : args.layouts] - true, axis=3)[:, :, 1:].mean() * 100
+        row = {"success": success[arm].mean(), "success_interval": np.percentile(draws[arm], [2.5, 97.5]).tolist()}
+        row |= {"fingertip_error_cm": error, "success_of_each_seed": success[arm].mean(1).tolist()}
+        if arm in true_moves:
+            row |= label_quality(labels[arm], true_moves[arm])
+        results["arms"][arm] = row
+    for pair in DIFFERENCES:
+        if set(pair) <= set(answers):
+            low, high = np.percentile(draws[pair[0]] - draws[pair[1]], [2.5, 97.5])
+            mean = success[pair[0]].mean() - success[pair[1]].mean()
+            results["differences"][f"{pair[0]} - {pair[1]}"] = {"mean": mean, "low": low, "high": high}
+    if set("abe") <= set(answers):
+        low, high = np.percentile((draws["b"] - draws["a"]) / (draws["e"] - draws["a"]), [2.5, 97.5])
+        mean = (success["b"].mean() - success["a"].mean()) / (success["e"].mean() - success["a"].mean())
+        results["ratios"]["(b - a) / (e - a)"] = {"mean": mean, "low": low, "high": high}
+    return results
+
+
 def main(args):
     started, out, seed, took = time.time(), args.output_dir, SEEDS[args.judge_on], {}
 
@@ -164,99 +294,56 @@ def main(args):
         cores = {**os.environ, "OMP_NUM_THREADS": str(os.cpu_count())}  # it runs alone; `learn` has set it to 1
         subprocess.run([sys.executable, str(clips.ROOT / "tests" / "demo.py")], env=cores, check=True)
     done("fine-tuned")
-
-    # Layouts: true clips, true paths, first frames
-    clips.make_clips(out / "bundled", 1, args.videos, cameras=())
-    clips.make_clips(out / "new", SEEDS["new"], args.new)
-    clips.make_clips(out / "more", SEEDS["more"], args.more, pictures=1)
-    clips.make_clips(out / "aimless", SEEDS["aimless"], args.aimless, task="reach")
-    clips.make_clips(out / args.judge_on, seed, args.layouts, pictures=1)
-    paths = {name: clips.read_paths(out / name, n) for name, n in
-        (("bundled", args.videos), ("new", args.new), ("more", args.more), ("aimless", args.aimless),
-        (args.judge_on, args.layouts))}  # fmt: skip
-    bundled, new = clips.read_clips(BUNDLED, args.videos), clips.read_clips(out / "new", args.new)
-    test = clips.read_clips(out / args.judge_on, args.layouts)[:, 0], paths[args.judge_on][:, 0]
-    aimless, more = clips.read_clips(out / "aimless", args.aimless), clips.read_clips(out / "more", args.more)[:, :1]
-    first_frames = {"first_frames": new, "more_first_frames": more}
-    for name, videos in first_frames.items():
-        (out / name).mkdir(exist_ok=True)
-        for i, clip in enumerate(videos):
-            write_file(out / name / f"episode_{i:06d}.png", common.encode_png(clip[0]))
+    paths, videos = prepare(args)
     done("rendered")
-
-    # Generated video
-    models = {"b": args.model_dir, "c": TINY}
-    running = [generate(model, out / "first_frames", out / f"generated_{arm}") for arm, model in models.items()]
-    if any([process.wait() for process in running]):
-        sys.exit("error: infer_svd.py failed, see above")
-    if generate(args.model_dir, out / "more_first_frames", out / "generated_more").wait():
-        sys.exit("error: infer_svd.py failed, see above")
+    videos["b"], videos["c"], videos["generated_more"] = generate(
+        args.processes,
+        (args.model_dir, out / "new_first_frames", out / "generated_b"),
+        (TINY, out / "new_first_frames", out / "generated_c"),
+        (args.model_dir, out / "more_first_frames", out / "generated_more"),
+    )
+    videos |= {"d": np.repeat(videos["new"][:, :1], clips.FRAMES, 1), "e": videos["new"]}
+    videos["g"] = videos["bundled"][LABELLED:]
     done("generated")
-
-    # Pseudo-labels
-    videos = {arm: read_generated(out / f"generated_{arm}") for arm in models}
-    videos |= {"d": np.repeat(new[:, :1], clips.FRAMES, 1), "e": new, "g": bundled[LABELLED:]}
-    videos["more"] = read_generated(out / "generated_more")
-    demonstrations = bundled[:LABELLED], paths["bundled"][:LABELLED]
-    sources = [demonstrations, (aimless, paths["aimless"])]
-    options = {"videos": list(videos.values()), "steps": args.label_steps}
-    labels = dict(zip(videos, learn.pseudo_label(args.labellers, sources=sources, **options)))
-    alone = dict(zip(videos, learn.pseudo_label(args.labellers, sources=sources[:1], **options)))
+    labels, alone = label(args, paths, videos)
     done("labelled")
 
-    # Policies
+    # The arms: first frames, starts, moves
     moved = {name: p[:, 1:] - p[:, :1] for name, p in paths.items()}
-
-    def samples(name, labels, chosen=slice(None)):
-        frames = bundled if name == "bundled" else new
-        return frames[chosen, 0], paths[name][chosen, 0], labels
-
-    rest = slice(LABELLED, None)
-    added = {arm: samples("new", labels[arm]) for arm in "bcde"} | {"g": samples("bundled", labels["g"], rest)}
-    added |= {"a": None, "f": samples("new", moved["new"])}
+    firsts = {name: (videos[name][:, 0], paths[name][:, 0]) for name in paths}
+    real = *(x[:LABELLED] for x in firsts["bundled"]), moved["bundled"][:LABELLED]
+    added = {"a": None} | {arm: (*firsts["new"], labels[arm]) for arm in "bcde"} | {"f": (*firsts["new"], moved["new"])}
+    added["g"] = *(x[LABELLED:] for x in firsts["bundled"]), labels["g"]
     added["h"] = [np.concatenate(both) for both in zip(added["g"], added["b"])]
-    further = more[:, 0], paths["more"][:, 0], labels["more"]
-    added["i"] = [np.concatenate(both) for both in zip(added["h"], further)]
-    real = samples("bundled", moved["bundled"][:LABELLED], slice(LABELLED))
-    jobs = [(arm, policy) for arm in args.arms for policy in range(args.seeds)]
-    train = partial(learn.train_policy, real=real, steps=args.policy_steps, test=test)
-    answers = np.stack(learn.in_processes(train, [(policy, added[arm]) for arm, policy in jobs]))
-    answers = dict(zip(args.arms, answers.reshape(len(args.arms), args.seeds, *answers.shape[1:])))
-    done("trained")
+    added["i"] = [np.concatenate(both) for both in zip(added["h"], (*firsts["more"], labels["more"]))]
+    test = [np.concatenate(both) for both in zip(firsts[args.judge_on], firsts["new"])]
+    arms = {arm: added[arm] for arm in args.arms}
+    answers, distances = train_and_judge(args, arms, real, test, args.judge_on)
+    done("trained and judged")
 
-    # Judge: the arms, and itself with the true path and with standing still
-    true = paths[args.judge_on]
-    control = np.stack([true, np.repeat(true[:, :1], clips.FRAMES, 1)])
-    success = clips.judge(np.concatenate([*answers.values(), control]), seed) < clips.DISC
-    print(f"\nthe judge: true path {success[-2].mean():.1%}, standing still {success[-1].mean():.1%}")
-    success = dict(zip(args.arms, success[:-2].reshape(len(args.arms), args.seeds, args.layouts).astype(float)))
-    draws = bootstrap(success)
-    results = {"judged_on": args.judge_on, "arms": {}, "differences": {}, "ratios": {}}
-    true_moves = {"g": moved["bundled"][rest], **dict.fromkeys("bcde", moved["new"])}
-    results["demonstrations_alone"] = {arm: label_quality(alone[arm], true_moves[arm]) for arm in "beg"}
-    for arm, answer in answers.items():
-        error = np.linalg.norm(answer - true, axis=3)[:, :, 1:].mean() * 100
-        row = {"success": success[arm].mean(), "success_interval": np.percentile(draws[arm], [2.5, 97.5]).tolist()}
-        row |= {"fingertip_error_cm": error, "success_of_each_seed": success[arm].mean(1).tolist()}
-        if arm in true_moves:
-            row |= label_quality(labels[arm], true_moves[arm])
-        results["arms"][arm] = row
-    for pair in DIFFERENCES:
-        if set(pair) <= set(args.arms):
-            low, high = np.percentile(draws[pair[0]] - draws[pair[1]], [2.5, 97.5])
-            mean = success[pair[0]].mean() - success[pair[1]].mean()
-            results["differences"][f"{pair[0]} - {pair[1]}"] = {"mean": mean, "low": low, "high": high}
-    if set("abe") <= set(args.arms):
-        low, high = np.percentile((draws["b"] - draws["a"]) / (draws["e"] - draws["a"]), [2.5, 97.5])
-        mean = (success["b"].mean() - success["a"].mean()) / (success["e"].mean() - success["a"].mean())
-        results["ratios"]["(b - a) / (e - a)"] = {"mean": mean, "low": low, "high": high}
-    done("judged")
+    true = paths[args.judge_on][:8]  # the judge himself, on a few layouts
+    still = np.repeat(true[:, :1], clips.FRAMES, 1)
+    played = [clips.judge_layout(job, seed) for job in enumerate(np.stack([true, still], 1))]
+    right, none = np.mean(np.array(played) < clips.DISC, 0)
+    print(f"\nthe judge: true path {right:.1%}, standing still {none:.1%}")
 
-    write_clips(out / "clips.png", {"real": new, "fine-tuned": videos["b"], "base": videos["c"]},
+    tried, judged_inside = None, None
+    if (args.action_model / "model_index.json").exists():
+        added_j, tried = try_paths(args, answers["a"][:, args.layouts :], *firsts["new"])
+        if added_j:
+            of_j = train_and_judge(args, {"j": added_j}, real, test, f"{args.judge_on}_j")
+            answers, distances = answers | of_j[0], distances | of_j[1]
+        judged_inside = judge_inside(args, answers, distances, test[0])
+        done("tried and judged inside the model")
+    else:
+        print(f"\nsection 3 is left out: there is no model in {args.action_model}; `make actions` trains it")
+
+    results = summarize(args, answers, distances, labels, alone, paths)
+    write_clips(out / "clips.png", {"real": videos["new"], "fine-tuned": videos["b"], "base": videos["c"]},
         {"real": labels["e"], "fine-tuned": labels["b"], "base": labels["c"]}, paths["new"])  # fmt: skip
-    shown = {"true": true} | {arm: answers[arm][0] for arm in "abcf" if arm in answers}
+    shown = {"true": paths[args.judge_on]} | {arm: answers[arm][0] for arm in "abcf" if arm in answers}
     write_pushes(out / "pushes.png", test[0], shown, seed)
-    results["took"] = took
+    results |= {"tried": tried, "inside": judged_inside, "took": took}
     write_file(out / "results.json", json.dumps(results, indent=1, default=float).encode())
     write_table(results, out / "table.md")
     print(f"Done in {time.time() - started:.0f} s. Look at {out}/table.md, clips.png and pushes.png.")
