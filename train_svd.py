@@ -4,8 +4,8 @@ r"""Fine-tunes Stable Video Diffusion on a folder of clips, on one GPU.
         --dataset_dir ./dataset --output_dir ./outputs --train_batch_size 1 --max_train_steps 5000 \
         --learning_rate 1e-5 --num_frames 25 --width 512 --height 320
 
-To resume a stopped run, repeat the command with --resume_from_checkpoint latest. --output_dir then holds a standard
-diffusers pipeline, for infer_svd.py or StableVideoDiffusionPipeline.from_pretrained.
+To resume a stopped run, repeat the command with --resume_from_checkpoint latest. A finished run leaves a standard
+diffusers pipeline in --output_dir, for infer_svd.py or StableVideoDiffusionPipeline.from_pretrained.
 
 This file has the options, the checks of them, `train` (one run) and `run_steps` (the loop). In svd_parts/ lie the loss
 (objective.py), the samples of a step (samples.py), the choice of layers (unet.py) and the update (state.py).

@@ -11,8 +11,8 @@ import numpy as np
 from svd_parts.files import UserError, listed, write_json
 from svd_parts.weights import write_tensors
 
-FILE = "actions.npy"  # in the folder of a clip, beside its frames
-FOLDER, SETTINGS, WEIGHTS = "actions", "actions.json", "encoder.safetensors"  # of a trained model
+FILE = "actions.npy"  # the file of a clip's actions, beside its frames
+FOLDER, SETTINGS, WEIGHTS = "actions", "actions.json", "encoder.safetensors"  # the encoder's folder in a trained model
 PREFIX = "actions."  # of the encoder's parameters; as a part of the UNet they train, average and resume like all others
 
 
@@ -182,7 +182,7 @@ def add_encoder(unet, count, generator=None):
     """
     import torch
 
-    width = 4 * unet.config.block_out_channels[0]  # the time embedding's
+    width = 4 * unet.config.block_out_channels[0]  # as wide as the time embedding
     encoder = torch.nn.Sequential(torch.nn.Linear(count, width), torch.nn.SiLU(), torch.nn.Linear(width, width))
     start = torch.nn.init.kaiming_uniform_(torch.empty(width, count), math.sqrt(5), generator=generator)
     encoder[0].weight = torch.nn.Parameter(start)

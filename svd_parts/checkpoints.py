@@ -1,4 +1,4 @@
-"""Checkpoints: what they hold, how they are written and read, and when a run may be resumed from one."""
+"""Checkpoints: what they hold, how they are written and read, and when a run may be resumed. Nothing is pickled."""
 
 import contextlib
 import itertools
@@ -93,7 +93,7 @@ def read_checkpoint(folder):
     for name, digest in saved["files"].items():
         file = folder / name
         if not file.is_file() or file_digest(file) != digest:
-            raise UserError(f"{file}: {'damaged' if file.is_file() else 'missing'}")
+            raise UserError(f"{file}: {'damaged' if file.is_file() else 'missing'}; use another checkpoint")
     return saved
 
 
@@ -150,7 +150,7 @@ def check_resume(settings, clips, saved, folder):
         pairs = ", ".join(f"{key} was {before.get(key)!r}, is {settings[key]!r}" for key in changed)
         raise UserError(f"{folder}: {pairs}; use the checkpoint's, or start a new run in another --output_dir")
     if saved["step"] > settings["max_train_steps"]:
-        raise UserError(f"{folder} is beyond --max_train_steps {settings['max_train_steps']}")
+        raise UserError(f"{folder} is beyond --max_train_steps {settings['max_train_steps']}; give a larger number")
     known = saved["clips"]
     changed = [name for name in clips if name in known and known[name] != clips[name]]
     new, gone = sorted(clips.keys() - known.keys()), sorted(known.keys() - clips.keys())

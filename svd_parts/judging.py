@@ -43,11 +43,11 @@ def judge(settings, sets, real_clips, seen):
     names = names if len(set(names)) == len(sets) else [str(s.model.name) for s in sets]
     lora = " + LoRA" * bool(sets[0].model.adapters)
     labels = ["generated"] if len(sets) == 1 else [f"generated ({names[0]}{lora})", f"generated ({names[1]})"]
-    if len(set(labels)) < len(sets):  # a model beside itself
+    if len(set(labels)) < len(sets):  # a model is compared with itself
         labels[1] = f"compared ({names[1]})"
     scores, files = {}, {}  # {label: {real clip: [scores]}}, {clip: {"generated" or "compared": scores}}
     for jobs in zip(*(s.jobs for s in sets)):
-        if not all(job["target"].exists() for job in jobs):  # a clip that failed
+        if not all(job["target"].exists() for job in jobs):  # a clip failed
             continue
         videos = dict(zip(labels, (FORMATS[settings.output_format].read(job["target"]) for job in jobs)))
         if real_clips:

@@ -208,8 +208,8 @@ def weight_files(folder, part):
         if files:
             return files
     pickled = [file.name for file in folder.glob("*.bin")]
-    why = f"only pickled weights ({pickled[0]}), which are never loaded: unpickling runs code" if pickled else "no"
-    raise UserError(f"{folder}: {why} {stem}.safetensors or {stem}.fp16.safetensors; download it into this folder")
+    why = f"only pickled weights ({pickled[0]}), never loaded, as unpickling runs code" if pickled else "no weights"
+    raise UserError(f"{folder}: {why}; download {stem}.safetensors or {stem}.fp16.safetensors into this folder")
 
 
 def safetensors_header(file):
