@@ -30,7 +30,7 @@ import numpy as np
 from PIL import Image
 
 import svd_common as common
-from svd_parts.actions import acting, give_actions, load_encoder, scaled_actions
+from svd_parts.actions import add_actions_to_images, follow_actions, load_encoder, scaled_actions
 from svd_parts.clip_set import CARRIED, OPTIONS, PIPELINE_OPTIONS, ClipSet, SingleClip, clip_settings, is_file
 from svd_parts.console import Parser, number, progress_bar, run_script
 from svd_parts.crop import describe_crop
@@ -338,7 +338,7 @@ def generate(pipe, image, options, on_step, actions=None):
     for segment in range(options["num_segments"]):
         first = segment * (options["num_frames"] - 1)
         rows = None if actions is None else actions[None, first : first + options["num_frames"]]
-        with acting(pipe.unet, rows):
+        with follow_actions(pipe.unet, rows):
             output = pipe(Image.fromarray(frames[-1]), **call).frames[0]
         if not np.isfinite(output).all():
             raise UserError("the model gave frames that are not numbers (a damaged model, or fp16 overflow)")
@@ -518,14 +518,14 @@ def main(argv=None):
     if settings.output_format == "lerobot":
         warn_of_codec(images)
     if settings.actions:
-        give_actions(images, settings, models[0])
+        add_actions_to_images(images, settings, models[0])
     elif models[0].settings.get("actions"):
         print(f"{settings.model_dir} follows actions; without --actions it moves as it likes")
     warn_of_losses(images, settings, size_multiple(models[0].base))
     if settings.dry_run:
-        from svd_parts.plan import print_plan
+        from svd_parts.plan import print_clip_plan
 
-        return print_plan(settings, images, models[0].base)
+        return print_clip_plan(settings, images, models[0].base)
     if settings.reference:
         check_real_clips(settings, images, real_clips)
     # .compare is hidden: neither train_svd.py nor datasets takes it for a part of the set

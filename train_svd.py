@@ -256,7 +256,7 @@ def main(argv=None):
     import torch
 
     from svd_parts.memory import advice, is_out_of_memory, usable_memory
-    from svd_parts.plan import dry_run
+    from svd_parts.plan import print_training_plan
     from svd_parts.unet import compute_dtype
     from svd_parts.weights import resolve_model
 
@@ -269,7 +269,7 @@ def main(argv=None):
         torch.set_num_threads(1)  # the order of sums must not depend on the number of cores
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if options.dry_run:
-        return dry_run(options, device)
+        return print_training_plan(options, device)
     try:
         return train(options, device)
     except RuntimeError as error:

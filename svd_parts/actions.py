@@ -131,7 +131,7 @@ def warn_of_far_values(rows, described, given):
             print(f"warning: --actions {given}: {found}; the model was trained on {low:g} to {high:g}")
 
 
-def give_actions(images, settings, model):
+def add_actions_to_images(images, settings, model):
     """Reads --actions, one table for all images or a prepared dataset with one for each, and adds it to `images`.
 
     Each image gets the rows that its clip needs, their names, file and digest. settings: those of inference;
@@ -178,7 +178,7 @@ def add_encoder(unet, count, generator=None):
     """Gives a stock UNet an encoder for `count` numbers a frame, in place: Linear, SiLU, Linear.
 
     Its output is added to the time embedding of the frame. Its last layer begins at zero, so the UNet's output is bit
-    for bit the same at first. `acting` sets the actions. generator: draws the first layer's weights.
+    for bit the same at first. `follow_actions` sets the actions. generator: draws the first layer's weights.
     """
     import torch
 
@@ -203,7 +203,7 @@ def add_encoder(unet, count, generator=None):
 
 
 @contextlib.contextmanager
-def acting(unet, actions, keep=None):
+def follow_actions(unet, actions, keep=None):
     """A context in which the UNet follows the scaled `actions`, (B, T, A). With None it works as the base does.
 
     keep: (B,), 0 where the actions are dropped. Recomputing activations is safe: the blocks get the finished sum.

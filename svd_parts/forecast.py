@@ -118,7 +118,7 @@ def forecast(options, folder, checkpointing, weight_dtype, count_flops=False):
         if processes == 1:
             unet.zero_grad(set_to_none=True)
         tracker.peak = tracker.now
-        generate_fake(options, folder, unet, batch, weight_dtype)
+        fake_validation(options, folder, unet, batch, weight_dtype)
         validation = tracker.peak
         if count_flops:  # after the memory: the FLOP counter keeps recomputed activations alive
             with FlopCounterMode(display=False, custom_mapping=ATTENTION_ON_CPU) as counter:
@@ -134,7 +134,7 @@ def forecast(options, folder, checkpointing, weight_dtype, count_flops=False):
 
 
 @torch.no_grad()
-def generate_fake(options, folder, unet, batch, weight_dtype):
+def fake_validation(options, folder, unet, batch, weight_dtype):
     """Runs the two parts of a validation that take most memory: the UNet on guidance's two samples, and decoding."""
     latents = torch.cat([batch["latents"][:1], batch["latents"][:1]], dim=2).repeat(2, 1, 1, 1, 1).to(weight_dtype)
     embeddings = batch["image_embeddings"][:1].repeat(2, 1, 1).to(weight_dtype)

@@ -18,7 +18,7 @@ from svd_parts.weights import PARTS, write_tensors
 
 
 @contextlib.contextmanager
-def cure_named(clip):
+def errors_naming(clip):
     """Turns an error about a file of this clip into a `UserError` that names the clip and the cure."""
     try:
         yield
@@ -129,7 +129,7 @@ def encode_clips(clips, options, pipe, accelerator):
         for clip in clips:
             parts = []
             for i in range(0, len(clip["frames"]), chunk):
-                with cure_named(clip):
+                with errors_naming(clip):
                     paths = clip["frames"][i : i + chunk]
                     frames = common.read_frames(paths, options.width, options.height)  # (n, H, W, 3)
                 posterior = pipe.vae.encode(common.to_pixels(frames).to(device)).latent_dist

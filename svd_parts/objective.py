@@ -5,7 +5,7 @@ import hashlib
 
 import torch
 
-from svd_parts.actions import acting
+from svd_parts.actions import follow_actions
 
 
 def random_generator(*key):
@@ -66,7 +66,7 @@ def training_loss(unet, vae, batch, weight_dtype, loss="v"):
     image_latents = image_latents[:, None].expand_as(latents) * keep
 
     noisy_latents = latents + sigmas * noise
-    with acting(unet, batch.get("actions"), batch.get("keep_actions")):
+    with follow_actions(unet, batch.get("actions"), batch.get("keep_actions")):
         model_pred = unet(
             torch.cat([noisy_latents * c_in, image_latents], dim=2).to(weight_dtype),
             c_noise.flatten(),

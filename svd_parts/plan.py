@@ -28,7 +28,7 @@ from svd_parts.weights import (
 )
 
 
-def dry_run(options, device):
+def print_training_plan(options, device):
     """Prints the plan of a training run. The last line is one JSON object."""
     folder, weight_dtype = resolve_config(options.pretrained_model_name), compute_dtype(options.mixed_precision)
     check_sizes(options, folder)
@@ -98,7 +98,7 @@ def warn_of_disk(state, base):
         print(f"warning: {where} need {needed:.1f} GiB more, but its disk has only {free / 2**30:.1f} GiB free")
 
 
-def print_plan(settings, images, base):
+def print_clip_plan(settings, images, base):
     """Prints the plan of inference: clips, memory and time. base: folder of the configuration, or SVD_XT_CONFIG."""
     count = len(images) * settings.num_videos_per_image * len(settings.motion_bucket_id)
     count *= 2 if settings.compare_with else 1

@@ -10,7 +10,7 @@ import torch
 import svd_common as common
 from svd_parts.dataset import clip_group, list_clips
 from svd_parts.files import UserError, counted, is_named, listed, names_of_nothing, pattern_names
-from svd_parts.latent_cache import cure_named, read_cached
+from svd_parts.latent_cache import errors_naming, read_cached
 from svd_parts.objective import random_generator, sample_sigmas, shuffled
 from svd_parts.weights import latent_factor
 
@@ -44,7 +44,7 @@ class ClipDataset:
         """Raises a `UserError` that names the clip if one of its files can no longer be read."""
         clip, generator = self.clip_of(index), random_generator(self.options.seed, "sample", index)
         last_start = len(clip["frames"]) - self.options.num_frames
-        with cure_named(clip):
+        with errors_naming(clip):
             return self.sample(clip, int(torch.randint(last_start + 1, (), generator=generator)), generator)
 
     def sample(self, clip, start, generator):

@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from tqdm import tqdm
 
 import svd_common as common
-from svd_parts.actions import acting
+from svd_parts.actions import follow_actions
 from svd_parts.checkpoints import read_best, save_checkpoint
 from svd_parts.console import progress_bar
 from svd_parts.files import UserError, counted, name_digest, plain_name, tidy
@@ -88,7 +88,7 @@ class Validation:
         embedding = read_cached(clip["cache"], 0, 1)[2][None].to(device, self.weight_dtype)  # (1, 1, D)
         pipe._encode_image = lambda *_: torch.cat([torch.zeros_like(embedding), embedding])
         actions = clip["scaled_actions"][None, : options.num_frames] if options.condition_on else None
-        with acting(pipe.unet, actions):
+        with follow_actions(pipe.unet, actions):
             latents = pipe(
                 Image.fromarray(first), width=options.width, height=options.height, num_frames=options.num_frames,
                 fps=round(clip["fps"]), motion_bucket_id=clip["motion_bucket_id"], output_type="latent",

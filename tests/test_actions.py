@@ -51,7 +51,7 @@ def test_before_training_the_output_is_bit_for_bit_the_stock_models(inputs):
     stock = common.load_part(TINY, "unet", torch.float32)(**inputs).sample
     unet = common.load_part(TINY, "unet", torch.float32)
     acts.add_encoder(unet, 3, random_generator("encoder"))
-    with acts.acting(unet, some_actions()):
+    with acts.follow_actions(unet, some_actions()):
         assert torch.equal(unet(**inputs).sample, stock)
     assert torch.equal(unet(**inputs).sample, stock)
 
@@ -59,12 +59,12 @@ def test_before_training_the_output_is_bit_for_bit_the_stock_models(inputs):
 @torch.no_grad()
 def test_a_frames_action_changes_that_frame_most(inputs):
     unet, actions = small_unet(), some_actions()
-    with acts.acting(unet, actions):
+    with acts.follow_actions(unet, actions):
         before = unet(**inputs).sample
     for frame in (0, 3, 7):
         changed = actions.clone()
         changed[:, frame] += 1
-        with acts.acting(unet, changed):
+        with acts.follow_actions(unet, changed):
             change = (unet(**inputs).sample - before).abs().mean((0, 2, 3, 4))
         assert change.argmax() == frame and change[frame] > 0, change
 
@@ -73,12 +73,12 @@ def test_a_frames_action_changes_that_frame_most(inputs):
 def test_dropped_actions_are_the_stock_model_and_samples_keep_their_own(inputs):
     unet, actions = small_unet(), some_actions()
     stock = unet(**inputs).sample
-    with acts.acting(unet, actions, torch.tensor([1.0, 0.0])):
+    with acts.follow_actions(unet, actions, torch.tensor([1.0, 0.0])):
         mixed = unet(**inputs).sample
     assert torch.equal(mixed[1], stock[1]) and not torch.equal(mixed[0], stock[0])
-    with acts.acting(unet, actions[:1]):  # guidance: one clip's actions for both of its samples
+    with acts.follow_actions(unet, actions[:1]):  # guidance: one clip's actions for both of its samples
         both = unet(**inputs).sample
-    with acts.acting(unet, actions[:1].expand(2, -1, -1)):
+    with acts.follow_actions(unet, actions[:1].expand(2, -1, -1)):
         assert torch.equal(unet(**inputs).sample, both)
 
 
@@ -87,7 +87,7 @@ def test_recomputation_gives_the_same_gradients(inputs, checkpointing):
     gradients = []
     for mode in ("none", checkpointing):
         unet = small_unet(checkpointing=mode)
-        with acts.acting(unet, some_actions(), torch.tensor([1.0, 1.0])):
+        with acts.follow_actions(unet, some_actions(), torch.tensor([1.0, 1.0])):
             out = unet(**inputs).sample
         out.square().mean().backward()  # when the actions are no longer set
         gradients.append({name: p.grad for name, p in trained_parameters(unet).items()})
@@ -106,7 +106,7 @@ def test_low_vram_takes_guidances_samples_one_by_one_with_their_actions(inputs):
 
     unet = small_unet()
     inputs = {**inputs, "timestep": torch.tensor(0.3)}
-    with acts.acting(unet, some_actions(batch=1)):
+    with acts.follow_actions(unet, some_actions(batch=1)):
         at_once = unet(**inputs).sample
         save_memory(unet)
         torch.testing.assert_close(unet(**inputs)[0], at_once, rtol=1e-4, atol=1e-5)
@@ -149,7 +149,7 @@ def test_actions_are_checked_against_what_the_model_knows(tmp_path, capsys):
         np.save(tmp_path / acts.FILE, np.array(rows, np.float32))
         images = [{"image": "a", **image}, {"image": "b"}]
         settings = SimpleNamespace(actions=str(tmp_path / acts.FILE), num_frames=frames, num_segments=segments)
-        acts.give_actions(images, settings, SimpleNamespace(name="model", settings={"actions": described}))
+        acts.add_actions_to_images(images, settings, SimpleNamespace(name="model", settings={"actions": described}))
         return images[0], capsys.readouterr().out
 
     image, said = give([[0.5, 0], [1.2, 0]])
@@ -174,7 +174,7 @@ def test_an_encoder_comes_back_from_its_folder(tmp_path, inputs):
     for trained, folder in (({}, tmp_path), (dict(unet.named_parameters()), tmp_path / "none")):
         other = common.load_part(TINY, "unet", torch.float32)
         acts.load_encoder(other, trained, folder)
-        with torch.no_grad(), acts.acting(unet, some_actions()), acts.acting(other, some_actions()):
+        with torch.no_grad(), acts.follow_actions(unet, some_actions()), acts.follow_actions(other, some_actions()):
             assert torch.equal(unet(**inputs).sample, other(**inputs).sample)
 
 

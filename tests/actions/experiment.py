@@ -28,7 +28,7 @@ from detector import train_detector
 from PIL import Image
 
 import svd_common as common
-from svd_parts.actions import acting, scale_actions
+from svd_parts.actions import follow_actions, scale_actions
 from svd_parts.files import write_file
 from svd_parts.metrics import video_metrics
 from svd_parts.shortcuts import wrap_unet
@@ -117,7 +117,7 @@ def generate_clip(job):
     model, first, path, seed, guidance = job
     pipe, settings = load(model)
     rows = None if path is None else scale_actions(path, settings["actions"])[None]
-    with acting(pipe.unet, rows), guided_on_actions(pipe) if guidance else contextlib.nullcontext():
+    with follow_actions(pipe.unet, rows), guided_on_actions(pipe) if guidance else contextlib.nullcontext():
         frames = pipe(
             Image.fromarray(first), width=96, height=64, num_frames=data.FRAMES, fps=data.FPS, motion_bucket_id=127,
             num_inference_steps=INFERENCE_STEPS, min_guidance_scale=guidance or 1.0, max_guidance_scale=guidance or 1.0,
