@@ -40,7 +40,7 @@ def build_parser():
     positive, at_least_zero = number(int, 1), number(float, 0)
     add = parser.add_argument_group("model and data").add_argument
     add("--pretrained_model_name", required=True, help="model to start from: a hub name or a local diffusers folder")
-    add("--base_model_name", metavar="OWNER/NAME", help="hub name of a model that is a local folder, for the card")
+    add("--base_model_name", metavar="OWNER/NAME", help="the hub name of a local model, for the model card")
     add("--dataset_dir", required=True, help="folder of clip folders, made by prepare_dataset.py")
     add("--output_dir", required=True, help="folder for the checkpoints and the fine-tuned pipeline")
     add("--push_to_hub", metavar="OWNER/NAME", help="upload the result to this repository; a new one is private")
@@ -50,8 +50,8 @@ def build_parser():
     add("--width", type=positive, default=512, help="pixels, a multiple of 64 for SVD (default 512)")
     add("--height", type=positive, default=320, help="pixels, a multiple of 64 for SVD (default 320)")
     add("--fps", type=at_least_zero, default=DEFAULT_FPS, help="fps of clips without metadata.jsonl (default 7)")
-    add("--motion_bucket_id", type=number(float, 0, 255), default=DEFAULT_BUCKET, help="their motion (default 127)")
-    switch = argparse.BooleanOptionalAction
+    bucket, switch = number(float, 0, 255), argparse.BooleanOptionalAction
+    add("--motion_bucket_id", type=bucket, default=DEFAULT_BUCKET, help="motion of such clips (default 127)")
     add("--cache_latents", action=switch, default=True, help="encode every frame only once (default)")
     add("--cache_dir", help="folder for the encoded frames (default: DATASET_DIR/.cache)")
     add("--dataloader_num_workers", type=positive, default=4, help="threads that load samples (default 4)")
