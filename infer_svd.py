@@ -35,7 +35,7 @@ from svd_parts.clip_set import CARRIED, OPTIONS, PIPELINE_OPTIONS, ClipSet, Sing
 from svd_parts.console import Parser, number, progress_bar, run_script
 from svd_parts.crop import describe_crop
 from svd_parts.dataset import find_folders, list_clips, read_metadata
-from svd_parts.files import UserError, count_kinds, file_digest, listed, natural_key, parse_shard, same_name
+from svd_parts.files import UserError, count_kinds, counted, file_digest, listed, natural_key, parse_shard, same_name
 from svd_parts.formats import FORMATS
 from svd_parts.judging import find_trained_on, judge, report_drift
 from svd_parts.lerobot_writer import warn_of_codec
@@ -470,7 +470,7 @@ def make_all(sets, settings, failed):
         print(sets[0].describe_done())
         return False
     where = "the GPU in fp16" if device == "cuda" else f"the CPU in fp32 ({why})"
-    print(f"{settings.model_dir} on {where}" + ("" if sets[0].single else f", {todo} clips to make"))
+    print(f"{settings.model_dir} on {where}" + ("" if sets[0].single else f", {counted(todo, 'clip')} to make"))
     if device == "cuda":
         settings = fit_memory(settings, sets[0].model.base)
     steps = todo * settings.num_inference_steps * settings.num_segments

@@ -13,7 +13,7 @@ import cv2
 import numpy as np
 
 from svd_parts.actions import FILE as ACTIONS
-from svd_parts.files import UserError, file_digest, lock_file, lock_shard, read_json, write_file, write_json
+from svd_parts.files import UserError, counted, file_digest, lock_file, lock_shard, read_json, write_file, write_json
 from svd_parts.formats import FORMATS
 from svd_parts.lerobot_writer import check_lerobot, image_stats, table_stats
 from svd_parts.metrics import clip_measures
@@ -233,7 +233,8 @@ class ClipSet:
             self.publisher.publish()
             if self.dropped:
                 again = f"to make it again, delete {self.hidden / self.dropped[0]}.json"
-                print(f"{len(self.dropped)} clips were deleted since they were made: {self.dropped[0]}, ...; {again}")
+                gone = counted(len(self.dropped), "clip")
+                print(f"deleted since made: {gone}, as {self.dropped[0]}; {again}")
             try:
                 yield
             finally:  # also where the run is stopped; after a kill the next run does it
@@ -258,7 +259,8 @@ class ClipSet:
     def describe_done(self):
         """What is said where there is nothing to make."""
         count = sum(self.shard.holds(job["title"]) for job in self.jobs) - len(self.dropped)
-        return f"nothing to make: all {count} clips are there: {self.folder / 'index.html'}"
+        what = "the clip is" if count == 1 else f"all {count} clips are"
+        return f"nothing to make: {what} there: {self.folder / 'index.html'}"
 
     def save(self, job, settings, image, frames, **more):
         """Writes the record, then the clip, whole or not at all."""

@@ -11,7 +11,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from svd_parts.checkpoints import checkpoints_of
 from svd_parts.dataset import list_clips, warn_of_crop
-from svd_parts.files import UserError
+from svd_parts.files import UserError, counted
 from svd_parts.forecast import choose_checkpointing, forecast, forecast_clip
 from svd_parts.memory import advice, smaller_memory, usable_memory, why_no_cuda
 from svd_parts.optimizers import optimizer_bytes
@@ -103,7 +103,7 @@ def print_clip_plan(settings, images, base):
     count = len(images) * settings.num_videos_per_image * len(settings.motion_bucket_id)
     count *= 2 if settings.compare_with else 1
     size, chunk = f"{settings.width}x{settings.height}", settings.decode_chunk_size
-    print(f"{count} clips of {settings.num_frames} frames, {size}, {chunk} frames decoded at once")
+    print(f"{counted(count, 'clip')} of {settings.num_frames} frames, {size}, {chunk} frames decoded at once")
     needed, tflop = forecast_clip(base, settings)
     print(f"{needed:.1f} GiB of GPU memory in fp16, and about 0.5 GiB for CUDA itself")
     device, smaller = torch.device("cuda" if torch.cuda.is_available() else "cpu"), settings

@@ -83,7 +83,7 @@ def basis(device):
 def print_training_time(options, plan, frames, clips, mode, device):
     """Prints seconds a step and the total time; returns {card: hours}. frames: to cache; clips: of a validation."""
     step, cache, validation = training_tflop(options, plan, frames, clips, mode)
-    parts = f"caching {frames} frames" + (f" and validating {clips} clips" if clips else "")
+    parts = f"caching {frames} frames" + (f" and validating {counted(clips, 'clip')}" if clips else "")
     print(f"time for {options.max_train_steps} steps, {parts} included; {basis(device)}:")
     hours = {}
     for name, (rate, gib) in rates(device).items():

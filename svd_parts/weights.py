@@ -5,6 +5,7 @@ import difflib
 import errno
 import hashlib
 import json
+import logging
 import os
 import sys
 from pathlib import Path
@@ -31,8 +32,7 @@ HUB_HELP = """{what}. Ways to get the weights:
      and give ./{short} in place of the name (the same licence holds)
   4. download the folder on another machine (hf download {name} --exclude "svd*.safetensors"), copy it here whole,
      and give the folder's path in place of the name (infer_svd.py, for a checkpoint: as --base_model)"""
-AWAY = """the hub cannot be reached, and the model is not in the cache ({error}): check the network, or set a proxy
-(HTTPS_PROXY). """
+AWAY = "the hub cannot be reached ({}), and the model is not in the cache: check the network, or set HTTPS_PROXY"
 NEEDED = (
     "give a whole diffusers folder of Stable Video Diffusion (model_index.json, unet/, vae/, ...): hf"
     " download stabilityai/stable-video-diffusion-img2vid-xt --exclude 'svd*.safetensors'"
@@ -151,10 +151,19 @@ def download_model(name):
 def hub_errors(name):
     """Turns an error of the hub into a `UserError` that says what to do. A full or read-only disk stays an `OSError`.
 
-    The hub's own errors are also Python's OSError or ValueError; those of httpx are not.
+    The hub's own errors are also Python's OSError or ValueError; those of httpx are not. One line stands for the two
+    that the hub's client logs at each of its five retries.
     """
     from huggingface_hub import errors
 
+    logger, told = logging.getLogger("huggingface_hub.utils._http"), []
+
+    def once(_):
+        if not told:
+            print(f"{name}: no good answer from the hub; trying again for half a minute", file=sys.stderr, flush=True)
+        return told.append(True)  # None: the client's own line is not shown
+
+    logger.addFilter(once)
     try:
         yield
     except (OSError, ValueError, getattr(sys.modules.get("httpx"), "HTTPError", OSError)) as error:
@@ -164,7 +173,7 @@ def hub_errors(name):
         unknown = "no folder here and no model of the hub, or a private one and no login"
         gated = "the weights are gated: no login, or its licence is not accepted yet"
         short = str(name).split("/")[-1]
-        away = AWAY.format(error=type(error).__name__).replace("\n", " ") + "Once there is one"
+        away = AWAY.format(type(error).__name__)
         for kind, text in (
             (errors.GatedRepoError, HUB_HELP.format(name=name, what=gated, short=short)),
             (errors.RepositoryNotFoundError, unknown + (f"; is it {near[0]}?" if near else "")),
@@ -175,6 +184,8 @@ def hub_errors(name):
         ):
             if isinstance(error, kind):
                 raise UserError(f"{name}: {text}") from None
+    finally:
+        logger.removeFilter(once)
 
 
 def read_config(folder, part):

@@ -437,7 +437,7 @@ def test_a_clip_that_was_deleted_stays_away_until_its_record_goes_too(images, ma
         assert "nothing to make: all " in printed and f"delete {folder}/.infer/{dropped.name}.json" in printed
         assert dropped.name not in (folder / "metadata.jsonl").read_text() and len(lines_of(folder)) == 7
     (folder / ".infer" / f"{dropped.name}.json").unlink()
-    assert "1 clips to make" in infer(capsys, *flags)
+    assert "1 clip to make" in infer(capsys, *flags)
     assert dropped.read_bytes() == (made / dropped.name).read_bytes() and len(lines_of(folder)) == 8
 
 

@@ -137,7 +137,7 @@ def test_a_killed_run_is_gone_on_with_and_added_clips_come_after(made, real, tmp
     (folder / "meta/tasks.parquet").unlink()
     (folder / "meta/.stats.json.4711.part").write_text("{")
     flags = [*FLAGS, "--input_image", real / "front", "--output_video", folder, "--num_videos_per_image"]
-    assert "1 clips to make" in infer(capsys, *flags, 2)
+    assert "1 clip to make" in infer(capsys, *flags, 2)
     after, ours = bytes_in(folder), ("videos/", "data/", "meta/")
     assert after.keys() == before.keys()
     assert all(after[name] == data for name, data in before.items() if name.startswith(ours))

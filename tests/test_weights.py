@@ -1,5 +1,6 @@
 """A model's folder: who can read what is written, and what other folders are called."""
 
+import logging
 import os
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from conftest import TINY
 
 from svd_parts.files import UserError, inside
-from svd_parts.weights import resolve_model, write_tensors
+from svd_parts.weights import hub_errors, resolve_model, write_tensors
 
 
 @pytest.mark.parametrize("mask, mode", [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
@@ -42,3 +43,11 @@ def test_a_weight_index_that_leads_outside_is_refused(tmp_path):
     index.write_text('{"weight_map": {"a": "../../x.safetensors"}}')
     with pytest.raises(UserError, match="which is not inside its folder"):
         resolve_model(tmp_path / "m")
+
+
+def test_the_hubs_retries_are_told_in_one_line_and_the_first_cure_is_the_network(capsys):
+    with pytest.raises(UserError, match="check the network, or set HTTPS_PROXY"), hub_errors("a/b"):
+        for _ in range(5):
+            logging.getLogger("huggingface_hub.utils._http").warning("Retrying in 8s")
+        raise OSError
+    assert capsys.readouterr().err == "a/b: no good answer from the hub; trying again for half a minute\n"
