@@ -141,7 +141,7 @@ def average_fps(times, claim, chosen=None):
     """
     gaps = [b - a for a, b in zip(times, times[1:])]
     longest = max(1.0, 10 * statistics.median(gaps)) if gaps else 0
-    steady, note = [gap for gap in gaps if gap <= longest], None
+    steady, note = [gap for gap in gaps if 0 < gap <= longest], None
     if not sum(steady):
         return claim or chosen or 25.0, [], None
 

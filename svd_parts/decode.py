@@ -149,7 +149,7 @@ def read_ffmpeg(video, probe, options, threads, decoded):
         announced.put(None)
 
     threading.Thread(target=read_log, daemon=True).start()
-    step, size, begin, last, shift = 1 / (probe.fps or 25), None, None, 0, 0
+    step, size, begin, last, shift, joined = 1 / (probe.fps or 25), None, None, -1, 0, False
     try:
         while (coming := announced.get()) is not None:
             stamp, *own_size = coming
@@ -161,8 +161,10 @@ def read_ffmpeg(video, probe, options, threads, decoded):
                 break
             time = decoded.frames * step if stamp == "NOPTS" else float(stamp)
             begin, size = (time, own_size) if begin is None else (begin, size)
-            if time - begin + shift < last:
+            again, joined = joined, time - begin + shift <= last  # MXF repeats the last one instead of beginning again
+            if joined:
                 shift = last + step - (time - begin)
+            if joined and not again:
                 decoded.notes.append(f"timestamps begin again at {last + step:.3f} s: recordings joined?")
             last = time - begin + shift
             if own_size != size:

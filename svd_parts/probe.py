@@ -24,7 +24,7 @@ LOOK = re.compile(  # what the showinfo filter says of a frame
 )
 Packet = collections.namedtuple("Packet", "stream dts pts duration size flags")  # times in ticks; flags: see below
 MIDDLE = 640, 360  # pixels of a frame, at most, by which two decoders are compared
-KEY_FRAME, UNSURE = 1, 2  # UNSURE: the container has lost something before it or in it
+KEY_FRAME, UNSURE, HIDDEN = 1, 2, 4  # UNSURE: the container has lost something before it or in it; HIDDEN: cut away
 
 
 @dataclasses.dataclass
@@ -93,6 +93,7 @@ def probe_video(video, max_packets=None):
         packets = [packet for packet in packets if packet.stream != twin]
     if max_packets and len(shown) < max_packets:  # a short video: all of it, for the other tracks say where it ends
         return probe_video(video)
+    shown = [packet for packet in shown if not packet.flags & HIDDEN] or shown  # an edit list leaves the others out
     encrypted = any(row[:2] == "0," and "Encryption info" in row for row in rows)
     if encrypted or re.search(r"\((encv|drm\w) / |DRM protected", header):
         raise Failure("encrypted: only a copy without protection can be read")
@@ -221,10 +222,12 @@ def judge_ending(video, probe, packets, ticks, header):
 
 BOXES = frozenset(b"ftyp styp moov moof mdat mfra free skip wide uuid meta sidx ssix emsg prft pdin pnot udta".split())
 ASF_FILE_PROPERTIES = bytes.fromhex("a1dcab8c47a9cf118ee400c00c205365")
+EBML, SEGMENT = b"\x1a\x45\xdf\xa3", b"\x18\x53\x80\x67"  # the two parts of a Matroska file
+MXF, MXF_HEADER = b"\x06\x0e\x2b\x34", bytes.fromhex("060e2b34020501010d0102010102")
 
 
 def container_end(path):
-    """Where an MP4, an AVI or a WMV ends by the lengths that stand in it; 0 for other files.
+    """Where an MP4, an AVI, a WMV, a Matroska (WebM) or an MXF ends by the lengths that stand in it; 0 for other files.
 
     Beyond the file's end: the file was cut. Before it: what follows belongs to nothing, or is another file.
     """
@@ -235,18 +238,35 @@ def container_end(path):
             return int.from_bytes(properties[24:32], "little")
         while end < size:
             file.seek(end)
-            head = file.read(16)
-            if head[:4] == b"RIFF":
-                length = int.from_bytes(head[4:8], "little")
-                length = 8 + length if 0 < length < 0xFFFFFFFF else 0
-            elif head[4:8] in BOXES and not (end and head[4:8] == b"ftyp"):  # a second ftyp begins another file
-                length = int.from_bytes(head[8:16] if head[:4] == b"\0\0\0\1" else head[:4], "big")
-            else:
+            head = file.read(64).ljust(64, b"\0")
+            if end and (head.startswith((EBML, MXF_HEADER)) or head[4:8] == b"ftyp"):  # another file begins here
+                break
+            length = part_length(head)
+            if length is None:
                 break
             if not length:  # to the end of the file, or never written
                 return 0
             end += length
     return end
+
+
+def part_length(head):
+    """Bytes of the part of a file that begins with these 64 bytes; 0 where the part does not say; None for no such."""
+    if head[:4] == b"RIFF":
+        length = int.from_bytes(head[4:8], "little")
+        return 8 + length if 0 < length < 0xFFFFFFFF else 0
+    if head[4:8] in BOXES:
+        return int.from_bytes(head[8:16] if head[:4] == b"\0\0\0\1" else head[:4], "big")
+    if head.startswith((EBML, SEGMENT)):  # then a length, whose leading zero bits say of how many bytes
+        count = 9 - head[4].bit_length()
+        length = int.from_bytes(head[4 : 4 + count], "big") - (1 << 7 * count)
+        return 4 + count + length if 0 < length < (1 << 7 * count) - 1 else 0
+    if head.startswith(MXF):  # a key of 16 bytes, then a length of one byte, or of as many as that byte says
+        count = head[16] & 0x7F if head[16] & 0x80 else 0
+        if head.startswith(MXF_HEADER):  # it says where the last part begins
+            return int.from_bytes(head[41 + count : 49 + count], "big")
+        return 17 + count + (int.from_bytes(head[17 : 17 + count], "big") if count else head[16])
+    return None
 
 
 def judge_packets(probe, packets, said):
