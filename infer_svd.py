@@ -30,7 +30,7 @@ import numpy as np
 from PIL import Image
 
 import svd_common as common
-from svd_parts.actions import add_actions_to_images, follow_actions, load_encoder, scaled_actions
+from svd_parts.actions import add_actions_to_images, scaled_actions
 from svd_parts.clip_set import CARRIED, OPTIONS, PIPELINE_OPTIONS, ClipSet, SingleClip, clip_settings, is_file
 from svd_parts.console import Parser, number, progress_bar, run_script
 from svd_parts.crop import describe_crop
@@ -327,6 +327,8 @@ def generate(pipe, image, options, on_step, actions=None):
     """
     import torch
 
+    from svd_parts.action_encoder import follow_actions
+
     def callback(pipe, step, timestep, tensors):
         on_step()
         return tensors
@@ -376,6 +378,8 @@ def make_clips(clips, settings, device, progress, failed):
     """
     import torch
     from safetensors.torch import load_file
+
+    from svd_parts.action_encoder import load_encoder
 
     dtype = torch.float16 if device == "cuda" else torch.float32
     pipe, _ = common.load_pipeline(clips.model.name, dtype, settings.base_model)

@@ -24,7 +24,6 @@ except ImportError as error:  # most often because a server without a screen has
     )
 import numpy as np
 
-from svd_parts.actions import load_encoder
 from svd_parts.files import UserError, replacing
 from svd_parts.lora import load_trained_weights
 from svd_parts.weights import (
@@ -254,6 +253,8 @@ def load_pipeline(name, dtype, base=None):
     """
     from diffusers import StableVideoDiffusionPipeline
     from safetensors.torch import load_file
+
+    from svd_parts.action_encoder import load_encoder
 
     folder, settings, trained = resolve_checkpoint(name, base)
     parts = {part: load_part(folder, part, dtype) for part in PARTS}

@@ -400,7 +400,8 @@ def load_unet(options, base, device, actions=None):
     import torch
 
     import svd_common as common
-    from svd_parts.actions import add_encoder, load_encoder, read_described
+    from svd_parts.action_encoder import add_encoder, load_encoder
+    from svd_parts.actions import read_described
     from svd_parts.forecast import choose_checkpointing
     from svd_parts.lora import add_adapters
     from svd_parts.memory import usable_memory

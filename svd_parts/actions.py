@@ -1,15 +1,12 @@
-"""Actions: one row of numbers for each frame. Reads and scales them, and gives a UNet an encoder that follows them."""
+"""Actions: one row of numbers for each frame. Reads, checks and scales them."""
 
-import contextlib
 import hashlib
 import json
-import math
 from pathlib import Path
 
 import numpy as np
 
-from svd_parts.files import UserError, listed, write_json
-from svd_parts.weights import write_tensors
+from svd_parts.files import UserError, listed
 
 FILE = "actions.npy"  # the file of a clip's actions, beside its frames
 FOLDER, SETTINGS, WEIGHTS = "actions", "actions.json", "encoder.safetensors"  # the encoder's folder in a trained model
@@ -169,79 +166,3 @@ def scaled_actions(job, settings):
     """The scaled actions of a clip, (T, A); None if the model, trained with `settings`, does not follow actions."""
     described, rows = settings.get("actions"), job.get("action_rows")
     return scale_actions(np.array(rows), described) if rows and described else None
-
-
-# The encoder
-
-
-def add_encoder(unet, count, generator=None):
-    """Gives a stock UNet an encoder for `count` numbers a frame, in place: Linear, SiLU, Linear.
-
-    Its output is added to the time embedding of the frame. Its last layer begins at zero, so the UNet's output is bit
-    for bit the same at first. `follow_actions` sets the actions. generator: draws the first layer's weights.
-    """
-    import torch
-
-    width = 4 * unet.config.block_out_channels[0]  # as wide as the time embedding
-    encoder = torch.nn.Sequential(torch.nn.Linear(count, width), torch.nn.SiLU(), torch.nn.Linear(width, width))
-    start = torch.nn.init.kaiming_uniform_(torch.empty(width, count), math.sqrt(5), generator=generator)
-    encoder[0].weight = torch.nn.Parameter(start)
-    for tensor in (encoder[0].bias, *encoder[2].parameters()):
-        torch.nn.init.zeros_(tensor)
-    encoder.vectors, unet.actions = None, encoder
-
-    def add_vectors(block, inputs, known):
-        if encoder.vectors is None:
-            return None
-        rows, temb = encoder.vectors.flatten(0, 1), known["temb"]  # (N * T, C), (B * T, C); with guidance B = 2 N
-        rows = rows.to(temb.device, temb.dtype).repeat(len(temb) // len(rows), 1)
-        return inputs, {**known, "temb": temb + rows}
-
-    for block in (*unet.down_blocks, unet.mid_block, *unet.up_blocks):
-        block.register_forward_pre_hook(add_vectors, with_kwargs=True)
-    return encoder
-
-
-@contextlib.contextmanager
-def follow_actions(unet, actions, keep=None):
-    """A context in which the UNet follows the scaled `actions`, (B, T, A). With None it works as the base does.
-
-    keep: (B,), 0 where the actions are dropped. Recomputing activations is safe: the blocks get the finished sum.
-    """
-    if actions is None:
-        yield
-        return
-    encoder = getattr(unet, "module", unet).actions  # DDP wraps the UNet
-    vectors = encoder(actions.to(encoder[0].weight))  # (B, T, C)
-    encoder.vectors = vectors if keep is None else vectors * keep.view(-1, 1, 1)
-    try:
-        yield
-    finally:
-        encoder.vectors = None
-
-
-# On disk
-
-
-def split_actions(weights):
-    """Splits trained tensors: (those of the UNet itself, those of the encoder under the encoder's own names)."""
-    ours = {name.removeprefix(PREFIX): tensor for name, tensor in weights.items() if name.startswith(PREFIX)}
-    return {name: tensor for name, tensor in weights.items() if not name.startswith(PREFIX)}, ours
-
-
-def save_encoder(folder, tensors, described):
-    """Writes the encoder and the description of its actions. Plain diffusers ignores the folder."""
-    folder.mkdir(parents=True, exist_ok=True)
-    write_tensors(folder / WEIGHTS, {name: tensor.detach().cpu() for name, tensor in tensors.items()})
-    write_json(folder / SETTINGS, described)
-
-
-def load_encoder(unet, trained, folder):
-    """Gives a UNet the encoder from a checkpoint's `trained` tensors or from a result's `folder`, if there is one."""
-    from safetensors.torch import load_file
-
-    tensors = split_actions(trained)[1]
-    if not tensors and (folder / FOLDER / WEIGHTS).is_file():
-        tensors = load_file(folder / FOLDER / WEIGHTS)
-    if tensors:
-        add_encoder(unet, tensors["0.weight"].shape[1]).load_state_dict(tensors)

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
-from svd_parts.actions import add_encoder
+from svd_parts.action_encoder import add_encoder
 from svd_parts.latent_cache import frames_to_decode
 from svd_parts.lora import add_adapters
 from svd_parts.objective import random_generator, training_loss

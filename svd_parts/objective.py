@@ -5,7 +5,7 @@ import hashlib
 
 import torch
 
-from svd_parts.actions import follow_actions
+from svd_parts.action_encoder import follow_actions
 
 
 def random_generator(*key):

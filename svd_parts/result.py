@@ -7,8 +7,8 @@ from pathlib import Path
 
 from safetensors.torch import load_file
 
+from svd_parts.action_encoder import save_encoder, split_actions
 from svd_parts.actions import FOLDER as ACTIONS
-from svd_parts.actions import save_encoder, split_actions
 from svd_parts.files import printable, write_file, write_json
 from svd_parts.hub import card_data
 from svd_parts.lora import load_trained_weights, save_adapter, without_paths

@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from tqdm import tqdm
 
 import svd_common as common
-from svd_parts.actions import follow_actions
+from svd_parts.action_encoder import follow_actions
 from svd_parts.checkpoints import read_best, save_checkpoint
 from svd_parts.console import progress_bar
 from svd_parts.files import UserError, counted, name_digest, plain_name, tidy

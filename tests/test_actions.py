@@ -16,6 +16,7 @@ from diffusers import StableVideoDiffusionPipeline
 from safetensors.torch import load_file
 
 import svd_common as common
+from svd_parts import action_encoder as encoders
 from svd_parts import actions as acts
 from svd_parts.files import UserError
 from svd_parts.objective import random_generator
@@ -36,9 +37,9 @@ def inputs():
 def small_unet(count=3, trained=True, checkpointing="none", trainable="temporal"):
     """The tiny checkpoint's UNet with an encoder, whose last layer is not zero any more where it is `trained`."""
     unet = common.load_part(TINY, "unet", torch.float32)
-    encoder = acts.add_encoder(unet, count, random_generator("encoder"))
-    if trained:
-        torch.nn.init.normal_(encoder[2].weight, std=0.1, generator=random_generator("last"))
+    encoder = encoders.add_encoder(unet, count, random_generator("encoder"))
+    for last in (encoder.time, *encoder.maps) if trained else ():
+        torch.nn.init.normal_(last.weight, std=0.1, generator=random_generator("last"))
     return prepare_unet(unet, trainable, torch.float32, checkpointing)
 
 
@@ -50,8 +51,8 @@ def some_actions(seed=0, batch=2):
 def test_before_training_the_output_is_bit_for_bit_the_stock_models(inputs):
     stock = common.load_part(TINY, "unet", torch.float32)(**inputs).sample
     unet = common.load_part(TINY, "unet", torch.float32)
-    acts.add_encoder(unet, 3, random_generator("encoder"))
-    with acts.follow_actions(unet, some_actions()):
+    encoders.add_encoder(unet, 3, random_generator("encoder"))
+    with encoders.follow_actions(unet, some_actions()):
         assert torch.equal(unet(**inputs).sample, stock)
     assert torch.equal(unet(**inputs).sample, stock)
 
@@ -59,12 +60,12 @@ def test_before_training_the_output_is_bit_for_bit_the_stock_models(inputs):
 @torch.no_grad()
 def test_a_frames_action_changes_that_frame_most(inputs):
     unet, actions = small_unet(), some_actions()
-    with acts.follow_actions(unet, actions):
+    with encoders.follow_actions(unet, actions):
         before = unet(**inputs).sample
     for frame in (0, 3, 7):
         changed = actions.clone()
         changed[:, frame] += 1
-        with acts.follow_actions(unet, changed):
+        with encoders.follow_actions(unet, changed):
             change = (unet(**inputs).sample - before).abs().mean((0, 2, 3, 4))
         assert change.argmax() == frame and change[frame] > 0, change
 
@@ -73,12 +74,12 @@ def test_a_frames_action_changes_that_frame_most(inputs):
 def test_dropped_actions_are_the_stock_model_and_samples_keep_their_own(inputs):
     unet, actions = small_unet(), some_actions()
     stock = unet(**inputs).sample
-    with acts.follow_actions(unet, actions, torch.tensor([1.0, 0.0])):
+    with encoders.follow_actions(unet, actions, torch.tensor([1.0, 0.0])):
         mixed = unet(**inputs).sample
     assert torch.equal(mixed[1], stock[1]) and not torch.equal(mixed[0], stock[0])
-    with acts.follow_actions(unet, actions[:1]):  # guidance: one clip's actions for both of its samples
+    with encoders.follow_actions(unet, actions[:1]):  # guidance: one clip's actions for both of its samples
         both = unet(**inputs).sample
-    with acts.follow_actions(unet, actions[:1].expand(2, -1, -1)):
+    with encoders.follow_actions(unet, actions[:1].expand(2, -1, -1)):
         assert torch.equal(unet(**inputs).sample, both)
 
 
@@ -87,17 +88,19 @@ def test_recomputation_gives_the_same_gradients(inputs, checkpointing):
     gradients = []
     for mode in ("none", checkpointing):
         unet = small_unet(checkpointing=mode)
-        with acts.follow_actions(unet, some_actions(), torch.tensor([1.0, 1.0])):
+        with encoders.follow_actions(unet, some_actions(), torch.tensor([1.0, 1.0])):
             out = unet(**inputs).sample
         out.square().mean().backward()  # when the actions are no longer set
         gradients.append({name: p.grad for name, p in trained_parameters(unet).items()})
     assert gradients[0].keys() == gradients[1].keys()
     assert {name for name in gradients[0] if name.startswith(acts.PREFIX)} == {
-        f"actions.{layer}.{kind}" for layer in (0, 2) for kind in ("weight", "bias")
+        f"actions.{layer}.{kind}"
+        for layer in ("action", "place", "hidden", "time", *(f"maps.{block}" for block in range(7)))
+        for kind in ("weight", "bias")
     }
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-5, atol=1e-8)
-    assert gradients[0]["actions.2.weight"].abs().sum() > 0
+    assert gradients[0]["actions.action.weight"].abs().sum() > 0
 
 
 @torch.no_grad()
@@ -106,7 +109,7 @@ def test_low_vram_takes_guidances_samples_one_by_one_with_their_actions(inputs):
 
     unet = small_unet()
     inputs = {**inputs, "timestep": torch.tensor(0.3)}
-    with acts.follow_actions(unet, some_actions(batch=1)):
+    with encoders.follow_actions(unet, some_actions(batch=1)):
         at_once = unet(**inputs).sample
         save_memory(unet)
         torch.testing.assert_close(unet(**inputs)[0], at_once, rtol=1e-4, atol=1e-5)
@@ -168,13 +171,17 @@ def test_actions_are_checked_against_what_the_model_knows(tmp_path, capsys):
 
 def test_an_encoder_comes_back_from_its_folder(tmp_path, inputs):
     unet, described = small_unet(), {"count": 3, "names": None, "low": [0.0] * 3, "high": [1.0] * 3}
-    weights, encoder = acts.split_actions({name: p.data for name, p in unet.named_parameters()})
-    assert len(encoder) == 4 and not any(name.startswith(acts.PREFIX) for name in weights)
-    acts.save_encoder(tmp_path / acts.FOLDER, encoder, described)
+    weights, encoder = encoders.split_actions({name: p.data for name, p in unet.named_parameters()})
+    assert len(encoder) == 22 and not any(name.startswith(acts.PREFIX) for name in weights)
+    encoders.save_encoder(tmp_path / acts.FOLDER, encoder, described)
     for trained, folder in (({}, tmp_path), (dict(unet.named_parameters()), tmp_path / "none")):
         other = common.load_part(TINY, "unet", torch.float32)
-        acts.load_encoder(other, trained, folder)
-        with torch.no_grad(), acts.follow_actions(unet, some_actions()), acts.follow_actions(other, some_actions()):
+        encoders.load_encoder(other, trained, folder)
+        with (
+            torch.no_grad(),
+            encoders.follow_actions(unet, some_actions()),
+            encoders.follow_actions(other, some_actions()),
+        ):
             assert torch.equal(unet(**inputs).sample, other(**inputs).sample)
 
 
@@ -218,7 +225,7 @@ def same(first, second):
 def test_the_result_is_a_plain_pipeline_folder_and_the_encoder_beside_it(model):
     described = json.loads((model / "actions" / "actions.json").read_text())
     assert described["count"] == 2 and described["names"] == ["left", "seed"] and len(described["low"]) == 2
-    assert load_file(model / "actions" / "encoder.safetensors")["2.weight"].abs().sum() > 0
+    assert load_file(model / "actions" / "encoder.safetensors")["time.weight"].abs().sum() > 0
     names = load_file(next((model / "unet").glob("*.safetensors"))).keys()
     assert names == load_file(next((TINY / "unet").glob("*.safetensors"))).keys()
     pipe = StableVideoDiffusionPipeline.from_pretrained(model)
@@ -263,7 +270,7 @@ def test_training_goes_on_from_a_model_that_follows_actions(acted, model, tmp_pa
     assert (
         "follows other actions (left, seed): its encoder is not used, and a new one learns right, seed" in done.stdout
     )
-    assert load_file(tmp_path / "new" / "actions" / "encoder.safetensors")["2.weight"].abs().sum() == 0
+    assert load_file(tmp_path / "new" / "actions" / "encoder.safetensors")["time.weight"].abs().sum() == 0
 
 
 def test_two_processes_share_the_encoders_gradients(acted, tmp_path):
@@ -291,7 +298,7 @@ def test_two_processes_share_the_encoders_gradients(acted, tmp_path):
 def test_actions_train_with_everything_else(acted, tmp_path, more):
     output = tmp_path / "out"
     train(acted, output, "--max_train_steps", 2, "--learning_rate", "1e-2", *more)
-    assert load_file(output / "actions" / "encoder.safetensors")["2.weight"].abs().sum() > 0
+    assert load_file(output / "actions" / "encoder.safetensors")["time.weight"].abs().sum() > 0
     if "--lora_rank" in more:  # the LoRA's folder is whole by itself
         rows = tmp_path / "rows.npy"
         np.save(rows, np.zeros((8, 2), np.float32))
@@ -308,8 +315,8 @@ def test_a_dry_run_counts_the_encoder(tmp_path, acted):
     for more in ([], ["--condition_on", "actions"]):
         done = run("train_svd.py", *train_arguments(acted, tmp_path / "x"), "--dry_run", *more)
         plans.append(json.loads(done.stdout.splitlines()[-1]))
-    width = 128
-    more = width * (7 + 1) + width * (width + 1)
+    unet = common.load_part(TINY, "unet", torch.float32)
+    more = sum(p.numel() for p in encoders.add_encoder(unet, 7).parameters())  # most robot arms have 7
     assert plans[1]["trainable_parameters"] - plans[0]["trainable_parameters"] == more
 
 

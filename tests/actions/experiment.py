@@ -28,7 +28,8 @@ from detector import train_detector
 from PIL import Image
 
 import svd_common as common
-from svd_parts.actions import follow_actions, scale_actions
+from svd_parts.action_encoder import follow_actions
+from svd_parts.actions import scale_actions
 from svd_parts.files import write_file
 from svd_parts.metrics import video_metrics
 from svd_parts.shortcuts import wrap_unet
@@ -146,8 +147,9 @@ def guided_on_actions(pipe):
         first, second = sample.chunk(2)
         sample = torch.cat([torch.cat([first[:, :, :4], second[:, :, 4:]], 2), second])
         known["encoder_hidden_states"] = known["encoder_hidden_states"][1:].repeat(2, 1, 1)
-        if len(unet.actions.vectors) == 1:
-            unet.actions.vectors = torch.cat([0 * unet.actions.vectors, unet.actions.vectors])
+        if len(unet.actions.actions) == 1:
+            unet.actions.actions = unet.actions.actions.repeat(2, 1, 1)
+            unet.actions.keep = torch.tensor([0.0, 1.0])
         return (sample, *others), known
 
     handle = pipe.unet.register_forward_pre_hook(share_picture, with_kwargs=True)
