@@ -284,7 +284,7 @@ def resolve_checkpoint(name, base=None):
     fingerprint = settings["base_fingerprint"]
     found = resolve_model(base or find_base(folder, settings["pretrained_model_name"], fingerprint))
     if weights_fingerprint(found, "unet") != fingerprint:
-        raise UserError(f"{folder}: was not trained on the base in {found}; give the right one as --base_model")
+        raise UserError(f"{folder}: was trained on another base than that in {found}; give the right --base_model")
     return found, settings, trained
 
 

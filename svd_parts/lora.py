@@ -117,7 +117,7 @@ def read_lora(folder):
     """Reads a plain LoRA: (adapter_config.json, header of its weights). Raises `UserError` for any other folder."""
     config, file = folder / "adapter_config.json", folder / "adapter_model.safetensors"
     if not config.is_file():
-        raise UserError(f"--lora {folder}: has no {config.name}; give OUTPUT_DIR/lora of a training run")
+        raise UserError(f"--lora {folder}: no {config.name} in it; give OUTPUT_DIR/lora of a training run")
     config, tensors = read_json(config), safetensors_header(file)
     special = [f"peft_type {config.get('peft_type')}"] * (config.get("peft_type") != "LORA")
     plain = {"init_lora_weights": PLAIN_STARTS, "bias": (None, "none")}

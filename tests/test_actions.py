@@ -163,7 +163,7 @@ def test_actions_are_checked_against_what_the_model_knows(tmp_path, capsys):
     for rows, more, said in (
         (np.zeros((4, 3)), {}, r"3 columns; .* 2 \(x, grip\)"),
         (np.zeros((4, 2)), {"frames": 3, "segments": 2}, "has 4 rows; 2 segments of 3 frames need 5"),
-        (np.zeros((4, 2)), {"action_names": ["x", "y"]}, r'is of \["x", "y"\]; .* 2 \(x, grip\)'),
+        (np.zeros((4, 2)), {"action_names": ["x", "y"]}, r'has columns \["x", "y"\]; .* 2 \(x, grip\)'),
     ):
         with pytest.raises(UserError, match=said):
             give(rows, **more)
@@ -325,7 +325,7 @@ def test_training_refuses_clips_without_actions_and_with_others(acted, tmp_path)
     np.save(data / "clip2" / acts.FILE, np.zeros((9, 2), np.float32))
     assert "9 rows for 10 frames" in train(data, tmp_path / "out", ok=False).stdout
     np.save(data / "clip2" / acts.FILE, np.zeros((10, 3), np.float32))
-    assert "one kind" in train(data, tmp_path / "out", ok=False).stdout
+    assert "the same columns" in train(data, tmp_path / "out", ok=False).stdout
     (data / "clip2" / acts.FILE).unlink()
     done = train(data, tmp_path / "out", ok=False)
     assert "actions.npy is missing" in done.stdout and "--exclude" in done.stdout
