@@ -16,9 +16,9 @@ from svd_parts.metrics import MEASURES, METRICS, read_metrics, table_metrics
 
 
 def write_page(path, data):
-    """Writes a page that shows `data`: page.html beside this file, with the data put in as JSON.
+    """Writes a page that shows `data`: page.html, which lies beside this file, with the data in it as JSON.
 
-    No page where that template is missing, or cannot be written: no run fails for it. A page of another maker stays.
+    A page that cannot be written ends no run. A page that somebody else made stays as it is.
     """
     with contextlib.suppress(OSError):
         template = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
@@ -27,9 +27,9 @@ def write_page(path, data):
 
 
 def write_run_page(output, settings=None):
-    """Writes index.html of a run: settings, time, the loss and the scores by step, and the validation's videos.
+    """Writes index.html of a training run: settings, time, the loss and the scores by step, and validation videos.
 
-    settings: as `describe_run` makes them; they say until when the page loads itself again, and what the best step is.
+    settings: as `describe_run` makes them. With them, the page shows the best step, and reloads until the last step.
     """
     videos = [path.relative_to(output) for path in sorted(output.glob("validation/step-*/*.mp4"))]
     shown = [{"step": p.parent.name[5:], "name": p.stem, "url": as_url(p)} for p in videos]
@@ -44,7 +44,7 @@ def write_run_page(output, settings=None):
 
 
 def best_step(lines, name):
-    """{metric, step} of the best validation by --validation_metric; None where there is none yet."""
+    """{metric, step} of the best validation by the metric `name`; None before the first validation."""
     scored = [line for line in lines if isinstance(line.get(f"validation_{name}"), (int, float))]
     sign = -1 if METRICS[name].better == "lower" else 1
     best = max(scored, key=lambda line: sign * line[f"validation_{name}"], default=None)
@@ -52,7 +52,7 @@ def best_step(lines, name):
 
 
 def describe_settings(settings):
-    """What the page says of a run's settings: {words: text}."""
+    """The settings of a run for its page: {title: text}."""
     base = settings.get("base_model_name") or Path(str(settings["pretrained_model_name"])).name
     rank = settings.get("lora_rank")
     return {
@@ -68,21 +68,20 @@ def describe_settings(settings):
 
 
 def describe_time(lines, steps, best):
-    """What the page says of a run's course: time, memory, the best step."""
+    """The progress of a run for its page, {title: text}: time a step and left, memory, the best step."""
     timed = [line for line in lines if line.get("seconds_per_step")]
     if not timed:
         return {}
     last, usual = timed[-1], float(np.median([line["seconds_per_step"] for line in timed]))
     left = last.get("seconds_left", (steps - last["step"]) * usual)
-    facts = {"a step": f"{usual:.3g} s"} | (
-        {"left": str(timedelta(seconds=round(left)))} if last["step"] < steps else {}
-    )
+    facts = {"a step": f"{usual:.3g} s"}
+    facts |= {"left": str(timedelta(seconds=round(left)))} if last["step"] < steps else {}
     facts |= {"GPU memory": f"{last['peak_memory_gib']:g} GiB"} if last.get("peak_memory_gib") else {}
     return facts | ({"best step": str(best["step"])} if best else {})
 
 
 def write_clips_page(folder, records):
-    """Writes index.html of a generated set; records: {name: record} of the clips that are there."""
+    """Writes index.html of a generated set. records: {name: record} of the clips that are there."""
     scores = read_scores(folder)
     clips = [page_entry(folder, name, record, scores.get(name, {})) for name, record in records.items()]
     headings = table_metrics()
@@ -93,7 +92,7 @@ def write_clips_page(folder, records):
 
 
 def read_scores(folder):
-    """{clip: {"generated": {metric: number}, "compared": ...}} of metrics.json; empty where there is none."""
+    """{clip: {"generated": {metric: number}, "compared": ...}} from metrics.json; {} where there is no such file."""
     with contextlib.suppress(OSError, ValueError):
         found = json.loads((folder / "metrics.json").read_text(encoding="utf-8")).get("files")
         return found if isinstance(found, dict) else {}
@@ -101,13 +100,13 @@ def read_scores(folder):
 
 
 def as_url(path):
-    """A relative path as a page or a README links to it."""
+    """A relative path as a link in a page or a README."""
     return quote(os.fsencode(path.as_posix()))
 
 
 def page_entry(folder, name, record, scores):
-    """What index.html shows of a clip: its measures and scores, and where its videos are."""
-    bucket = record.get("motion_bucket_id")  # in a set of frames, the measured one
+    """What index.html shows of a clip: its measures and scores, and the links to its videos."""
+    bucket = record.get("motion_bucket_id")  # the measured one in a set of frames, else the one that was asked for
     fields = [*MEASURES, *"seed fps task width height".split()]
     entry = {field: record.get(field) for field in fields}
     entry["measured_motion_bucket_id"] = record.get("measured_motion_bucket_id", bucket)
@@ -115,7 +114,7 @@ def page_entry(folder, name, record, scores):
     entry["frames"] = record.get("num_frames") if "directory" in record else None
     first = f".infer/{record.get('source_image_sha256')}.jpg"
     image = re.sub(r"_seed\d+_motion\d+(\.\w+)?$", "", name)
-    if image == name:  # a LeRobot set's clips have numbers
+    if image == name:  # the clips of a LeRobot set are numbered, not named after their images
         image = "/".join(Path(str(record.get("source_image"))).with_suffix("").parts[-2:])
     entry |= {"first": first, "name": name, "url": as_url(Path(name)), "image": image}
     for what, path in (("real", real_clip(record.get("source_image_sha256"))), ("other", Path(".compare", name))):
@@ -125,5 +124,5 @@ def page_entry(folder, name, record, scores):
 
 
 def real_clip(sha256):
-    """Where the real clip of an image is kept for the page, inside the set."""
+    """The path, inside a set, of the real clip that the page shows beside those of an image."""
     return Path(".infer", "real", f"{sha256}.mp4")
