@@ -1,4 +1,4 @@
-"""What is said to the user: printing that never ends a run, progress bars, and the command line's own errors."""
+"""The console: printing that never ends a run, progress bars, and the errors of the command line."""
 
 import argparse
 import difflib
@@ -13,10 +13,7 @@ LOG_LINE = "{desc}: {n_fmt} of {total_fmt} {unit}s after {elapsed}, {remaining} 
 
 
 class Guarded:
-    """A text stream whose writing never fails: a closed terminal or a broken pipe ends no run and comes before no save.
-
-    Everything else is the stream's own.
-    """
+    """A text stream whose `write` and `flush` never fail: a closed terminal or a broken pipe ends no run."""
 
     def __init__(self, stream):
         self.stream = stream
@@ -38,25 +35,25 @@ class Guarded:
 
 
 def guard_output():
-    """Makes every later print safe, also where a standard stream was closed before the start (`>&-`)."""
+    """Makes every later print safe, even where a standard stream was closed before the start (`>&-`)."""
     for number in range(3):
         try:
             os.fstat(number)
-        except OSError:  # else the next file that is opened would get this number, and be printed into
+        except OSError:  # closed: the next file to be opened would get this number, and printing would go into it
             os.open(os.devnull, os.O_RDWR)
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:
             stream = open(os.devnull, "w", encoding="utf-8")
-        elif hasattr(stream, "reconfigure"):  # a name that the terminal's encoding lacks is printed with backslashes
+        elif hasattr(stream, "reconfigure"):  # prints backslashes for what the terminal's encoding lacks
             stream.reconfigure(errors="backslashreplace")
         setattr(sys, name, stream if isinstance(stream, Guarded) else Guarded(stream))
 
 
 def run_script(main):
-    """Runs `main()`; a `UserError` or any `OSError` becomes one line and exit status 2 or 1, Ctrl-C 130.
+    """Runs `main()` and exits. A `UserError` becomes one line and status 2, an `OSError` status 1, Ctrl-C status 130.
 
-    `~` is the home folder in `--flag=~/x` and `@~/x` too, where the shell leaves it.
+    Puts the home folder for `~` in `--flag=~/x` and `@~/x`, where the shell does not.
     """
     home = re.compile(r"^(--\w+=|@|)(~[^/]*)")
     sys.argv[1:] = [home.sub(lambda found: found[1] + os.path.expanduser(found[2]), text) for text in sys.argv[1:]]
@@ -77,7 +74,10 @@ def run_script(main):
 
 
 def check_launcher():
-    """Refuses variables of a launcher that is not there, which accelerate would take for several processes."""
+    """Refuses variables of a launcher that is not there: accelerate would wait for several processes.
+
+    Raises `UserError` that names the variable.
+    """
     alone = dict.fromkeys("WORLD_SIZE PMI_SIZE OMPI_COMM_WORLD_SIZE MV2_COMM_WORLD_SIZE".split(), ("", "1"))
     alone["LOCAL_RANK"] = ("", "-1")
     for name in (name for name in alone if os.environ.get(name, "") not in alone[name]):
@@ -92,7 +92,7 @@ def check_launcher():
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are one line that names --help, and the nearest option for one that is unknown.
 
-    advice: {unknown option: what to say of it}; stray: what to say of words that belong to no option.
+    advice: {unknown option: what to say of it}. stray: what to say of words that belong to no option.
     """
 
     def __init__(self, *arguments, advice=None, stray="", **options):
@@ -102,7 +102,9 @@ class Parser(argparse.ArgumentParser):
 
     def parse_args(self, args=None, namespace=None):
         words = sys.argv[1:] if args is None else list(args)
-        flags = [word for word in words if word.startswith("--")]  # first: a mistyped option is also a missing one
+        flags = [
+            word for word in words if word.startswith("--")
+        ]  # else argparse misses a required one that is mistyped
         if unknown := [word for word in flags if word.partition("=")[0] not in self._option_string_actions]:
             self.error(self.describe_unknown(unknown))
         found, unknown = self.parse_known_args(words, namespace)
@@ -142,7 +144,7 @@ def number(kind, least, most=math.inf):
 
 
 class Lines:
-    """Standard error without what only a terminal understands: a bar's carriage returns, and its empty last line."""
+    """Standard error for a log file: drops a bar's carriage returns and its empty last line."""
 
     def write(self, text):
         text = text.replace("\r", "")
@@ -153,9 +155,9 @@ class Lines:
 
 
 def progress_bar(desc, unit, total=None, left=True, **options):
-    """A tqdm bar on a terminal; in a log file, which is no terminal, a line now and then.
+    """A tqdm bar on a terminal, and a line every 10 s or so in a log file.
 
-    left: whether tqdm is to say how much time is left; training knows better.
+    left: whether tqdm says how much time is left. Training has a better estimate of its own.
     """
     from tqdm import tqdm
 

@@ -13,7 +13,7 @@ from svd_parts.ffmpeg import Failure
 
 
 def resample(frames, fps):
-    """The frame nearest to each tick of 1/fps seconds, by timestamps; never one twice: no copy fills a gap."""
+    """Yields the pair (seconds, frame) that is nearest to each tick of 1 / fps seconds. None comes twice in a gap."""
     start, best, gap, last = None, None, 0, 0
     for time, frame in frames:
         start = time if start is None else start
@@ -25,16 +25,16 @@ def resample(frames, fps):
         if best is None or abs(position - tick) < best[1] - 1e-6:
             best = tick, abs(position - tick), time, frame
         gap, last = position - last, position
-    if best and best[0] - (best[2] - start) * fps <= gap / 2 + 1e-6:  # or the tick's own frame would come after the end
+    if best and best[0] - (best[2] - start) * fps <= gap / 2 + 1e-6:  # else the nearest frame would come after the end
         yield best[2:]
 
 
-CUT_LEAST, CUT_RATIO = 10, 2.5  # a cut changes the picture by so much of 255, and by so many times what is around it
-SHORTEST_SHOT = 5  # frames; as many changes after a change are looked at
+CUT_LEAST, CUT_RATIO = 10, 2.5  # a cut changes the picture by 10 of 255, and 2.5 times as much as the changes near it
+SHORTEST_SHOT = 5  # frames; also how many changes after a change are compared with it
 
 
 def measure_changes(frames):
-    """Yields ((seconds, frame), change of the picture since the frame before, of 255, and seconds since it)."""
+    """Yields ((seconds, frame), mean change since the frame before in levels of 255, seconds since that frame)."""
     before, last = None, None
     for time, frame in frames:
         step = max(1, min(frame.shape[:2]) // 96)
@@ -44,10 +44,10 @@ def measure_changes(frames):
 
 
 def number_scenes(frames):
-    """Yields (scene, (seconds, frame)): the number rises where the shot changes, or where the timestamps have a hole.
+    """Yields (scene, (seconds, frame)). The number rises where the shot changes, or where the timestamps have a hole.
 
-    A cut is a change between two frames far larger than those before and after it: where the camera or the scene
-    moves, the neighbours change as much. No shot is shorter than `SHORTEST_SHOT` frames.
+    At a cut, the change between two frames is far larger than the changes before and after it. Where the camera or the
+    scene moves, the changes near it are as large. No shot is shorter than `SHORTEST_SHOT` frames.
     """
     scene, changes, gaps, ahead = 0, [], [], collections.deque()
     for step in itertools.chain(measure_changes(frames), [None] * SHORTEST_SHOT):
@@ -68,10 +68,10 @@ def number_scenes(frames):
 
 
 def place_episodes(video, probe):
-    """`[(first second, end, episode)]` of the episodes in a LeRobot v3 file; None for other files.
+    """Where the episodes of a LeRobot v3 file lie, `[(first second, end, episode)]`. None for other files.
 
-    Where their numbers of frames add up to the file's, the frames are counted: the timestamps drift from episode to
-    episode. Raises `Failure` where the timestamps are not those of this file.
+    Counts frames where the episodes' lengths add up to the file's, because timestamps drift from episode to episode.
+    Raises `Failure` where the timestamps in meta/episodes are not those of this file.
     """
     if video.episodes is None:
         return None
@@ -93,17 +93,17 @@ def place_episodes(video, probe):
             short.append(str(episode))
     if not places:
         where = f"at {video.episodes[0][0]:.1f} s, and it ends at {times[-1]:.1f} s" if video.episodes else "nowhere"
-        raise Failure(f"by meta/episodes its episodes begin {where}")
+        raise Failure(f"meta/episodes says that its episodes begin {where}")
     if short:
         probe.problems.append(f"episode {', '.join(short)}: fewer frames than meta/episodes says")
     return places
 
 
 def cut_clips(frames, video, episodes, options):
-    """Yields (seconds, frame, names) with the names of the clips that the frame belongs to: one for a whole video;
-    `name@0003` for the windows of --clip_frames and the shots of --split_scenes; none between LeRobot v3's episodes.
+    """Yields (seconds, frame, names of its clips). A whole video is one clip. Windows of --clip_frames and shots of
+    --split_scenes are called `name@0003`. A frame between LeRobot's episodes, or between windows, is of no clip.
 
-    `frames` are pairs (seconds, (H, W, 3) uint8), `episodes` is what `place_episodes` gives.
+    frames: pairs (seconds, (H, W, 3) uint8). episodes: what `place_episodes` gives.
     """
     numbers = itertools.count()
 
@@ -129,15 +129,15 @@ def cut_clips(frames, video, episodes, options):
                 open_clips = [(name, end) for name, end in open_clips if index < end]
                 yield time, frame, [name for name, _ in open_clips]
         if episodes is None:
-            return  # --max_frames: what follows is not decoded
+            return  # the frames after --max_frames need not be decoded
 
 
 def average_fps(times, claim, chosen=None):
-    """(rate, lengths of the holes in seconds, note or None) of timestamps in seconds.
+    """Timestamps in seconds -> (frames a second, lengths of the holes in seconds, a note or None).
 
-    The rate is that of nearly all gaps: where all are whole multiples of the usual gap, frames are missing, and the
-    note says how many. Where the gaps really vary, the rate is their mean, holes left out, and the note says so.
-    claim: the rate in the header, 0 where there is none; chosen: --fps, to whose ticks the frames were taken.
+    The rate is that of nearly all gaps. If the wider gaps are whole multiples of the usual gap, frames are missing, and
+    the note says how many. If the gaps really vary, the rate is their mean without the holes, and the note says so.
+    claim: the rate in the header, or 0. chosen: --fps, if the frames were taken at its ticks.
     """
     gaps = [b - a for a, b in zip(times, times[1:])]
     longest = max(1.0, 10 * statistics.median(gaps)) if gaps else 0
@@ -145,7 +145,7 @@ def average_fps(times, claim, chosen=None):
     if not sum(steady):
         return claim or chosen or 25.0, [], None
 
-    def agree(fps, named):  # timestamps in whole milliseconds leave an error that a named rate does not have
+    def agree(fps, named):  # timestamps in whole milliseconds make the measured rate a little wrong
         return bool(named) and abs(fps - named) <= 0.01 * min(1, fps) + fps * 0.0015 / sum(steady)
 
     fps = len(steady) / sum(steady)
@@ -161,5 +161,5 @@ def average_fps(times, claim, chosen=None):
         else:
             note = f"its frames come {min(steady):.3g} to {max(steady):.3g} s apart, and the rate is the mean"
     fps = chosen if agree(fps, chosen) else claim if agree(fps, claim) else fps
-    fps = round(fps, 3) if fps >= 1 else float(f"{fps:.6g}")  # a picture an hour has a rate too
+    fps = round(fps, 3) if fps >= 1 else float(f"{fps:.6g}")  # six digits also for a picture an hour
     return fps, [gap for gap in gaps if gap > longest], note

@@ -19,7 +19,7 @@ from svd_parts.probe import HDR, MIDDLE
 
 
 class DecodeAgain(Exception):
-    """The frames of this attempt are not the right ones: the next decoder, or one thread, has to do it."""
+    """The frames of this attempt may be wrong. The next decoder, or a single thread, has to decode the video again."""
 
 
 @dataclasses.dataclass
@@ -27,21 +27,21 @@ class Decoded:
     """What a reader has found so far."""
 
     frames: int = 0
-    errors: list = dataclasses.field(default_factory=list)
+    errors: list = dataclasses.field(default_factory=list)  # messages about damaged pictures
     notes: list = dataclasses.field(default_factory=list)
-    said: str = ""  # the first error of whatever kind
+    said: str = ""  # ffmpeg's first error of any kind
     flaws: object = None  # `flaws.Flaws` of the frames
 
 
 def read_opencv(video, probe, options, threads, decoded):
-    """Yields (seconds, BGR frame) as OpenCV decodes them. Raises `DecodeAgain` at the first sign of wrong ones."""
+    """Yields (seconds, (H, W, 3) uint8 BGR) by OpenCV. Raises `DecodeAgain` at the first sign of wrong frames."""
     capture = cv2.VideoCapture(video.path, cv2.CAP_FFMPEG, [cv2.CAP_PROP_N_THREADS, threads])
     for time in probe.times:
         ok, frame = capture.read()
         if not ok or frame.shape != (*probe.size[::-1], 3):
-            raise DecodeAgain("fewer frames than packets, or of another size")
+            raise DecodeAgain("fewer frames than packets, or another size")
         if decoded.frames == 0 and not is_alike(frame, probe.middle):
-            raise DecodeAgain("not the picture that ffmpeg gives: other colours, or cropped elsewhere")
+            raise DecodeAgain("other colours or another crop than ffmpeg gives")
         if not frame[::16, ::16].any() and not frame.any():
             raise DecodeAgain("an all-black frame, as interlaced video gives")
         decoded.frames += 1
@@ -51,7 +51,7 @@ def read_opencv(video, probe, options, threads, decoded):
 
 
 def is_alike(frame, middle):
-    """Whether the middle of a frame, (H, W, 3) BGR, is `Probe.middle` but for rounding."""
+    """Whether the middle of a frame, (H, W, 3) BGR, equals `Probe.middle` up to rounding."""
     width, height = (min(*sizes) for sizes in zip(MIDDLE, frame.shape[1::-1]))
     if len(middle) != 3 * width * height:
         return not middle
@@ -62,8 +62,11 @@ def is_alike(frame, middle):
 
 @contextlib.contextmanager
 def hear_opencv():
-    """Gives a function that says how many bytes of errors OpenCV's decoders, of all videos, have printed so far: the
-    only sign of damage that they conceal. They print to the C library's standard output, a file meanwhile."""
+    """Gives a function that says how many bytes of errors the decoders of OpenCV, for all videos, have printed so far.
+
+    That is the only sign of damage that they conceal. They print to the C library's standard output, which goes into a
+    file until the block ends.
+    """
     libc = ctypes.CDLL(None if os.name == "posix" else "ucrtbase")
 
     def heard():
@@ -83,22 +86,19 @@ def hear_opencv():
 
 
 def find_damage(video, probe, options, threads):
-    """What ffmpeg says, in a pass of its own, of damaged pictures among those that are wanted: its messages in order.
+    """Decodes the wanted frames once more, only to hear ffmpeg's messages about damaged pictures: [text], in order.
 
-    With one thread always the same ones: showinfo, whose lines they may fall into, is not there.
+    With one thread these are always the same, because no line of showinfo can come between them.
     """
-    limit = (
-        ["-frames:v", str(options.max_frames)]
-        if options.max_frames and not options.fps and video.episodes is None
-        else []
-    )
-    return picture_errors(run_ffmpeg(video, ["-threads", str(threads)], [*limit, "-f", "null", "-"])[1], probe)
+    first_only = options.max_frames and not options.fps and video.episodes is None
+    output = [*(["-frames:v", str(options.max_frames)] if first_only else []), "-f", "null", "-"]
+    return picture_errors(run_ffmpeg(video, ["-threads", str(threads)], output)[1], probe)
 
 
 def video_filters(probe, options):
     """ffmpeg's filters: HDR to SDR, square pixels, --width x --height (cover, then crop the centre), RGB.
 
-    Sizes are formulas of each frame's own, since a video's size may change midway.
+    Sizes are formulas of the frame's own size, because the size of a video may change midway.
     """
     filters = []
     if probe.transfer in HDR:
@@ -114,7 +114,7 @@ def video_filters(probe, options):
         width, height = f"max({options.width},round({width}*{scale}))", f"max({options.height},round({height}*{scale}))"
         smaller = max(options.width / probe.size[0], options.height / probe.size[1]) < 1
         filters.append(f"scale='{width}':'{height}':flags={'area' if smaller else 'bicubic'}")
-        if probe.pixel_format == "yuv420p" and smaller:  # cheaper and truer than to scale and go to RGB in one step
+        if probe.pixel_format == "yuv420p" and smaller:  # cheaper and more exact than scaling to RGB in one step
             filters.append("format=yuv444p")
         filters.append(f"crop={options.width}:{options.height}")
     elif probe.pixel_aspect != 1:
@@ -123,22 +123,22 @@ def video_filters(probe, options):
 
 
 def read_ffmpeg(video, probe, options, threads, decoded):
-    """Yields (seconds, BGR frame) from a pipe of ffmpeg, which crops, turns and mirrors as the file says.
+    """Yields (seconds, (H, W, 3) uint8 BGR) from a pipe of ffmpeg, which crops, turns and mirrors as the file says.
 
-    Where the size changes midway, later frames are made to cover the first one's. Where timestamps begin again, in
-    recordings joined into one file, they go on where they were.
+    If the size changes midway, later frames are fitted to the size of the first. If timestamps begin again, as in
+    recordings joined into one file, they are shifted to follow the ones before.
     """
     output = ["-vf", video_filters(probe, options), *"-noautoscale -fps_mode passthrough -f rawvideo pipe:1".split()]
     process = start_ffmpeg(video, ["-threads", str(threads)], output)
-    with contextlib.suppress(ImportError, AttributeError, OSError):  # a larger pipe, where there is such a thing
+    with contextlib.suppress(ImportError, AttributeError, OSError):  # a larger pipe, where the system has that
         import fcntl
 
         fcntl.fcntl(process.stdout, fcntl.F_SETPIPE_SZ, 1 << 20)
-    announced = queue.Queue()  # (seconds or NOPTS, width, height) of each frame, before it comes; None at the end
+    announced = queue.Queue()  # (seconds or NOPTS, width, height) of each frame that will come, then None
 
     def read_log():
         stamp = "NOPTS"
-        for line in process.stderr:  # a line of showinfo may be cut in two by a decoder's message
+        for line in process.stderr:  # a decoder's message may cut a line of showinfo in two
             line = line.decode("utf-8", "replace").rstrip()
             if match := re.search(r"\bpts_time:(\S+)", line):
                 stamp = match[1]

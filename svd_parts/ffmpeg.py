@@ -1,4 +1,4 @@
-"""Runs ffmpeg on one file, and reads what it complains of."""
+"""Runs ffmpeg on one file and reads its error messages."""
 
 import os
 import re
@@ -8,28 +8,28 @@ import imageio_ffmpeg
 
 
 class Failure(Exception):
-    """Why one video gives nothing; the others go on."""
+    """The reason why one video gives no clip. The other videos go on."""
 
 
 def start_ffmpeg(video, decoder_options, output_options, **popen):
-    """ffmpeg on one file, given as an open descriptor: no name can be read as a URL, a pattern or an option, and the
-    whitelist lets nothing in the file open another file or the network."""
+    """Starts ffmpeg on one file, given as an open descriptor, so that its name is never taken for a URL, a pattern or
+    an option. The whitelist keeps the content of the file from opening other files or the network."""
     command = [imageio_ffmpeg.get_ffmpeg_exe(), "-nostdin", "-hide_banner", "-nostats", "-v", "level+info"]
     try:
         file = open(video.path, "rb")
-    except OSError as error:  # gone since it was found
+    except OSError as error:  # deleted since it was found
         raise Failure(f"cannot be read: {error.strerror}") from None
     named_so = os.path.splitext(video.path)[1].lower() in (".mjpeg", ".mjpg")
-    demuxer = ["-f", "mjpeg"] * (named_so and file.read(2) == b"\xff\xd8")  # or it is taken for a still
+    demuxer = ["-f", "mjpeg"] * (named_so and file.read(2) == b"\xff\xd8")  # else ffmpeg takes it for a still image
     os.lseek(file.fileno(), 0, os.SEEK_SET)
     command += [*demuxer, *decoder_options, "-protocol_whitelist", "fd", "-i", "fd:", "-map", "0:V:0", *output_options]
-    with file:  # a session of its own: Ctrl-C must not end its video early
+    with file:  # in a session of its own: Ctrl-C must not end it in the middle of a video
         popen |= {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "bufsize": 0, "start_new_session": True}
         return subprocess.Popen(command, stdin=file, **popen)
 
 
 def run_ffmpeg(video, decoder_options, output_options, **popen):
-    """The lines of ffmpeg's output and of its log."""
+    """Runs ffmpeg on one file. Returns the lines of its output and of its log. Raises `Failure` where it crashes."""
     process = start_ffmpeg(video, decoder_options, output_options, **popen)
     rows, log = (part.decode("utf-8", "replace").splitlines() for part in process.communicate())
     check_exit(process.returncode)
@@ -37,7 +37,7 @@ def run_ffmpeg(video, decoder_options, output_options, **popen):
 
 
 def check_exit(code):
-    """Raises `Failure` where ffmpeg did not end by itself. Windows gives a crash a large number instead of a signal."""
+    """Raises `Failure` where a signal ended ffmpeg (a negative exit status; on Windows, a large one)."""
     if code == -9:
         raise Failure("ffmpeg was killed by signal 9: too little memory?")
     if code < 0 or code > 255:
@@ -47,9 +47,9 @@ def check_exit(code):
 
 
 def error_messages(lines, *speakers):
-    """What parts of ffmpeg, by their names, complain of in lines such as `[h264 @ 0x55d] [error] no frame!`
+    """The errors of these parts of ffmpeg, from lines such as `[h264 @ 0x55d] [error] no frame!`
 
-    Such a message may come in the middle of another's line: ffmpeg's threads all write.
+    A message may come in the middle of another line, because all threads of ffmpeg write at once.
     """
     names = "|".join(map(re.escape, speakers))
     pattern = re.compile(rf"\[(?:\S+ @ \S+\] \[dec:)?(?:{names})(?:/\S+)? @ \S+\] \[error\] (.*)")
@@ -62,8 +62,8 @@ BESIDE_THE_PICTURE = re.compile(
 
 
 def picture_errors(lines, probe):
-    """The messages that tell of damaged pictures: ffmpeg's own verdict on a frame, and what the decoder of this video
-    cannot read; not those of sound, of the container, or of data beside the picture."""
+    """The messages about damaged pictures: ffmpeg's own verdict on a frame, and the errors of this video's decoder. Not
+    those about sound, the container, or data beside the picture."""
     corrupt = [f"{probe.codec}: corrupt decoded frame" for line in lines if "corrupt decoded frame" in line]
     said = error_messages(lines, probe.codec, probe.decoder)
     return corrupt + [text for text in said if not BESIDE_THE_PICTURE.search(text)]

@@ -1,33 +1,34 @@
-"""Flaws of a video that its header does not tell: pictures that are repeated, and black bars around them."""
+"""Flaws of a video that no header tells of: repeated pictures, and black bars around the picture."""
 
 import numpy as np
 
-BLACK = 24  # of 255: black bars hold the codec's noise
-LONGEST_REPEAT = 8  # pictures: what stands still for longer is a pause, not a repeat
+BLACK = 24  # of 255; black bars are not quite black, for the codec adds noise
+LONGEST_REPEAT = 8  # pictures; a longer standstill is a pause, not a repeat
 
 
 class Flaws:
-    """Looks at every frame of a video in passing, a small copy of each, and says what is odd about them."""
+    """Looks at a small copy of every frame of a video, and makes notes on repeated pictures and black bars."""
 
     def __init__(self):
         self.last, self.changes, self.rows, self.columns = None, [], 0, 0
 
     def add(self, frame):
-        """(H, W, 3) uint8."""
+        """Looks at the next frame, (H, W, 3) uint8."""
         step = max(1, min(frame.shape[:2]) // 96)
         small = frame[::step, ::step]
         if self.last is not None and self.last.shape == small.shape:
             self.changes.append(float(np.abs(small[..., 1].astype(np.int16) - self.last[..., 1]).mean()))
         self.last = small
-        if isinstance(self.rows, int) or len(self.rows) == len(frame):  # a size that changes midway is another matter
+        if isinstance(self.rows, int) or len(self.rows) == len(frame):  # frames of another size are passed over
             self.rows = np.maximum(self.rows, frame[:, ::step].max(axis=(1, 2)))
             self.columns = np.maximum(self.columns, frame[::step].max(axis=(0, 2)))
 
     def notes(self, fps):
+        """[text] for the summary. fps: frames a second of the frames that were added."""
         return [note for note in (self.repeats(fps), *self.bars()) if note]
 
     def repeats(self, fps):
-        """A note where pictures come twice or more, as in a set that was brought to a higher rate by copies."""
+        """A note where pictures come several times, as in a video that copies brought to a higher rate; else None."""
         changes = np.array(self.changes)
         if len(changes) < 8:
             return None
@@ -48,7 +49,7 @@ class Flaws:
         return f"{share:.0%} of the frames repeat the one before: --fps {rate:.3g} takes each about once"
 
     def bars(self):
-        """Notes on black bars, over the whole video, of more than 5 % of the height or width."""
+        """Yields a note on bars that are black in all frames and cover more than 5 % of the height or width."""
         for levels, what in ((self.rows, "height"), (self.columns, "width")):
             lit = np.flatnonzero(np.asarray(levels) > BLACK)
             if len(lit):

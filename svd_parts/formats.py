@@ -1,4 +1,4 @@
-"""One table of output formats: how a clip is written and read. A new format is a new entry."""
+"""The table of output formats: how a clip is written and read. A new format is one new entry."""
 
 from functools import partial
 from typing import Callable, NamedTuple
@@ -10,11 +10,11 @@ import svd_common as common
 from svd_parts.dataset import list_frames
 from svd_parts.files import replacing, write_file
 
-GIF_FPS = 50  # a GIF's frames last hundredths of a second, at least two
+GIF_FPS = 50  # the most: a GIF's frame lasts at least two hundredths of a second
 
 
 def write_lerobot_mp4(path, frames, fps):
-    """As lerobot encodes with H.264: its tools cannot join others to its own. Also quick to seek in."""
+    """Writes an mp4 with a key frame every two frames, as lerobot does: its tools join no others. Seeking is quick."""
     common.write_video(path, frames, fps, "-g", "2")
 
 
@@ -29,7 +29,7 @@ def read_frames(path):
 
 
 def write_gif(path, frames, fps):
-    """Browsers show a GIF's frame of under 20 ms for 100 ms. So over 50 fps some frames are left out."""
+    """Writes a GIF, and leaves out frames over 50 fps: browsers show a frame of under 20 ms for 100 ms."""
     if fps > GIF_FPS:
         kept = [round(t * fps / GIF_FPS) for t in range(max(1, int(len(frames) * GIF_FPS / fps)))]
         frames, fps = frames[kept], GIF_FPS
@@ -37,7 +37,7 @@ def write_gif(path, frames, fps):
 
 
 def write_animation(path, frames, fps, kind, unit):
-    """A GIF or WebP. Its frames last whole `unit`s of milliseconds, spread so that the rate is right on the whole."""
+    """Writes a GIF or WebP. Each frame lasts a multiple of `unit` milliseconds, and the rate is right on average."""
     ends = [round(1000 * t / fps / unit) * unit for t in range(len(frames) + 1)]
     first, *rest = (Image.fromarray(frame) for frame in frames)
     options = {"save_all": True, "append_images": rest, "duration": np.diff(ends).tolist(), "loop": 0}
@@ -48,13 +48,13 @@ def write_animation(path, frames, fps, kind, unit):
 class Format(NamedTuple):
     """One entry of the table of formats."""
 
-    suffix: str  # of a clip's file; empty for a folder
-    write: Callable  # (path, (T, H, W, 3) uint8 RGB, fps): whole or not at all
-    read: Callable = None  # path -> (T, H, W, 3) uint8; none where colours are not exact, so nothing can be compared
-    is_file: bool = True  # --output_video may name one file of it
-    is_image: bool = False  # a folder of images would take its clips for its own
-    most_fps: float = 240  # of a higher rate some frames are left out
-    package: str = ""  # what it needs beside requirements.txt
+    suffix: str  # of a clip's file; empty if a clip is a folder
+    write: Callable  # (path, (T, H, W, 3) uint8 RGB, fps) writes a clip, whole or not at all
+    read: Callable = None  # path -> (T, H, W, 3) uint8; None if colours are not exact, and nothing can be compared
+    is_file: bool = True  # --output_video may name a single file of this format
+    is_image: bool = False  # its clips would be taken for images in a folder of input images
+    most_fps: float = 240  # frames over this rate are left out
+    package: str = ""  # a Python package that it needs and requirements.txt lacks
 
 
 FORMATS = {

@@ -1,4 +1,4 @@
-"""Writes the frames of a video's clips as images, in threads, and measures how they move."""
+"""Writes the frames of a video's clips as images, in threads, and measures their motion."""
 
 import collections
 import dataclasses
@@ -19,17 +19,17 @@ except ImportError:
     isal_zlib = None
 
 JPG_OPTIONS = [cv2.IMWRITE_JPEG_QUALITY, 95, cv2.IMWRITE_JPEG_SAMPLING_FACTOR, cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444]
-BYTES_IN_FLIGHT = 1 << 27  # decoded frames of one video that wait for an encoder
+BYTES_IN_FLIGHT = 1 << 27  # most bytes of one video's decoded frames that wait for an encoder
 
 
 @dataclasses.dataclass
 class Clip:
-    """One folder of the dataset while it is being written."""
+    """A clip while its folder is being written."""
 
     folder: Path
-    shape: tuple  # of its frames
+    shape: tuple  # (H, W, 3) of its frames
     times: list = dataclasses.field(default_factory=list)  # seconds of each frame
-    thumbnail: np.ndarray = None  # the last one that motion was measured with
+    thumbnail: np.ndarray = None  # the last small grey frame that motion was measured with
     flows: list = dataclasses.field(default_factory=list)  # motion from one thumbnail to the next
 
 
@@ -39,14 +39,14 @@ def has_isal():
 
 
 def encode_image(frame, image_format):
-    """(H, W, 3) BGR -> bytes of a PNG or JPEG file; PNG is deflated by ISA-L where that is installed."""
+    """(H, W, 3) uint8 BGR -> bytes of a PNG or JPEG file. ISA-L compresses the PNG where it is installed."""
     if image_format == "jpg":
         return cv2.imencode(".jpg", frame, JPG_OPTIONS)[1]
     return encode_png_fast(frame) if isal_zlib else cv2.imencode(".png", frame, common.PNG_OPTIONS)[1]
 
 
 def write_image(frame, paths, image_format):
-    """Encodes a frame once and writes it to each of `paths`, none where it belongs to no clip."""
+    """Encodes a frame once and writes it to each of `paths`, of which there may be none."""
     data = encode_image(frame, image_format) if paths else b""
     for path in paths:
         with named(path), open(path, "wb") as file:
@@ -54,10 +54,10 @@ def write_image(frame, paths, image_format):
 
 
 def encode_png_fast(frame):
-    """(H, W, 3) BGR -> PNG bytes, deflated by ISA-L: three to four times as fast as OpenCV's zlib, files as small."""
+    """(H, W, 3) uint8 BGR -> PNG bytes by ISA-L: three to four times as fast as OpenCV's zlib, and files as small."""
     (height, width), rgb = frame.shape[:2], cv2.cvtColor(frame, cv2.COLOR_BGR2RGB).reshape(len(frame), -1)
     rows = np.empty((height, 1 + 3 * width), np.uint8)
-    rows[:, 0], rows[0, 1:] = 2, rgb[0]  # 2: filter UP, each byte is its difference to the one above
+    rows[:, 0], rows[0, 1:] = 2, rgb[0]  # 2 is the filter UP: a byte holds the difference to the one above
     np.subtract(rgb[1:], rgb[:-1], out=rows[1:, 1:])
     header = struct.pack(">2I5B", width, height, 8, 2, 0, 0, 0)  # 8 bits, RGB
     parts = [b"\x89PNG\r\n\x1a\n"]
@@ -75,7 +75,7 @@ class FrameWriter:
         self.clips, self.jobs, self.flaws = {}, collections.deque(), Flaws()
 
     def add(self, time, frame, names):
-        """Takes a frame, (H, W, 3) uint8 BGR at `time` seconds, of the clips called `names`."""
+        """Writes a frame, (H, W, 3) uint8 BGR at `time` seconds, into the clips called `names`."""
         paths, thumbnail = [], None
         self.flaws.add(frame)
         for name in names:
@@ -90,7 +90,7 @@ class FrameWriter:
                     clip.flows.append(flow_magnitude(clip.thumbnail, thumbnail))
                 clip.thumbnail = thumbnail
             clip.times.append(time)
-        if self.run.waiting:  # other videos keep the cores busy: handing over would only cost
+        if self.run.waiting:  # the readers of other videos keep the cores busy, so a thread would not help
             write_image(frame, paths, self.run.options.image_format)
         else:
             self.jobs.append(self.run.encoders.submit(write_image, frame, paths, self.run.options.image_format))
@@ -99,7 +99,7 @@ class FrameWriter:
         self.run.bar.update()
 
     def finish(self):
-        """Returns `{directory: Clip}` when all is written."""
+        """Waits until all is written and returns `{directory: Clip}`."""
         for job in self.jobs:
             job.result()
         return self.clips

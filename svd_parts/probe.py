@@ -1,4 +1,4 @@
-"""What a video file says of itself: its header, its packets and its key frames."""
+"""Reads what a video file says of itself: its header, its packets and its key frames."""
 
 import collections
 import contextlib
@@ -17,40 +17,40 @@ from svd_parts.files import UserError
 PLAIN_CODECS = {"h264", "hevc", "mpeg4", "mpeg1video", "mpeg2video", "vp8", "vp9", "mjpeg"}
 PLAIN_MATRICES = {"unknown", "bt709", "bt470bg", "smpte170m"}  # OpenCV turns these into RGB as ffmpeg does
 HDR = {"smpte2084", "arib-std-b67"}  # PQ and HLG
-NO_TIMESTAMP = -(1 << 62)  # what is below stands for none
-LOOK = re.compile(  # what the showinfo filter says of a frame
+NO_TIMESTAMP = -(1 << 62)  # a packet without a timestamp has a smaller value
+LOOK = re.compile(  # a line of the showinfo filter about a frame
     r" fmt:(\w+) .*sar:(\S+) s:(\d+)x(\d+) i:(\w)(?s:.*?displaymatrix: rotation of (\S+))?"
     r"(?s:.*?)color_space:(\S+) .*color_trc:(\S+)"
 )
 Packet = collections.namedtuple("Packet", "stream dts pts duration size flags")  # times in ticks; flags: see below
-MIDDLE = 640, 360  # pixels of a frame, at most, by which two decoders are compared
-KEY_FRAME, UNSURE, HIDDEN = 1, 2, 4  # UNSURE: the container has lost something before it or in it; HIDDEN: cut away
+MIDDLE = 640, 360  # most pixels of a frame (width, height) by which two decoders are compared
+KEY_FRAME, UNSURE, HIDDEN = 1, 2, 4  # UNSURE: data is lost before this packet or in it; HIDDEN: cut away
 
 
 @dataclasses.dataclass
 class Probe:
-    """What a file's header, its packets and its key frames say; nothing else of it has been decoded yet."""
+    """What a file's header, packets and key frames say. No other frame of it has been decoded yet."""
 
     codec: str
-    decoder: str  # ffmpeg's name of what decodes it
+    decoder: str  # ffmpeg's name for its decoder
     pixel_format: str
     matrix: str  # of the colours
     transfer: str
-    pixel_aspect: float  # width of a pixel by its height
-    sideways: bool  # a quarter turn stands in the file
-    size: tuple  # width, height as shown: cropped, turned, and with square pixels
-    ordinary: bool  # one video track, not turned nor cropped nor interlaced, and all key frames alike
-    fps: float  # as claimed; 0 where it is not
+    pixel_aspect: float  # a pixel's width divided by its height
+    sideways: bool  # the file says that players turn it by 90 degrees
+    size: tuple  # (width, height) as players show it: cropped, turned, and with square pixels
+    ordinary: bool  # one video track, neither turned nor cropped nor interlaced, and all key frames alike
+    fps: float  # as the header says; 0 where it says nothing
     times: list  # seconds of every packet in display order; None where the file has none, or they run backwards
-    packets: int
-    total: int  # frames of the whole video, where only its beginning was listed: about so many
-    middle: bytes  # the middle of the first key frame, at most 640x360, RGB; empty where it cannot be decoded
+    packets: int  # listed, of the video track
+    total: int  # frames of the whole video, an estimate where only its beginning was listed
+    middle: bytes  # RGB of the first key frame's middle, at most `MIDDLE`; empty where it cannot be decoded
     truncated: bool = False
-    problems: list = dataclasses.field(default_factory=list)
-    notes: list = dataclasses.field(default_factory=list)
+    problems: list = dataclasses.field(default_factory=list)  # [text]: a part of the video is missing or damaged
+    notes: list = dataclasses.field(default_factory=list)  # [text]: the video is whole, but worth a look
 
 
-NO_VIDEOS = {  # how the file begins, in small letters: what it is
+NO_VIDEOS = {  # how a file begins, in lower case: what it is
     (b"version https://git-lfs",): "a git-lfs pointer, not the video itself: run `git lfs pull`",
     (b"<!doctype html", b"<html"): "an HTML page, not a video: a failed download?",
     (b"#extm3u", b"ffconcat", b"[playlist]", b"<asx", b"<smil", b"file ", b"v=0"): (
@@ -60,7 +60,7 @@ NO_VIDEOS = {  # how the file begins, in small letters: what it is
 
 
 def check_file(video):
-    """Raises `Failure` for what is no video at first sight; never opens what is no regular file (a pipe would hang)."""
+    """Returns a file's status. Raises `Failure` for what is clearly no video. Never opens a pipe, which would block."""
     try:
         status = os.stat(video.path)
         if not stat.S_ISREG(status.st_mode):
@@ -83,15 +83,18 @@ def check_file(video):
 
 
 def probe_video(video, max_packets=None):
-    """Lists a file's packets and looks at its key frames. Raises `Failure` with the reason where there is no video."""
+    """Lists a file's packets, or the first `max_packets`, and looks at its key frames -> `Probe`.
+
+    Raises `Failure` with the reason if there is no video.
+    """
     rows, log, middle = list_packets(video, max_packets)
     header, _, output = "\n".join(log).partition("\n[info] Stream mapping:")
     packets = [parse_packet(row) for row in rows if row[:1].isdigit()]
     shown = [packet for packet in packets if packet.stream == 0]
-    if not max_packets:  # all video tracks are listed, so the one that is prepared comes twice
+    if not max_packets:  # all video tracks are listed, so the track that is prepared comes twice
         twin = next((p.stream for p in packets if p.stream and p[1:] == shown[0][1:]), None) if shown else None
         packets = [packet for packet in packets if packet.stream != twin]
-    if max_packets and len(shown) < max_packets:  # a short video: all of it, for the other tracks say where it ends
+    if max_packets and len(shown) < max_packets:  # a short video: list all tracks, to see where the file should end
         return probe_video(video)
     shown = [packet for packet in shown if not packet.flags & HIDDEN] or shown  # an edit list leaves the others out
     encrypted = any(row[:2] == "0," and "Encryption info" in row for row in rows)
@@ -104,11 +107,11 @@ def probe_video(video, max_packets=None):
     fields = dict(match.groups() for row in rows if (match := re.match(r"#(\w+ \d+): (.*)", row)))
     ticks = {packet.stream: parse_ratio(fields[f"tb {packet.stream}"]) for packet in packets}
     stamps = sorted(packet.pts for packet in shown)
-    if stamps[0] < NO_TIMESTAMP:  # AVI and bare streams: few presentation times or none, but steady decoding times
+    if stamps[0] < NO_TIMESTAMP:  # AVI and bare streams lack presentation times, but their decoding times are steady
         stamps = sorted(packet.dts for packet in shown)
-        if len(stamps) > 2:  # with B-frames the first of these comes too early
+        if len(stamps) > 2:  # with B-frames the first decoding time is too early
             stamps[0] = 2 * stamps[1] - stamps[2]
-    steady = stamps[0] > NO_TIMESTAMP and len(set(stamps)) == len(stamps)  # ffmpeg repeats those that run backwards
+    steady = stamps[0] > NO_TIMESTAMP and len(set(stamps)) == len(stamps)  # ffmpeg repeats one that runs backwards
     fps = re.search(r"Stream #0:0.*: Video: .*, ([\d.]+)(k?) fps", output)
     decoder = re.search(r"Stream #0:\d+ \((\w+)\) -> showinfo", output)
     frames = re.split(r"\] n: *\d+ ", "\n".join(line for line in log if "showinfo" in line))
@@ -122,21 +125,13 @@ def probe_video(video, max_packets=None):
     one_track = len(re.findall(r"^\[info\]   Stream #0:\d+.*?: Video: ", header, re.MULTILINE)) == 1
     alike = len(set(looks)) == 1 and coded == stored
     probe = Probe(
-        codec=fields["codec_id 0"],
-        decoder=decoder[1] if decoder else "",
-        pixel_format=pixel_format,
-        matrix=matrix,
-        transfer=transfer,
-        pixel_aspect=aspect,
-        sideways=sideways,
-        size=size[::-1] if sideways else size,
+        codec=fields["codec_id 0"], decoder=decoder[1] if decoder else "", pixel_format=pixel_format, matrix=matrix,
+        transfer=transfer, pixel_aspect=aspect, sideways=sideways, size=size[::-1] if sideways else size,
         ordinary=one_track and alike and aspect == 1 and not turn and scan == "P",
         fps=float(fps[1]) * (1000 if fps[2] else 1) if fps else 0.0,
         times=[(stamp - stamps[0]) * ticks[0] for stamp in stamps] if steady else None,
-        packets=len(shown),
-        total=len(shown),
-        middle=middle,
-    )
+        packets=len(shown), total=len(shown), middle=middle,
+    )  # fmt: skip
     probe.notes += ["interlaced"] * (scan != "P") + [f"HDR ({transfer}) made SDR"] * (transfer in HDR)
     probe.notes += ["alpha dropped"] * bool(re.match(r"yuva|gbra|rgba|bgra|argb|abgr|ya\d", pixel_format))
     if re.match(r"(gray|ya|rgb|bgr|rgba|bgra|gbra?p)(9|1[0-6]|48|64|f)", pixel_format):
@@ -153,22 +148,21 @@ def probe_video(video, max_packets=None):
 
 
 def list_packets(video, max_packets):
-    """ffmpeg's list of packets (its framecrc format), its log with what showinfo says of up to 1000 key frames, and
-    the middle of the first of these, as `Probe` has it.
+    """ffmpeg's list of packets (its framecrc format), its log with what showinfo says of up to 1000 key frames, and the
+    middle of the first key frame, as `Probe` has it.
 
-    All tracks are listed, because a whole file may end later than its video does; only the first `max_packets` of the
-    video where no more is wanted.
+    Lists all tracks, because another track may last longer than the video. With `max_packets`, lists only the video's.
     """
     tracks, until = "-map 0:v? -map 0:a? -map 0:s? -map 0:d? -copy_unknown", ""  # the first video is listed twice
     if max_packets:
-        tracks, until = f"-frames:v {max_packets}", f"-t {max_packets / 5}"  # seconds: longer than these packets last
+        tracks, until = f"-frames:v {max_packets}", f"-t {max_packets / 5}"  # seconds, more than these packets last
     packets = f"{tracks} -c copy -f framecrc pipe:1"
     looks = f"-map [look] -frames:v 1000 {until} -f null -"
     decoder, graph = "-threads 1 -noautorotate -skip_frame nokey".split(), "-filter_complex [0:V:0]showinfo=checksum=0"
-    if os.name != "posix":  # where a process gets no third pipe
+    if os.name != "posix":  # a process gets no third pipe there
         return *run_ffmpeg(video, decoder, f"{packets} {graph}[look] {looks}".split()), b""
     crop = f"crop=min(iw\\,{MIDDLE[0]}):min(ih\\,{MIDDLE[1]}):trunc((iw-ow)/2):trunc((ih-oh)/2)"
-    # One graph: what ffmpeg says of an output once its first frame is there does not fall into that frame's showinfo.
+    # One graph for both, so that ffmpeg's lines about the outputs do not come in the middle of showinfo's first line.
     graph += f",split[look][frame];[frame]format=rgb24,{crop}[middle]"
     receiver, sender = os.pipe()
     with open(receiver, "rb") as pipe, ThreadPoolExecutor(1) as pool:
@@ -190,15 +184,15 @@ def parse_packet(row):
 
 
 def parse_ratio(text):
-    """`1/12288` -> a number; 1 for `0/1` and `1/0`, which say nothing."""
+    """`1/12288` -> a number; 1 for `0/1` and `1/0`, which stand for "unknown"."""
     n, d = map(int, text.split("/"))
     return n / d if n and d else 1
 
 
 def judge_ending(video, probe, packets, ticks, header):
-    """Whether the file ends where it should, by its header's duration, its own lengths and its last packet."""
+    """Adds a problem or a note where the file ends too early or too late, by its header, lengths and last packet."""
     clock = re.search(r"^\[info\]   Duration: (\d+):(\d+):([\d.]+)(?:, start: ([\d.]+))?", header, re.MULTILINE)
-    if "Input #0, mpegts" in header:  # that has no duration in it: ffmpeg has estimated one
+    if "Input #0, mpegts" in header:  # the format has no duration in it, so this is ffmpeg's own estimate
         clock = None
     hours, minutes, seconds, start = (float(part or 0) for part in (clock.groups() if clock else "0000"))
     claim = hours * 3600 + minutes * 60 + seconds - start
@@ -215,7 +209,7 @@ def judge_ending(video, probe, packets, ticks, header):
         probe.problems.append("ends in the middle of a packet")
     elif 0 < end < size - 1024 and used <= end:
         probe.notes.append(f"its last {size - end} bytes of {size} belong to nothing: another file behind it?")
-    elif not end and used < 0.6 * size and "Input #0, mpeg" not in header:  # MPEG streams may be stuffed
+    elif not end and used < 0.6 * size and "Input #0, mpeg" not in header:  # MPEG streams may hold padding
         probe.notes.append(f"{size - used} bytes of {size} belong to nothing: another file behind it?")
     probe.truncated = bool(probe.problems)
 
@@ -227,12 +221,12 @@ MXF, MXF_HEADER = b"\x06\x0e\x2b\x34", bytes.fromhex("060e2b34020501010d01020101
 
 
 def container_end(path):
-    """Where an MP4, an AVI, a WMV, a Matroska (WebM) or an MXF ends by the lengths that stand in it; 0 for other files.
+    """The length in bytes of an MP4, AVI, WMV, Matroska (WebM) or MXF by the lengths in it; 0 for other files.
 
-    Beyond the file's end: the file was cut. Before it: what follows belongs to nothing, or is another file.
+    A length beyond the file's end means that the file was cut. A shorter one means that something else follows.
     """
     end, size = 0, os.path.getsize(path)
-    with contextlib.suppress(OSError), open(path, "rb") as file:  # a bad disk: the decoder says what is missing
+    with contextlib.suppress(OSError), open(path, "rb") as file:  # of a bad disk the decoder will tell
         _, wmv, properties = file.read(4096).partition(ASF_FILE_PROPERTIES)
         if wmv:
             return int.from_bytes(properties[24:32], "little")
@@ -244,7 +238,7 @@ def container_end(path):
             length = part_length(head)
             if length is None:
                 break
-            if not length:  # to the end of the file, or never written
+            if not length:  # 0 stands for "up to the file's end", or was never filled in
                 return 0
             end += length
     return end
@@ -270,9 +264,10 @@ def part_length(head):
 
 
 def judge_packets(probe, packets, said):
-    """Whether the container lost pictures: packets that it is unsure of, or complaints that come with a gap in time.
+    """Adds a problem where the container lost pictures: an `UNSURE` packet, or an error message and a gap in time.
 
-    Right before a key frame, it is unsure because two recordings were joined; complaints alone are of other things.
+    An `UNSURE` packet right before a key frame does not count: two recordings were joined there. `said` are ffmpeg's
+    error messages. Without a gap they are about other things, and become a note.
     """
     for number, packet in enumerate(packets[:-1]):
         if packet.flags & UNSURE and not any(after.flags & KEY_FRAME for after in packets[number + 1 : number + 4]):
@@ -287,6 +282,7 @@ def judge_packets(probe, packets, said):
 
 
 def why_unreadable(video, header):
+    """The reason why ffmpeg lists no packet of a video. Raises `UserError` where ffmpeg is too old."""
     with open(video.path, "rb") as file:
         if not file.read(1024).strip(b"\0"):
             return "holds zeros instead of a video: an interrupted download?"
@@ -304,7 +300,7 @@ def why_unreadable(video, header):
 
 
 def opencv_is_right(video, probe):
-    """Whether OpenCV is known to give a file's frames as a player shows them (interlaced: black; mirrored: turned)."""
+    """Whether OpenCV gives a file's frames as players show them. It makes interlaced ones black, and turns mirrored."""
     plain_colours = probe.matrix in PLAIN_MATRICES and probe.transfer not in HDR
     plain_frames = probe.codec in PLAIN_CODECS and probe.pixel_format in ("yuv420p", "yuvj420p") and plain_colours
     plain_name = "%" not in video.path and not re.search("[\udc80-\udcff]", video.path)  # a pattern; not UTF-8: a crash
