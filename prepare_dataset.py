@@ -1,21 +1,21 @@
-"""Turns a folder of videos into a dataset of frames: a folder of images for each clip, and a line in metadata.jsonl.
+"""Turns a folder of videos into a dataset: a folder of images for each clip, and a line for it in metadata.jsonl.
 
     python prepare_dataset.py --video_dir ./videos --output_dir ./dataset --max_frames 25
 
-Run the same command again after a stop: what is done stays, the rest is done. Exit status 0: every video is whole in
-the dataset; 1: some are not, each named with its reason; 2: nothing to do, or a wrong option.
+After a stop, run the same command again: it prepares the videos that are still missing. Exit status 0 means that every
+video is whole in the dataset. 1: some are not, and each is named with its reason. 2: nothing to do, or a wrong option.
 
 The way of one video: `find_videos` -> `probe_video` (ffmpeg lists its packets and shows its key frames) ->
-`read_opencv`, or `read_ffmpeg` where OpenCV is known to be wrong or gives fewer frames than there are -> `cut_clips`
--> `FrameWriter` (threads encode the images) -> `publish` (record, rename, then the line in metadata.jsonl).
+`read_opencv`, or `read_ffmpeg` where OpenCV is known to be wrong or misses frames -> `cut_clips` -> `FrameWriter`
+(threads encode the images) -> `publish` (writes the record, moves the folders in, adds lines to metadata.jsonl).
 """
 
 import os
 
-os.environ["OPENCV_FFMPEG_LOGLEVEL"] = "16"  # errors, which `hear_opencv` counts. Read when cv2 is imported
+os.environ["OPENCV_FFMPEG_LOGLEVEL"] = "16"  # errors, for `hear_opencv`; cv2 reads this at its import
 os.environ["OPENCV_FFMPEG_CAPTURE_OPTIONS"] = "protocol_whitelist;file"
 
-import svd_common as common  # isort: skip  (first: it says what to do where OpenCV cannot be loaded)
+import svd_common as common  # isort: skip  (comes first: it gives the cure where OpenCV cannot be loaded)
 
 import contextlib
 import itertools
@@ -42,22 +42,14 @@ from svd_parts.lerobot_actions import write_actions
 from svd_parts.lerobot_images import probe_images, read_images
 from svd_parts.metrics import clip_motion, motion_bucket, motion_stride
 from svd_parts.probe import check_file, opencv_is_right, probe_video
-from svd_parts.records import (
-    by_name,
-    clip_options,
-    dump_line,
-    is_complete,
-    read_clip_lines,
-    read_records,
-    refuse_others,
-    write_metadata,
-    write_preview,
-)
+from svd_parts.records import clip_options, dump_line, earlier_records, still_holds, write_tables
 from svd_parts.summary import print_left_out, print_next, summarize
+
+# One video: decode, cut, write, publish
 
 
 class Run:
-    """What the threads of a run share: options, folders, the encoders, the progress bar, the stop sign."""
+    """What the threads of a run share: options, folders, encoders, the progress bar and the signal to stop."""
 
     def __init__(self, options, videos, heard):
         self.options = options
@@ -66,33 +58,52 @@ class Run:
         self.work = self.state / ("work" + options.shard.name)
         self.readers = max(1, min(options.num_workers, len(videos)))
         self.encoders = ThreadPoolExecutor(options.num_workers)
-        self.huge, self.heard = threading.Lock(), heard
+        self.huge_video, self.heard = threading.Lock(), heard
         self.bar = progress_bar("preparing", "frame")
         self.waiting, self.expected, self.begun = len(videos), 0, 0
-        self.found, self.no_videos = [], {}  # (frames, left out, size) of each video; what only looked like one
+        self.found = []  # (frames, frames left out, (width, height)) of each video that was prepared now
+        self.no_videos = {}  # {source: reason} of files that only looked like videos
         self.stop, self.lock = threading.Event(), threading.Lock()
 
     def expect(self, frames):
-        """A video that has begun has so many frames; each that waits counts as the mean of these in the bar's total."""
+        """Adds the frames of a video that begins to the bar's total. A video that still waits counts as their mean."""
         with self.lock:
             self.begun, self.expected = self.begun + 1, self.expected + frames
             self.bar.total = self.expected + round(self.waiting * self.expected / self.begun)
 
 
-def decode_video(video, probe, episodes, reader, threads, stride, run):
-    """Writes a video's clips below `run.work`; returns `{directory: Clip}` and what the reader found (`Decoded`)."""
+def decode_video(video, probe, episodes, stride, run):
+    """Writes a video's clips below `run.work`. Returns `{directory: Clip}`, the reader's `Decoded` and its name.
+
+    Tries OpenCV where it is known to be right, then ffmpeg with several threads, then ffmpeg with one.
+    """
+    threads = max(1, run.options.num_workers // run.readers)
+    attempts = [(read_opencv, threads)] * (opencv_is_right(video, probe) and not run.options.width)
+    attempts += [(read_ffmpeg, threads)] * (threads > 1) + [(read_ffmpeg, 1)]
+    attempts = [(read_images, 1)] if video.images else attempts
+    with run.huge_video if math.prod(probe.size) > 1 << 24 else contextlib.nullcontext():  # one 8K video at a time
+        for reader, threads in attempts:
+            try:
+                clips, decoded = try_reader(reader, threads, video, probe, episodes, stride, run)
+                return clips, decoded, "ffmpeg" if reader is read_ffmpeg else "opencv"
+            except DecodeAgain:
+                shutil.rmtree(run.work / video.directory, ignore_errors=True)
+
+
+def try_reader(reader, threads, video, probe, episodes, stride, run):
+    """Does `decode_video` by one reader. Raises `DecodeAgain` where its frames may be wrong."""
     decoded, before = Decoded(), run.heard()
     frames, writer = reader(video, probe, run.options, threads, decoded), FrameWriter(video, stride, run)
     try:
         for time, frame, names in cut_clips(frames, video, episodes, run.options):
             if run.stop.is_set():
-                raise Failure("stopped, as the run is: nobody waits for this video any more")
+                raise Failure("the run is stopping")
             writer.add(time, frame, names)
         clips = writer.finish()
         decoded.flaws = writer.flaws
     finally:
         frames.close()
-        wait(writer.jobs)  # nothing writes into the folders any more, whatever happened
+        wait(writer.jobs)  # after an error, too, no thread may write into these folders any more
     if reader is read_opencv and run.heard() > before and find_damage(video, probe, run.options, threads):
         raise DecodeAgain("OpenCV conceals damage")
     if reader is read_ffmpeg and threads > 1 and decoded.errors:
@@ -101,44 +112,27 @@ def decode_video(video, probe, episodes, reader, threads, stride, run):
 
 
 def prepare_video(video, run, old):
-    """Does one video unless the record of an earlier run says that it is done; returns its record.
+    """Prepares one video and returns its record. `old`, the record of an earlier run, is returned where it still holds.
 
-    Raises `Failure` where it gives nothing.
+    Raises `Failure` with the reason where the video gives no clip.
     """
     options = run.options
     status = check_file(video)
     stamp = {"size": status.st_size, "mtime_ns": status.st_mtime_ns}
-    if old:
-        changed = any(old[key] != value for key, value in stamp.items())
-        if changed and not options.overwrite:
-            raise Failure("changed since it was prepared, the dataset holds what it was: --overwrite makes it again")
-        if not changed and old["options"] == clip_options(options) and is_complete(old, run.output):
-            return old
-        for clip in old["clips"]:
-            refuse_others(run.output / clip["directory"], clip["num_frames"], "action_names" in clip)
-    first_only = options.max_frames and not options.fps and video.episodes is None
+    if old and still_holds(old, stamp, run.output, options):
+        return old
+    first_only = options.max_frames and not options.fps and video.episodes is None and not video.images
     if video.images:
         probe, episodes = probe_images(video)
-        first_only = False
     else:
         probe = probe_video(video, options.max_frames + 64 if first_only else None)
         episodes = place_episodes(video, probe)
     wanted = min(options.max_frames or probe.packets, probe.packets)
     run.expect(wanted)
-    times = (probe.times or [])[: options.max_frames if first_only else None]  # of the last listed some may be missing
+    times = (probe.times or [])[: options.max_frames if first_only else None]  # the last listed have gaps
     fps, _, uneven = average_fps(times, probe.fps)
     stride = motion_stride(min(fps, options.fps or fps))
-    threads = max(1, options.num_workers // run.readers)
-    attempts = [(read_opencv, threads)] * (opencv_is_right(video, probe) and not options.width)
-    attempts += [(read_ffmpeg, threads)] * (threads > 1) + [(read_ffmpeg, 1)]
-    attempts = [(read_images, 1)] if video.images else attempts
-    with run.huge if math.prod(probe.size) > 1 << 24 else contextlib.nullcontext():  # one 8K video at a time
-        for reader, threads in attempts:
-            try:
-                clips, decoded = decode_video(video, probe, episodes, reader, threads, stride, run)
-                break
-            except DecodeAgain:
-                shutil.rmtree(run.work / video.directory, ignore_errors=True)
+    clips, decoded, decoder = decode_video(video, probe, episodes, stride, run)
     if not clips:
         raise Failure("no frame of it can be decoded" + (f" ({decoded.said})" if decoded.said else ""))
     if decoded.errors and decoded.frames < wanted:
@@ -152,7 +146,7 @@ def prepare_video(video, run, old):
     record = {"source": video.source, **stamp, "options": clip_options(options), "clips": [], "dropped": {}}
     for directory, clip in clips.items():
         line = describe_clip(directory, clip, video, probe, stride, options)
-        line["decoder"] = "ffmpeg" if reader is read_ffmpeg else "opencv"
+        line["decoder"] = decoder
         write_actions(clip, line, video, episodes, options.action_key)
         line.update({key: getattr(probe, key) for key in ("codec", "truncated", "problems", "notes")})
         if line["num_frames"] < options.min_frames:
@@ -166,11 +160,14 @@ def prepare_video(video, run, old):
 
 
 def describe_clip(directory, clip, video, probe, stride, options):
-    """The clip's line in metadata.jsonl, so far as it is the clip's own."""
+    """The line of a clip in metadata.jsonl; `prepare_video` adds the fields that are the same for the whole video.
+
+    Times are in seconds, sizes in pixels, `motion` in % of the longer side a second.
+    """
     fps, holes, _ = average_fps(clip.times, probe.fps, options.fps)
     if clip.flows:
         motion = statistics.fmean(clip.flows) * fps / stride
-    else:  # shorter than the stride
+    else:  # the clip is shorter than the stride
         motion = clip_motion([common.read_image(path) for path in list_frames(clip.folder)], fps)
     episode = re.search(r"@(episode_\d+)", directory) if video.episodes or video.images else None
     group = video.known.get("group") or video.group + (episode[1] if episode else "")
@@ -193,27 +190,31 @@ def describe_clip(directory, clip, video, probe, stride, options):
 
 
 def publish(video, record, old, run):
-    """Makes a finished video part of the dataset: the record, then the folders, whole by a rename, then their lines.
+    """Makes a finished video part of the dataset: writes its record, moves its folders in, then adds their lines.
 
-    After a kill at any point the next run finds a record whose folders are not all there, and does that video again.
+    A rename moves a folder, so a folder is whole or not there. After a kill at any point, the next run finds a record
+    whose folders are not all there, and prepares that video again.
     """
     owned = {clip["directory"] for clip in (old or {}).get("clips", [])}
     for clip in record["clips"]:
         if clip["directory"] not in owned and os.path.lexists(run.output / clip["directory"]):
-            raise Failure(f"{run.output / clip['directory']} exists and is not of this program: move it away")
+            raise Failure(f"{run.output / clip['directory']} exists, and this program did not make it: move it away")
     for directory in owned:
         if (run.output / directory).exists():
             os.replace(run.output / directory, run.work / video.directory / f"{directory}.old")
     write_file(run.state / f"{video.directory}.json", dump_line(record))
     for clip in record["clips"]:
         os.replace(run.work / video.directory / clip["directory"], run.output / clip["directory"])
-    (run.output / "preview.jpg").unlink(missing_ok=True)  # it shows other clips; the run makes it again at its end
-    if not run.options.shard.name:  # shards write the file at the end: appending is not safe between machines
-        new = [clip for clip in record["clips"] if clip["directory"] not in owned]  # of the others there is a line
+    (run.output / "preview.jpg").unlink(missing_ok=True)  # it shows the old clips; the end of the run makes a new one
+    if not run.options.shard.name:  # machines cannot safely append to one file: a shard writes it at its end
+        new = [clip for clip in record["clips"] if clip["directory"] not in owned]  # the others have their lines
         with run.lock:
             for path in (run.state / "written.jsonl", run.output / "metadata.jsonl"):
                 with open(path, "a", encoding="utf-8") as file:
                     file.write("".join(map(dump_line, new)))
+
+
+# Command line
 
 
 def build_parser():
@@ -221,28 +222,28 @@ def build_parser():
     add, count = parser.add_argument, number(int, 1)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     add("--video_dir", required=True, help="folder of videos, searched with its subfolders; never written to")
-    add("--output_dir", required=True, help="the dataset folder to make or to go on with")
+    add("--output_dir", required=True, help="the dataset's folder, a new one or one to continue")
     add("--max_frames", type=count, help="frames to take from each video at most (default: all)")
     add("--width", type=number(int, 16), help="pixels; with --height: cover this size, then crop the centre")
     add("--height", type=number(int, 16), help="pixels")
-    add("--fps", type=number(float, 1e-5), help="frames a second to keep; slower video keeps what it has")
+    add("--fps", type=number(float, 1e-5), help="frames a second to keep; a slower video keeps all its frames")
     add("--clip_frames", type=count, help="cut each video into clips of this many frames")
     add("--clip_stride", type=count, help="frames from one clip's start to the next (default: --clip_frames)")
     add("--min_frames", type=count, help="drop shorter clips (default: --clip_frames, or 1)")
     add("--min_motion", type=number(float, 0), default=0.0, help="drop stiller clips; %% of the longer side a second")
     add("--split_scenes", action="store_true", help="cut where the shot changes, so that no window crosses a cut")
     patterns = {"nargs": "+", "default": [], "metavar": "PATTERN"}
-    add("--include", **patterns, help="take only these, as '*/left/*' or 'demo_*.mp4'; @FILE: the names in this list")
-    add("--exclude", **patterns, help="leave these out; @FILE as above")
-    add("--camera", nargs="+", default=[], help="take only these of a LeRobot dataset: a name or its last part")
+    add("--include", **patterns, help="take only these videos, as 'demo_*.mp4'; @FILE is a list of names, one a line")
+    add("--exclude", **patterns, help="leave these videos out; patterns and @FILE as for --include")
+    add("--camera", nargs="+", default=[], help="take only these cameras of a LeRobot dataset, by name or its end")
     acts = "the LeRobot column that goes into actions.npy, for train_svd.py --condition_on actions (default action)"
     add("--action_key", default="action", metavar="KEY", help=acts)
     add("--image_format", choices=("png", "jpg"), default="png", help="png is lossless; jpg (95) a quarter the time")
-    add("--fast_png", action="store_true", help="stop where isal is missing: it writes PNG in a third of the time")
+    add("--fast_png", action="store_true", help="insist on isal, which writes PNG in a third of the time")
     add("--num_workers", type=count, default=cores, help="encoding threads (default: one a core, here %(default)s)")
-    shard = "do part I of N, on as many machines; I from 0 to N-1, or from 1 to N"
+    shard = "prepare part I of N, so that N machines share the work; I from 0 to N-1, or from 1 to N"
     add("--shard", metavar="I/N", type=parse_shard, default="0/1", help=shard)
-    add("--overwrite", action="store_true", help="make again what changed since: the source, or the options")
+    add("--overwrite", action="store_true", help="prepare again what changed since: videos or options")
     return parser
 
 
@@ -273,13 +274,17 @@ def parse_args(argv=None):
     return frozen(args)
 
 
+# The run: all videos, then the dataset's tables and the summary
+
+
 def run_all(videos, records, options, heard):
-    """Prepares the videos side by side; adds to `records`; returns the `Run`, and `{source: reason}` of failures."""
+    """Prepares the videos side by side and adds their records to `records`. Returns the `Run` and `{source: reason}` of
+    the videos that failed."""
     run, failures = Run(options, videos, heard), {}
     shutil.rmtree(run.work, ignore_errors=True)
     run.work.mkdir()
 
-    def one(video):
+    def prepare(video):
         with run.lock:
             run.waiting -= 1
         try:
@@ -289,7 +294,7 @@ def run_all(videos, records, options, heard):
 
     readers = ThreadPoolExecutor(run.readers)
     try:
-        jobs = {readers.submit(one, video): video for video in videos}
+        jobs = {readers.submit(prepare, video): video for video in videos}
         for job in as_completed(jobs):
             try:
                 records[jobs[job].source] = job.result()
@@ -316,38 +321,22 @@ def main(argv=None):
     twins = find_twins(videos)
     videos = [video for video in videos if options.shard.holds(video.source)]
     if not videos:
-        print("--shard {}/{}: none of the videos falls to it".format(*options.shard))
+        print("--shard {}/{}: none of the videos falls to this part".format(*options.shard))
     output = Path(options.output_dir)
     state = output / ".prepare"
     state.mkdir(parents=True, exist_ok=True)
     busy = f"--output_dir {output}: another run is at work on it"
     with lock_shard(state, options.shard, busy):
-        if not options.shard.name:  # alone here: what a killed run left half written goes
+        if not options.shard.name:  # no other run is at work here: remove what a killed run left half written
             ours = output.glob(".metadata.jsonl.*.part"), output.glob(".preview.jpg.*.part"), state.glob(".*.part")
             tidy([*itertools.chain(*ours), *filter(Path.is_dir, state.iterdir())])
-        read_clip_lines(output)  # refused now, not after hours of work
-        old = read_records(state)
-        other = next((r["options"] for r in old.values() if r["options"] != clip_options(options)), None)
-        if other and not options.overwrite:
-            named = ", ".join(
-                f"--{key} {value}" for key, value in other.items() if clip_options(options).get(key) != value
-            )
-            raise UserError(f"--output_dir {output} was made with {named}: do the same, or add --overwrite")
-        if not options.shard.name:
-            write_metadata(output)  # what will be added must not follow half a line of a killed run
+        old = earlier_records(output, options)
         with hear_opencv() as heard:
             run, failures = run_all(videos, dict(old), options, heard)
-        records, before = write_metadata(output), None
-        while records != before:  # another part may have ended meanwhile: the last one writes all
-            clips = [clip for record in records.values() for clip in record["clips"]]
-            clips.sort(key=lambda clip: by_name(clip["directory"]))
-            if clips and (records != old or not (output / "preview.jpg").exists()):
-                write_preview(output, clips)
-            before, records = records, write_metadata(output)
+        records = write_tables(output, old)
     chosen = [records[video.source] for video in videos if video.source in records]
-    gone = [
-        source for source in records if not os.path.lexists(os.path.join(options.video_dir, source.partition("#")[0]))
-    ]
+    paths = {source: Path(options.video_dir, source.partition("#")[0]) for source in records}
+    gone = [source for source, path in paths.items() if not os.path.lexists(path)]
     whole = summarize(chosen, failures, {**unfinished, **run.no_videos}, twins, gone)
     print_left_out(run.found, options)
     if not any(record["clips"] for record in chosen):

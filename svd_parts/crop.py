@@ -1,16 +1,18 @@
-"""How much of a picture is lost where it is fitted to another aspect ratio, and which size would fit."""
+"""How much of a picture a crop to another aspect ratio loses, and which size would fit."""
+
+from svd_parts.files import counted
 
 
 def crop_loss(size, width, height):
-    """The share of a picture of `size` (width, height) that is cut off where it covers `width` x `height`."""
+    """The share (0 to 1) of a picture of `size` (width, height) that is cut off when it covers `width` x `height`."""
     w, h = size
     return 1 - min(w * height, h * width) / max(w * height, h * width)
 
 
 def describe_crop(size, width, height, multiple):
-    """One line on what the crop takes away, with a size of as many pixels that fits; None where it is under 15 %.
+    """One line on how much the crop loses, with a size of as many pixels that would fit. None up to a loss of 15 %.
 
-    multiple: what width and height must be multiples of.
+    size: (width, height) of the picture. multiple: what the advised width and height must be multiples of.
     """
     lost = crop_loss(size, width, height)
     if lost <= 0.15:
@@ -22,10 +24,9 @@ def describe_crop(size, width, height, multiple):
 
 
 def describe_crops(sizes, width, height, multiple, word="clip"):
-    """A line for each kind of size: `320x568 (3 clips): some 65% ...`. sizes: (w, h) of each clip, or `word`."""
+    """A line for each size that loses much: `320x568 (3 clips): some 65% ...`. sizes: (w, h) of each clip, or `word`."""
     lines = []
     for size in sorted(set(sizes)):
         if what := describe_crop(size, width, height, multiple):
-            count = sizes.count(size)
-            lines.append(f"{size[0]}x{size[1]} ({count} {word}{'s' * (count > 1)}): {what}")
+            lines.append(f"{size[0]}x{size[1]} ({counted(sizes.count(size), word)}): {what}")
     return lines

@@ -1,4 +1,4 @@
-"""Files that are whole or not there; locks, shards, names and lists; one line for a user's mistake."""
+"""Files that are whole or not there, locks, shards, names, lists and JSON; and `UserError`, a user's mistake."""
 
 import contextlib
 import fnmatch
@@ -16,43 +16,43 @@ from typing import NamedTuple
 
 
 class UserError(Exception):
-    """A mistake of the user or of a file: one line that says what is wrong, where, and the cure."""
+    """A mistake of the user, or a wrong file. The text is one line: what is wrong, where, and the cure."""
 
 
 def frozen(args):
-    """The command line as it was resolved, as a named tuple: no room can change it."""
+    """The command line as a named tuple, which no room can change."""
     return namedtuple("Options", vars(args))(**vars(args))
 
 
 def natural_key(name):
-    """Sorts `frame2` before `frame10`: digits compare as numbers."""
+    """A key for sorting that compares digits as numbers: `frame2` comes before `frame10`."""
     return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", str(name))]
 
 
 def listed(names):
-    """A few names and how many more there are."""
+    """Up to five names, and how many more there are: `a, b, c, d, e and 3 more`."""
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def counted(number, noun):
-    """`1 clip`, `2 clips`."""
-    return f"{number} {noun}{'s' * (number != 1)}"
+    """`1 clip`, `2 clips`, `1,737 frames`."""
+    return f"{number:,} {noun}{'s' * (number != 1)}"
 
 
 def same_name(name):
-    """A name as all systems write it: macOS takes letters with accents apart, here they are one character."""
+    """A name as most systems write it: a letter with its accent is one character. macOS writes two."""
     return unicodedata.normalize("NFC", name)
 
 
 def printable(name):
-    """A file's name as UTF-8 text: what is not UTF-8 in it becomes question marks."""
+    """A file's name as text that any file in UTF-8 can hold: each byte that is not UTF-8 becomes U+FFFD."""
     return os.fsencode(name).decode(errors="replace")
 
 
 def plain_name(name):
-    """The name of a file that is made of `name`: UTF-8, for safetensors reads no other path, and not too long.
+    """Makes of `name` a name for a file: UTF-8, because safetensors opens no other path, and at most 200 bytes.
 
-    255 bytes are the most that a name can have, with its suffix and with what is added while it is written.
+    File systems allow 255 bytes. The rest is for the suffix, and for what is added while the file is written.
     """
     text = printable(name)
     if text == name and len(text.encode()) <= 200:
@@ -66,7 +66,7 @@ def name_digest(name):
 
 
 def file_digest(path, before=b""):
-    """SHA-256 of a file's bytes, as hex, and of what is put `before` them."""
+    """SHA-256 of the bytes `before` and then a file's bytes, as hexadecimal digits."""
     digest = hashlib.sha256(before)
     with open(path, "rb") as file:
         while block := file.read(1 << 20):
@@ -76,7 +76,7 @@ def file_digest(path, before=b""):
 
 @contextlib.contextmanager
 def named(path):
-    """Puts the name of this file into an `OSError` that has none, as that of a full disk."""
+    """Adds this file's name to an `OSError` that has none. That of a full disk has none."""
     try:
         yield
     except OSError as error:
@@ -87,10 +87,10 @@ def named(path):
 
 @contextlib.contextmanager
 def replacing(path, folder=False):
-    """Gives a name beside `path` to write a file to, or an empty folder to fill; at the end it is renamed to `path`.
+    """Gives a name beside `path` to write a file to, or an empty folder to fill, and renames that to `path` at the end.
 
-    A file is flushed to disk before. So `path` is whole or as it was, and after an error (a full disk) nothing stays;
-    what a killed run left of a folder goes first.
+    A file is flushed to disk before the rename. So `path` is either whole or as it was. After an error, as on a full
+    disk, nothing is left beside it. What a killed run left of a folder is removed at the start.
     """
     path = Path(path)
     aside = path.with_name(f".{path.name}.part" if folder else f".{path.name}.{os.urandom(4).hex()}.part")
@@ -109,15 +109,15 @@ def replacing(path, folder=False):
 
 
 def write_file(path, data):
-    """Writes bytes or text: the file is whole or as it was."""
+    """Writes bytes or text to a file, which is whole or as it was, even after a kill."""
     with replacing(path) as aside:
         aside.write_bytes(data.encode() if isinstance(data, str) else data)
 
 
 def inside(name, where):
-    """A path that was read out of the file `where`, which must stay in that file's folder: relative and plain.
+    """Returns `name`, a path that was read out of the file `where`, if it stays inside that file's folder.
 
-    Returns the name. Raises `UserError` for any other, so that nothing read from a file leads outside its folder.
+    Raises `UserError` for an absolute path, one with `..`, and anything that is no path.
     """
     parts = re.split(r"[\\/]", name) if isinstance(name, str) else [".."]
     if not name or ".." in parts or parts[0] == "" or re.match(r"[A-Za-z]:", parts[0]) or "\0" in name:
@@ -126,14 +126,14 @@ def inside(name, where):
 
 
 def write_json(path, value):
-    """Writes an object as JSON, one field a line: the file is whole or as it was."""
+    """Writes an object as JSON, one field a line, by `write_file`."""
     write_file(path, json.dumps(value, indent=1))
 
 
 def tidy(leftovers):
-    """Removes files, links and folders. A folder gets another name first, so that none is ever half there.
+    """Removes files, links and folders. Renames a folder first, so that no folder is ever half there.
 
-    What cannot be removed stays, with a warning: no run ends for it.
+    What cannot be removed stays, with a warning. No run ends for it.
     """
     for path in leftovers:
         try:
@@ -151,12 +151,12 @@ def tidy(leftovers):
 
 @contextlib.contextmanager
 def lock_file(path, busy, shared=False):
-    """Holds a lock on the file `path`, made where it is missing, until the block or the process ends in whatever way.
+    """Holds a lock on the file `path` until the block or the process ends. Makes the file where it is missing.
 
-    Raises `UserError(busy)` where another process holds it, and waits where `busy` is None; `shared` locks bear each
-    other.
+    Where another process holds the lock: raises `UserError(busy)`, or waits if `busy` is None. Several processes can
+    hold a `shared` lock at once.
     """
-    with open(path, "a+") as file:  # NFS gives a shared lock only to who may read
+    with open(path, "a+") as file:  # "+": NFS gives a shared lock only for a file that is open for reading
         with contextlib.suppress(ImportError):  # no such locks on Windows
             import fcntl
 
@@ -170,7 +170,7 @@ def lock_file(path, busy, shared=False):
 
 
 class Shard(NamedTuple):
-    """A part of so many parts that processes or machines share; 0 of 1 is all, and has no name."""
+    """Part `part` of `parts`, which processes or machines share. Part 0 of 1 is everything, and its name is empty."""
 
     part: int
     parts: int
@@ -180,12 +180,12 @@ class Shard(NamedTuple):
         return f"-{self.part}-of-{self.parts}" if self.parts > 1 else ""
 
     def holds(self, name):
-        """Whether what has this name falls to this part: by a hash, so to the same part in every run."""
+        """Whether this part has to do what has this name. A hash decides, so every run decides alike."""
         return int(name_digest(name), 16) % self.parts == self.part
 
 
 def parse_shard(text, what="--shard"):
-    """I/N -> Shard; I from 0 to N - 1, or from 1 to N, which is part 0. Raises `UserError` that says `what` it was."""
+    """I/N -> Shard. I counts from 0 to N - 1, or from 1 to N (N is part 0). Raises `UserError`, naming `what`."""
     part, _, parts = text.partition("/")
     if not (part.isdecimal() and parts.isdecimal() and int(part) <= int(parts) > 0):
         raise UserError(f"{what} must be I/N with I at most N, as in 0/4, got {text}")
@@ -194,9 +194,9 @@ def parse_shard(text, what="--shard"):
 
 @contextlib.contextmanager
 def lock_shard(folder, shard, busy):
-    """Holds the locks of a set in `folder`: all of it, or a part beside the others of as many.
+    """Holds the locks of a set in `folder`: of the whole set, or of one part beside the other parts.
 
-    Raises `UserError(busy)` where that is held, or a part of another number.
+    Raises `UserError(busy)` where another process holds these, or any part of another number of parts.
     """
     with contextlib.ExitStack() as locks:
         locks.enter_context(lock_file(folder / "lock", busy, shared=shard.parts > 1))
@@ -210,9 +210,9 @@ def lock_shard(folder, shard, busy):
 
 
 def read_patterns(texts, flag):
-    """The values of --include or --exclude: patterns as they are; for @FILE its lines, a frozenset of names.
+    """Reads the values of --include or --exclude: a pattern stays text, @FILE becomes a frozenset of its lines.
 
-    Raises `UserError` where there is no such file, and as `read_text` does.
+    Raises `UserError` where the file is missing or is not UTF-8 text.
     """
 
     def read(text):
@@ -224,14 +224,14 @@ def read_patterns(texts, flag):
 
 
 def is_named(patterns, *names):
-    """Whether a pattern stands for one of `names`, or a list of `read_patterns` holds the first of them."""
+    """Whether `patterns` (see `read_patterns`) take this thing: a pattern by any of its names, a list by the first."""
     listed = any(names[0] in pattern for pattern in patterns if not isinstance(pattern, str))
     globs = [pattern for pattern in patterns if isinstance(pattern, str)]
     return listed or any(name == glob or fnmatch.fnmatch(name, glob) for glob in globs for name in names)
 
 
-def names_of_nothing(patterns, known):
-    """The patterns, and the lines of lists, that stand for nothing in `known`: [the names of one thing], as above."""
+def unmatched(patterns, known):
+    """The patterns, and the lines of lists, that take nothing. known: a tuple of names for each thing that is there."""
     found, whole = [], {names[0] for names in known}
     for pattern in patterns:
         if not isinstance(pattern, str):
@@ -242,7 +242,7 @@ def names_of_nothing(patterns, known):
 
 
 def parse_object(text, damaged):
-    """A JSON object as a dict; raises `UserError(damaged)` for any other text."""
+    """Reads a JSON object -> dict. Raises `UserError(damaged)` for any other text."""
     with contextlib.suppress(ValueError, RecursionError):
         if isinstance(found := json.loads(text), dict):
             return found
@@ -250,26 +250,26 @@ def parse_object(text, damaged):
 
 
 def read_json(path, cure="copy the model folder again, whole"):
-    """A file that holds a JSON object, as a dict; raises `UserError` with the cure for any other."""
+    """Reads a file that holds a JSON object -> dict. Raises `UserError` with the `cure` for any other file."""
     return parse_object(path.read_bytes(), f"{path}: damaged; {cure}")
 
 
 def read_text(path):
-    """The text of a UTF-8 file, with its mark or without; empty where there is none. Raises `UserError` for others."""
+    """The text of a UTF-8 file, with or without a byte order mark; "" for no file. Raises `UserError` if not UTF-8."""
     try:
         text = path.read_text(encoding="utf-8-sig") if path.exists() else ""
     except UnicodeDecodeError:
         text = "\0"
-    if "\0" in text:  # UTF-16 without its mark reads as UTF-8 with these
+    if "\0" in text:  # UTF-16 without its mark passes for UTF-8 that is full of these
         raise UserError(f"{path}: not UTF-8 text; open it in an editor and save it as UTF-8")
     return text
 
 
 def read_lines(path, damaged, cut_off=False):
-    """The objects of a JSON Lines file, none where there is no file: yields (`FILE line N`, dict).
+    """Yields (`FILE line N`, dict) for each object of a JSON Lines file, and nothing for a file that is missing.
 
-    Raises `UserError` for a line that is no JSON object, what it is says `damaged`, and as `read_text` does. With
-    `cut_off` the last line may be broken off, where it ends in neither a brace nor a newline.
+    Raises `UserError` for a line that is no JSON object, with `damaged` as the reason, and for text that is not UTF-8.
+    cut_off: pass over a last line that a kill cut off, so that it ends with neither a brace nor a newline.
     """
     lines = read_text(path).split("\n")
     for number, line in enumerate(lines, 1):
@@ -285,27 +285,27 @@ def read_lines(path, damaged, cut_off=False):
 
 
 def pattern_names(patterns):
-    """What --exclude holds as one list of text: its patterns, and the lines of its lists."""
+    """The patterns of `read_patterns`, and the lines of its lists, as one list of text."""
     return [name for pattern in patterns for name in ([pattern] if isinstance(pattern, str) else sorted(pattern))]
 
 
-def is_of_kind(found, kinds):
-    """Whether this is a dict that has every field of `kinds`, {name: type}, each of its type; lists hold no numbers."""
+def fits(found, kinds):
+    """Whether this is a dict with all fields of `kinds`, {name: type}, of their types. Their lists hold no numbers."""
     if not isinstance(found, dict) or not all(isinstance(found.get(name), kind) for name, kind in kinds.items()):
         return False
-    return not any(
-        isinstance(item, (int, float)) for name, kind in kinds.items() if kind is list for item in found[name]
-    )
+    items = [item for name, kind in kinds.items() if kind is list for item in found[name]]
+    return not any(isinstance(item, (int, float)) for item in items)
 
 
 def count_kinds(names):
-    """Names of files by their suffix, the most first: `12 .json, 3 .zip, 1 without a suffix`."""
+    """Counts names of files by suffix, the most frequent first: `12 .json, 3 .zip, 1 without a suffix`."""
     counts = Counter(os.path.splitext(name)[1].lower() or "without a suffix" for name in names)
     return ", ".join(f"{count} {kind}" for kind, count in counts.most_common())
 
 
 def umask():
-    """The permissions that new files are not given, without changing them for a moment: other threads write, too."""
+    """The permissions that new files do not get. Reads them off a new file: `os.umask` would change them for a moment,
+    while other threads write."""
     with tempfile.TemporaryDirectory() as folder:
         descriptor = os.open(os.path.join(folder, "x"), os.O_CREAT | os.O_WRONLY, 0o666)
         mode = os.fstat(descriptor).st_mode & 0o777

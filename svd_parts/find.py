@@ -1,4 +1,4 @@
-"""Which videos of a folder are prepared, under which names, and what is left out."""
+"""Finds the videos of a folder, names their clips, and says what is left out."""
 
 import contextlib
 import dataclasses
@@ -9,8 +9,8 @@ from pathlib import Path
 
 import svd_common as common
 from svd_parts.dataset import SYSTEM_FOLDERS, find_folders
-from svd_parts.files import UserError, count_kinds, is_named, name_digest, names_of_nothing, natural_key, read_lines
-from svd_parts.lerobot import LEROBOT_V2, LEROBOT_V3, is_depth, read_episodes, read_lerobot
+from svd_parts.files import UserError, count_kinds, counted, is_named, name_digest, natural_key, read_lines, unmatched
+from svd_parts.lerobot import is_depth, lerobot_match, read_episodes, read_lerobot
 from svd_parts.lerobot_images import find_image_videos
 
 VIDEO_SUFFIXES = frozenset(
@@ -24,22 +24,22 @@ PARTIAL_SUFFIXES = (".part", ".crdownload", ".download", ".aria2", ".ytdl")  # x
 @dataclasses.dataclass
 class Video:
     path: str
-    source: str  # relative to --video_dir, with slashes
-    directory: str  # its folder in the dataset, and the stem of its record
-    group: str  # clips of one group (the cameras of an episode) belong on one side of a held-out split
+    source: str  # the path relative to --video_dir, with slashes
+    directory: str  # the name of its folder in the dataset, and of its record
+    group: str  # clips of one group, such as the cameras of an episode, stay on one side of a held-out split
     camera: str = ""
-    episodes: list = None  # LeRobot v3: (first second, end, episode, frames or None) of the episodes in this file
-    lerobot: tuple = None  # what `read_lerobot` gives for the dataset that it is of
-    images: str = ""  # the column of a parquet file that the frames are in
-    guessed: bool = False  # its name is no video's, but it begins like one
+    episodes: list = None  # LeRobot v3: (first second, end, episode, frames or None) of each episode in this file
+    lerobot: tuple = None  # what `read_lerobot` gives for its dataset
+    images: str = ""  # the column of the parquet file that holds the frames
+    guessed: bool = False  # it begins like a video, though its name does not say so
     known: dict = dataclasses.field(default_factory=dict)  # of a generated clip: `generated`, task, group
 
 
 def directory_name(source):
     """A folder name that depends on the source's path alone: stable, readable, unique, and safe on every system.
 
-    `a/x.mp4` -> `a__x`, `a/x.avi` -> `a__x+avi`. A name that had to change, or that another could hit (also on a disk
-    that ignores case, or as a device of Windows), carries `+` and eight digits of a hash. No other name has a `+`.
+    `a/x.mp4` -> `a__x`, `a/x.avi` -> `a__x+avi`. `+` and eight digits of a hash follow where the name had to change, or
+    where another path could get the same name, as on a disk that ignores case. No other name has a `+`.
     """
     stem, suffix = os.path.splitext(source)
     short = stem if suffix.lower() in VIDEO_SUFFIXES else source
@@ -56,25 +56,25 @@ def directory_name(source):
 
 
 def find_videos(options):
-    """The videos of --video_dir that the options choose, in name order; and `{source: why}` of unfinished downloads."""
+    """The videos of --video_dir that the options choose, in the order of names, and `{source: why}` of unfinished ones.
+
+    Prints what is left out. Raises `UserError` where no video is left.
+    """
     root = os.path.abspath(options.video_dir)
     folders, left_out = find_folders(root)
     files = [str(Path(root, folder, name)) for folder, names in folders.items() for name in names]
-    broken = [path for path in left_out if not (os.path.isdir(path) and os.access(path, os.R_OK))]  # no second ways
+    broken = [
+        path for path in left_out if not (os.path.isdir(path) and os.access(path, os.R_OK))
+    ]  # no file is reached twice
     files = [path for path in files if path not in left_out]
     present, videos, unfinished = set(files), [describe_video(path, root) for path in broken], {}
     for path in files:
-        is_video = os.path.splitext(path)[1].lower() in VIDEO_SUFFIXES and not is_still_webp(path)
-        if not is_video and looks_like_video(path):
-            is_video = guessed = True
-        else:
-            guessed = False
-        if is_video:
+        is_named_so = os.path.splitext(path)[1].lower() in VIDEO_SUFFIXES and not is_still_webp(path)
+        if is_named_so or looks_like_video(path):
             video = describe_video(path, root)
-            video.guessed = guessed
-            partial = next((video.source + p for p in PARTIAL_SUFFIXES if path + p in present), None)
-            if partial:
-                unfinished[video.source] = f"beside it lies {partial}; if it is whole nevertheless, delete that"
+            video.guessed = not is_named_so
+            if partial := next((video.source + p for p in PARTIAL_SUFFIXES if path + p in present), None):
+                unfinished[video.source] = f"{partial} lies beside it; if the video is whole, delete that"
             else:
                 videos.append(video)
     videos += find_image_videos(files, root, lambda path, source, group, camera: Video(
@@ -86,33 +86,32 @@ def find_videos(options):
     if not videos:
         hint = " but unfinished downloads: " + ", ".join(unfinished) if unfinished else ""
         if any(path.lower().endswith(common.IMAGE_SUFFIXES) for path in files):
-            hint += ", but images: train_svd.py --dataset_dir takes a folder with a folder of frames for each clip"
+            hint += ", but images: train_svd.py --dataset_dir takes a folder that has a folder of frames for each clip"
         elif others and not unfinished:
             hint += f"; {others}"
         raise UserError(f"--video_dir {options.video_dir}: no video in it{hint}")
     names = [(video.source, os.path.basename(video.source)) for video in videos] + [(name,) for name in unfinished]
-    if unknown := names_of_nothing([*options.include, *options.exclude], names):
-        many = f"{len(unknown)} names of --include and --exclude"
-        print(f"warning: {many} are no video of {options.video_dir}: {unknown[0]}")
+    if unknown := unmatched([*options.include, *options.exclude], names):
+        what = f"{counted(len(unknown), 'name')} of --include and --exclude"
+        print(f"warning: no video of {options.video_dir} matches {what}: {unknown[0]}")
     chosen = [video for video in videos if is_wanted(video, options)]
     if not chosen:
         cameras = sorted({video.camera for video in videos if video.camera})
         hint = f"; the cameras are {', '.join(cameras)}" if options.camera and cameras else ""
-        raise UserError(f"--camera, --include and --exclude leave none of {len(videos)} videos{hint}")
+        raise UserError(f"--camera, --include and --exclude leave none of {counted(len(videos), 'video')}{hint}")
     known = {folder: read_known(folder) for folder in {os.path.dirname(video.path) for video in chosen}}
     for video in chosen:
         video.known = known[os.path.dirname(video.path)].get(os.path.basename(video.path), {})
-        posix = video.path.replace(os.sep, "/")
-        if match := LEROBOT_V3.fullmatch(posix):
-            place = match["camera"], int(match["chunk"]), int(match["file"])
-            video.episodes = sorted(read_episodes(match["root"])[0].get(place, []))
-        if match := match or LEROBOT_V2.fullmatch(posix):
+        if match := lerobot_match(video.path):
+            if "file" in match.groupdict():  # version 3: a file holds several episodes
+                place = match["camera"], int(match["chunk"]), int(match["file"])
+                video.episodes = sorted(read_episodes(match["root"])[0].get(place, []))
             video.lerobot = read_lerobot(match["root"])
     if depth := sorted({video.camera for video in chosen if is_depth(video)}):
         chosen = [video for video in chosen if not is_depth(video)]
-        print(f"left out: depth cameras, which are no pictures ({', '.join(depth)})")
+        print(f"left out: depth cameras, which give distances and no pictures ({', '.join(depth)})")
         if not chosen:
-            raise UserError(f"--video_dir {options.video_dir}: no video but of depth cameras; name others by --camera")
+            raise UserError(f"--video_dir {options.video_dir}: only depth cameras are chosen; --camera takes others")
     return sorted(chosen, key=lambda video: natural_key(video.source)), unfinished
 
 
@@ -125,7 +124,7 @@ NO_VIDEO_SUFFIXES = frozenset(".m4a .mka .aac .mp3 .wav .flac .ogg .opus .heic .
 
 
 def looks_like_video(path):
-    """Whether a file whose name is no video's begins like one: a recorder's own suffix, or `.m4s`."""
+    """Whether a file with another suffix, such as a recorder's own or `.m4s`, begins like a video."""
     suffix = os.path.splitext(path)[1].lower()
     if suffix in NO_VIDEO_SUFFIXES or suffix in common.IMAGE_SUFFIXES or suffix in PARTIAL_SUFFIXES:
         return False
@@ -143,20 +142,20 @@ ADVICE = {
 
 
 def describe_left_out(paths, root):
-    """One line on the files that are no videos, by kind; those of a LeRobot dataset's own folders are no news."""
+    """One line that counts the files that are no videos, by suffix. A LeRobot dataset's own files do not count."""
     own = re.compile(r"(^|/)(meta|data)/")
     names = [os.path.relpath(path, root).replace(os.sep, "/") for path in paths]
     names = [name for name in names if not own.search(name) and os.path.basename(name) != "metadata.jsonl"]
     kinds = count_kinds(names)
     for suffix, advice in ADVICE.items():
         kinds = re.sub(rf"(\d+ {re.escape(suffix)})(?=,|$)", rf"\1 ({advice})", kinds)
-    return f"left out, as they are no videos: {kinds}" if names else None
+    return f"left out, because they are not videos: {kinds}" if names else None
 
 
 def read_known(folder):
-    """{file name: what stays known of it} of a set that infer_svd.py made, from the metadata.jsonl beside its clips.
+    """{file name: {generated, task, source_image, group}} of clips by infer_svd.py, from metadata.jsonl beside them.
 
-    The group is the image that a clip began from, so that two seeds of one image are held out together.
+    The group is the input image, so that two seeds of one image are held out together.
     """
     known, path = {}, Path(folder, "metadata.jsonl")
     try:
@@ -166,14 +165,14 @@ def read_known(folder):
                 image = line.get("source_image_sha256") or line.get("source_image")
                 known[line["file_name"]] = {**fields, "group": f"image {image}"} if image else fields
     except UserError as error:
-        print(f"warning: {error}; what it says of the videos beside it is not known")
+        print(f"warning: {error}; the videos beside it are prepared without its fields")
     return known
 
 
 def is_still_webp(path):
     if not path.lower().endswith(".webp"):
         return False
-    with contextlib.suppress(OSError), open(path, "rb") as file:  # `check_file` says why it cannot be read
+    with contextlib.suppress(OSError), open(path, "rb") as file:  # `check_file` will say why it cannot be read
         head = file.read(21)
         return head[8:12] == b"WEBP" and not (head[12:16] == b"VP8X" and head[20] & 2)
 
@@ -181,11 +180,10 @@ def is_still_webp(path):
 def describe_video(path, root):
     source = os.path.relpath(path, root).replace(os.sep, "/")
     video = Video(path, source, directory_name(source), group=source)
-    posix = path.replace(os.sep, "/")
-    if match := LEROBOT_V2.fullmatch(posix) or LEROBOT_V3.fullmatch(posix):
+    if match := lerobot_match(path):
         dataset = os.path.relpath(match["root"], root).replace(os.sep, "/")
         video.camera = match["camera"]
-        video.group = "" if dataset.startswith(".") else dataset + "/"  # the episode follows
+        video.group = "" if dataset.startswith(".") else dataset + "/"  # the episode is added to it
         video.group += match.groupdict().get("episode", "")
     return video
 
@@ -198,11 +196,11 @@ def is_wanted(video, options):
 
 
 def find_twins(videos):
-    """`{source: why}` of videos that seem to show what one beside them shows: a small copy, another format."""
+    """`{source: why}` of videos that seem to show what another one shows: a small copy, or another format."""
     originals, twins = {}, {}
     for video in sorted(videos, key=lambda video: video.source.lower().endswith((".lrv", ".webm", ".gif"))):
         stem = re.sub(r"[ ._-](proxy|preview|small|low|thumb|\d{3,4}p)$", "", os.path.splitext(video.source)[0].lower())
-        stem = re.sub(r"(^|/)g[xhl](\d{6})$", r"\1g\2", stem)  # GoPro: GL010001.LRV is the small GX010001.MP4
+        stem = re.sub(r"(^|/)g[xhl](\d{6})$", r"\1g\2", stem)  # GoPro: GL010001.LRV is a small copy of GX010001.MP4
         original = originals.setdefault(stem, video.source)
         if original != video.source:
             twins[video.source] = f"the same recording as {original}? --exclude leaves one of them out"

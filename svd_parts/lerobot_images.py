@@ -1,4 +1,4 @@
-"""LeRobot datasets whose cameras are images inside the parquet files of data/: one clip an episode."""
+"""Reads LeRobot datasets whose cameras are images inside the parquet files of data/. An episode becomes a clip."""
 
 import functools
 import io
@@ -17,19 +17,19 @@ from svd_parts.probe import Probe
 
 @functools.cache
 def image_features(root):
-    """(names of the cameras that are images, frames a second) of the dataset at `root`, by its meta/info.json."""
+    """The names of the cameras that are images, and the frames a second, by meta/info.json of the dataset at `root`."""
     try:
         info = json.loads(Path(root, "meta", "info.json").read_text("utf-8-sig"))
         features, fps = info["features"], float(info["fps"])
         return [name for name, feature in features.items() if feature.get("dtype") == "image"], fps
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # no LeRobot dataset
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # this is no LeRobot dataset
         return [], 0.0
 
 
 def find_image_videos(files, root, make):
-    """What takes the place of videos in `files` (paths below `root`): a parquet file of data/ and a camera each.
+    """A `Video` for each camera that is images, in each parquet file of data/. files: all paths below `root`.
 
-    make: (path, source, group, camera) -> Video. Raises `UserError` where pyarrow is missing.
+    make: (path, source, group, camera) -> Video. Raises `UserError` as `read_lerobot` does.
     """
     videos = []
     for info in (path for path in files if path.replace(os.sep, "/").endswith("/meta/info.json")):
@@ -46,25 +46,23 @@ def find_image_videos(files, root, make):
 
 
 def open_table(video, columns):
-    """The rows of a parquet file. Raises `UserError` or `Failure` where they cannot be read."""
+    """Yields the rows of a parquet file, 16 at a time. Raises `UserError` without pyarrow, `Failure` for a bad file."""
     try:
         from pyarrow import parquet
     except ImportError:
-        raise UserError(
-            f"{video.path}: its images are in a parquet file: pip install pyarrow, which reads it"
-        ) from None
+        raise UserError(f"{video.path} holds images in a parquet file; to read it: pip install pyarrow") from None
     try:
         return parquet.ParquetFile(video.path).iter_batches(batch_size=16, columns=columns)
-    except (OSError, ValueError) as error:  # pyarrow's own are among these
+    except (OSError, ValueError) as error:  # these include pyarrow's errors
         raise Failure(f"cannot be read ({str(error).splitlines()[0]})") from None
 
 
 def probe_images(video):
-    """The file's rows as a `Probe`, and its episodes as `place_episodes` gives them."""
+    """A `Probe` of a parquet file whose rows are the frames, and its episodes as `place_episodes` gives them."""
     batches = open_table(video, ["episode_index"])
     episodes = [episode for batch in batches for episode in batch.column(0).to_pylist()]
     if not episodes:
-        raise Failure("holds no row")
+        raise Failure("a parquet file without rows")
     fps = image_features(video.path.replace(os.sep, "/").rpartition("/data/")[0])[1] or 25.0
     first = decode(next(iter(open_table(video, [video.images]))).column(0)[0].as_py(), video)
     probe = Probe(
@@ -81,12 +79,12 @@ def decode(value, video):
     """A cell of an image column, {"bytes", "path"} or bytes -> (H, W, 3) uint8 BGR."""
     data = value.get("bytes") if isinstance(value, dict) else value
     if not data:
-        raise Failure("its images are not inside the parquet file, but beside it: copy the dataset with them embedded")
+        raise Failure("its images lie beside the parquet file: export the dataset with its images embedded")
     return common.decode_image(io.BytesIO(data).getvalue(), video.path)[..., ::-1]
 
 
 def read_images(video, probe, options, threads, decoded):
-    """Yields (seconds, BGR frame) of every row, as `read_ffmpeg` does of a video."""
+    """Yields (seconds, (H, W, 3) uint8 BGR) of every row, as `read_ffmpeg` does for the frames of a video."""
     row = 0
     for batch in open_table(video, [video.images]):
         for value in batch.column(0).to_pylist():

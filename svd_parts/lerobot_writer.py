@@ -1,4 +1,4 @@
-"""Writes a generated set as a LeRobot dataset of version 3.0: an mp4 for each episode, tables from the records."""
+"""Writes the tables of a generated LeRobot dataset, version 3.0, from the records of its clips: one mp4 an episode."""
 
 import json
 import re
@@ -8,17 +8,17 @@ import numpy as np
 
 from svd_parts.files import UserError, read_json, replacing, write_file
 
-DEFAULT_CAMERA, EPISODES_A_FOLDER = "observation.images.image", 1000  # CAMERA: where the image is of no LeRobot clip
+DEFAULT_CAMERA, EPISODES_A_FOLDER = "observation.images.image", 1000  # the camera for images that no LeRobot clip has
 LEROBOT_FILE = "chunk-{chunk_index:03d}/file-{file_index:03d}"
 COLUMNS = {"timestamp": "float32", **dict.fromkeys(["frame_index", "episode_index", "index", "task_index"], "int64")}
 
 
 def lerobot_info(clip):
-    """What meta/info.json says of a set with this clip (a record or a job).
+    """What meta/info.json says of a set with this clip, given as a record or a job.
 
-    lerobot merges only sets that are equal in robot_type, fps and features, down to the video's `info`. That is what
-    its `get_video_info` says of our mp4, with the keys of the real set where the clip comes from one: version 0.4 has
-    `video.is_depth_map`, 0.6 `is_depth_map`. Settings of the encoder do not count for 0.6, and ours are others.
+    lerobot merges only sets with equal robot_type, fps and features, which hold the `info` of the videos. Our `info` is
+    what lerobot's `get_video_info` says of our mp4, with the keys of the real set, if the clip comes from one:
+    version 0.4 has `video.is_depth_map`, and 0.6 has `is_depth_map`. Version 0.6 ignores the settings of the encoder.
     """
     shape = {"height": clip["height"], "width": clip["width"], "channels": 3}
     video = {**shape, "codec": "h264", "pix_fmt": "yuv420p", "fps": int(clip["fps"])}
@@ -41,21 +41,21 @@ ENCODER = re.compile(r"video\.(g|crf|preset|fast_decode|extra_options|video_back
 
 
 def warn_of_codec(images):
-    """Says where lerobot will not merge the set with the real one, whose videos are of another codec."""
+    """Warns where the real set's videos have another codec, because lerobot will not merge the two sets."""
     infos = (image["video_info"] for image in images if isinstance(image["video_info"], dict))
     codecs = {info.get("video.codec", "h264") for info in infos} - {"h264"}
     for codec in sorted(map(str, codecs)):
         cure = "lerobot-edit-dataset --operation.type reencode_videos --operation.rgb_encoder.vcodec h264"
-        print(f"warning: the real videos are {codec}, these H.264: lerobot does not merge such sets. Its {cure} ...")
+        print(f"warning: the real videos are {codec}, these H.264; to merge the sets, re-encode the real one: {cure}")
 
 
 def is_line(text):
-    """Whether this is one line of text, which a file in UTF-8 can hold."""
+    """Whether this is one line of text that can be written as UTF-8."""
     return isinstance(text, str) and text.splitlines() == [text] == [text.encode("utf-8", "ignore").decode()]
 
 
 def check_lerobot(folder, jobs, records, settings):
-    """Raises `UserError` where the clips to make and those that are there cannot be one set, or it is not ours."""
+    """Raises `UserError` where the clips of `jobs` and `records` cannot be one LeRobot set, or lack a field for it."""
     if settings.task and not is_line(settings.task):
         raise UserError("--task must be one line of text")
     for job in jobs:
@@ -74,20 +74,20 @@ def check_lerobot(folder, jobs, records, settings):
     different = [key for key, value in infos[0].items() if any(info.get(key) != value for info in infos)]
     if different:
         cure = "give another --output_video; prepare_dataset.py --camera takes one of several cameras"
-        raise UserError(f"{folder}: a LeRobot set is of one kind, here {' and '.join(different)} would differ; {cure}")
+        raise UserError(f"{folder}: all clips of a LeRobot set must have the same {' and '.join(different)}; {cure}")
 
 
 def image_stats(frames):
-    """(T, H, W, 3) uint8 -> LeRobot's statistics of an episode, of the colours from 0 to 1, shape (3, 1, 1)."""
+    """(T, H, W, 3) uint8 -> LeRobot's statistics of an episode's colours, from 0 to 1, each of shape (3, 1, 1)."""
     pixels = np.ascontiguousarray(frames.reshape(-1, 3).T)
     stats = {name: getattr(pixels, name)(1) / 255 for name in ("min", "max", "mean", "std")}
-    quantiles = np.percentile(pixels[:, ::7], [1, 10, 50, 90, 99], axis=1) / 255  # a seventh tells as much
+    quantiles = np.percentile(pixels[:, ::7], [1, 10, 50, 90, 99], axis=1) / 255  # of every seventh pixel, for speed
     stats |= dict(zip(("q01", "q10", "q50", "q90", "q99"), quantiles))
     return {**{name: v.round(6).reshape(3, 1, 1).tolist() for name, v in stats.items()}, "count": [len(frames)]}
 
 
 def table_stats(rows):
-    """(T, A) numbers -> LeRobot's statistics of an episode, of shape (A,)."""
+    """(T, A) numbers -> LeRobot's statistics of an episode's rows, each of shape (A,)."""
     rows = np.array(rows, np.float64)
     stats = {name: getattr(rows, name)(0) for name in ("min", "max", "mean", "std")}
     stats |= dict(zip(("q01", "q10", "q50", "q90", "q99"), np.percentile(rows, [1, 10, 50, 90, 99], axis=0)))
@@ -95,7 +95,7 @@ def table_stats(rows):
 
 
 def total_stats(episodes, lengths):
-    """The statistics of a whole set from those of its episodes, as lerobot joins them."""
+    """The statistics of a whole set, joined from those of its episodes (of `lengths` frames) as lerobot does it."""
     each = {name: np.array([episode[name] for episode in episodes]) for name in episodes[0]}  # (N, ...)
     each["std"] = each["std"] ** 2 + each["mean"] ** 2
     total = {name: np.average(values, axis=0, weights=lengths) for name, values in each.items()}
@@ -105,7 +105,7 @@ def total_stats(episodes, lengths):
 
 
 def write_lerobot(folder, records):
-    """Writes data/ and meta/ of a LeRobot set from the records of its clips, which are in the order of the episodes."""
+    """Writes data/ and meta/ of a LeRobot set. records: of its clips, in the order of the episodes."""
     import pyarrow
     from pyarrow import parquet
 
@@ -146,7 +146,7 @@ def write_lerobot(folder, records):
     total = {key: total_stats(episodes, lengths) for key, episodes in measured.items()}
     write_file(folder / "meta/stats.json", json.dumps(total))
 
-    # Readers look a task up by its text, the index of pandas: it has to be told which column that is.
+    # Readers look up a task by its text, so pandas must be told that this column is the index.
     column = {"name": "task", "field_name": "task", "pandas_type": "unicode", "numpy_type": "object", "metadata": None}
     pandas = json.dumps({"index_columns": ["task"], "column_indexes": [], "columns": [column]})
     write("meta/tasks.parquet", {"task_index": np.arange(len(names)), "task": names}, {"pandas": pandas})

@@ -1,21 +1,11 @@
-"""What a generated set shows of itself, all of it from the records: metadata.jsonl, the page, LeRobot's tables."""
+"""Writes metadata.jsonl, the page and LeRobot's tables of a generated set, all from the records of its clips."""
 
 import json
 import os
 import shutil
 from pathlib import Path
 
-from svd_parts.files import (
-    UserError,
-    inside,
-    is_of_kind,
-    natural_key,
-    read_json,
-    read_lines,
-    tidy,
-    write_file,
-    write_json,
-)
+from svd_parts.files import UserError, fits, inside, natural_key, read_json, read_lines, tidy, write_file, write_json
 from svd_parts.lerobot_writer import DEFAULT_CAMERA, EPISODES_A_FOLDER, LEROBOT_FILE, write_lerobot
 from svd_parts.page import write_clips_page
 
@@ -24,13 +14,13 @@ LEROBOT_FIELDS = {"stats": dict, "task": str, "height": int, "width": int, "fps"
 
 
 def record_name(where, record):
-    """The clip's name in a record as `ClipSet` writes it; raises `UserError` for any other object."""
+    """The name of the clip in a record. Raises `UserError` where the object is no record as `ClipSet` writes it."""
     name = record.get("directory", record.get("file_name"))
     name = inside(name, where)
     kinds = {"requested": dict, "segments": list, "video_info": dict}
     kinds = {key: kind for key, kind in kinds.items() if key in record}
     kinds |= LEROBOT_FIELDS if record.get("output_format") == "lerobot" else {}
-    if not is_of_kind(record, kinds):
+    if not fits(record, kinds):
         raise UserError(f"{where}: {DAMAGED}")
     return name
 
@@ -40,9 +30,9 @@ def is_of_format(record, output_format):
 
 
 class Publisher:
-    """Reads and writes the records of a set in `folder`, and writes from them all that others read.
+    """Reads and writes the records of the set in `folder`, and writes the files that are made from them.
 
-    records: {name: record} of all clips ever made here; listed: what metadata.jsonl has of them.
+    records: {name: record} of all clips ever made here. listed: {name: line} of metadata.jsonl.
     """
 
     def __init__(self, folder, output_format):
@@ -50,8 +40,8 @@ class Publisher:
         self.records, self.listed = {}, {}
 
     def number_clips(self, jobs, reserve=False):
-        """Names the clips of a LeRobot set by number: the place of a line in .infer/episodes.txt, or, not reserved yet,
-        after them. Lines are only ever added, by one write: no number changes, and all processes agree."""
+        """Names the clips of a LeRobot set by number: the line of their title in .infer/episodes.txt. New titles come
+        after these, and `reserve` adds them. Lines are only added, by one write, so all processes count alike."""
         path, titles = self.hidden / "episodes.txt", [json.dumps(job["title"]) for job in jobs]
         lines = path.read_text().splitlines() if path.exists() else []
         if reserve and set(titles) - set(lines):
@@ -67,12 +57,12 @@ class Publisher:
             job["target"] = self.folder / job["name"]
 
     def reserve(self, jobs):
-        """Gives the clips of a LeRobot set their numbers for good."""
+        """Writes down the numbers of the clips of a LeRobot set, for good."""
         if self.lerobot:
             self.number_clips(jobs, reserve=True)
 
     def read(self, jobs):
-        """Reads the records of all clips, and metadata.jsonl; returns the names of those of `jobs` that are there."""
+        """Reads all records and metadata.jsonl. Returns the names of those clips of `jobs` that are there."""
         path, self.listed = self.folder / "metadata.jsonl", {}
         for where, record in read_lines(path, DAMAGED):
             self.listed[record_name(where, record)] = record
@@ -80,10 +70,10 @@ class Publisher:
                 raise UserError(f"{path}: not written by infer_svd.py (real clips?); give another --output_video")
         if self.lerobot:
             self.number_clips(jobs)
-        # the clips before the records, which are written first: other processes are making clips meanwhile
+        # Look for the clips before the records: other processes make clips meanwhile, and write the record first.
         there = {job["name"] for job in jobs if os.path.lexists(job["target"])}
         self.records = {}
-        walk = os.walk(self.hidden)  # which bears that others move folders away; `rglob` does not
+        walk = os.walk(self.hidden)  # unlike `rglob`, it allows that others move folders away
         for path in (Path(folder, file) for folder, _, files in walk for file in files if file.endswith(".json")):
             name = path.relative_to(self.hidden).as_posix().removesuffix(".json")
             record_name(path, record := read_json(path, "repair or delete it"))
@@ -97,7 +87,7 @@ class Publisher:
         self.records[name] = record
 
     def publish(self):
-        """Writes metadata.jsonl, the page and LeRobot's tables: the records of the clips that are there."""
+        """Writes metadata.jsonl, the page and LeRobot's tables, of the clips that are there."""
         path, lines, made, shown = self.folder / "metadata.jsonl", "", [], {}
         for name in sorted(self.records, key=natural_key):
             record = self.records[name]
@@ -114,12 +104,12 @@ class Publisher:
         write_clips_page(self.folder, shown)
         if self.lerobot and made:
             write_lerobot(self.folder, made)
-        elif self.lerobot:  # all its clips have been deleted
+        elif self.lerobot:  # all clips have been deleted
             for left in ("meta", "data"):
                 shutil.rmtree(self.folder / left, ignore_errors=True)
 
     def tidy(self):
-        """Removes what killed processes left half written; called where no other process is at work on the set."""
+        """Removes what killed processes left half written. No other process may be at work on the set."""
         ours = [".metadata.jsonl.*.part", ".index.html.*.part", ".metrics.json.*.part", "side_by_side/.*.part"]
         ours += ["meta/**/.*.part", "data/**/.*.part"] * self.lerobot
         for pattern in ours:

@@ -1,4 +1,4 @@
-"""What is done in a prepared dataset: records, metadata.jsonl and preview.jpg."""
+"""The records of a prepared dataset, and what is made from them: metadata.jsonl and preview.jpg."""
 
 import contextlib
 import io
@@ -13,9 +13,9 @@ from pathlib import Path
 import svd_common as common
 from svd_parts.dataset import list_frames
 from svd_parts.ffmpeg import Failure
-from svd_parts.files import UserError, inside, is_of_kind, natural_key, read_lines, write_file
+from svd_parts.files import UserError, fits, inside, natural_key, read_lines, write_file
 
-# What .prepare/*.json says of a video, and of each of its clips, by kind: who edits one may get it wrong.
+# The fields of a record in .prepare/*.json and of each clip in it, with their types: somebody may have edited one.
 NUMBER = (int, float)
 RECORD = {"source": str, "size": int, "mtime_ns": int, "options": dict, "clips": list, "dropped": dict}
 CLIP = {"directory": str, "num_frames": int, "width": int, "height": int, "duration": NUMBER, "fps": NUMBER}
@@ -25,17 +25,18 @@ CLIP_OPTIONS = [*CLIP_OPTIONS.split(), "action_key"]
 
 
 def clip_options(options):
-    """The options that decide what a clip's files are: a dataset is of one kind."""
+    """The options that decide what the files of a clip hold. They are the same for the whole dataset."""
     return {name: getattr(options, name) for name in CLIP_OPTIONS}
 
 
 def read_records(state):
-    """What was finished so far: `{source: record}` of .prepare/*.json; a damaged one is passed over."""
+    """{source: record} of finished videos, from .prepare/*.json. Passes over damaged ones. Raises `UserError` for one
+    that names a folder outside the dataset."""
     records = {}
     for path in state.glob("*.json"):
         with contextlib.suppress(ValueError, RecursionError, FileNotFoundError):
             record = json.loads(path.read_text(encoding="utf-8"))
-            if is_of_kind(record, RECORD) and all(is_of_kind(clip, CLIP) for clip in record["clips"]):
+            if fits(record, RECORD) and all(fits(clip, CLIP) for clip in record["clips"]):
                 for clip in record["clips"]:
                     if "/" in inside(clip["directory"], path):  # else a link could lead outside
                         raise UserError(f"{path} names {clip['directory']}, and a clip's folder is one name; delete it")
@@ -44,10 +45,37 @@ def read_records(state):
     return records
 
 
-def is_complete(record, output):
-    """Whether every folder that the record promises is there with all its frames, none empty, as a power cut leaves it.
+def earlier_records(output, options):
+    """`read_records` of the earlier runs. Raises `UserError` where these had other options, or left damaged files."""
+    records, now = read_records(output / ".prepare"), clip_options(options)
+    other = next((record["options"] for record in records.values() if record["options"] != now), None)
+    if other and not options.overwrite:
+        named = ", ".join(f"--{key} {value}" for key, value in other.items() if now.get(key) != value)
+        raise UserError(f"--output_dir {output} was made with {named}: give the same, or add --overwrite")
+    # Both refuse a damaged metadata.jsonl now, not after hours. Writing also mends a last line that a kill cut off.
+    read_clip_lines(output) if options.shard.name else write_metadata(output)
+    return records
 
-    Raises `Failure` for a folder that holds images of others.
+
+def still_holds(record, stamp, output, options):
+    """Whether an earlier run's record of a video still holds. stamp: {"size", "mtime_ns"} of the video's file now.
+
+    Raises `Failure` where it does not, and the clips may not be made again.
+    """
+    changed = any(record[key] != value for key, value in stamp.items())
+    if changed and not options.overwrite:
+        raise Failure("changed since it was prepared, the dataset holds its old frames: --overwrite renews them")
+    if not changed and record["options"] == clip_options(options) and is_complete(record, output):
+        return True
+    for clip in record["clips"]:
+        refuse_others(output / clip["directory"], clip["num_frames"], "action_names" in clip)
+    return False
+
+
+def is_complete(record, output):
+    """Whether every folder of the record is there with all its frames, none of them empty (a power cut leaves such).
+
+    Raises `Failure` for a folder that holds more images than the clip has frames.
     """
     for clip in record["clips"]:
         folder, count = output / clip["directory"], clip["num_frames"]
@@ -63,14 +91,14 @@ def is_complete(record, output):
 
 
 def refuse_others(folder, num_frames, has_actions=False):
-    """Raises `Failure` where the folder of a clip that is to be made again is none, or holds what others put there."""
-    ours = re.compile(r"\d{5,}\.(png|jpg)|\..*|thumbs\.db|desktop\.ini|@eadir", re.IGNORECASE)  # and what systems leave
+    """Raises `Failure` where the folder of a clip to make again holds files of others, or is no folder."""
+    ours = re.compile(r"\d{5,}\.(png|jpg)|\..*|thumbs\.db|desktop\.ini|@eadir", re.IGNORECASE)
     names = [path.name for path in folder.iterdir()] if folder.is_dir() else [""] * os.path.lexists(folder)
     for name in names:
         if has_actions and name == "actions.npy":
             continue
         if not ours.fullmatch(name) or (name[:5].isdecimal() and int(Path(name).stem) >= num_frames):
-            raise Failure(f"{folder / name} is not of this program, and the clip is to be made again: move it away")
+            raise Failure(f"{folder / name}: this program did not make it, and its clip is made again: move it away")
 
 
 def dump_line(record):
@@ -80,9 +108,9 @@ def dump_line(record):
 
 
 def read_clip_lines(output, name="metadata.jsonl"):
-    """A file of clips as it is: `{directory: line}`, and the lines of other kinds.
+    """Reads a file of clips: `{directory: line}`, and the lines that name no directory.
 
-    Raises `UserError` for a line that is no JSON object, but for a last one that a killed run has not written whole.
+    Raises `UserError` for a line that is no JSON object. A last line that a kill cut off is passed over.
     """
     lines, others = {}, []
     for _, line in read_lines(output / name, "not a JSON object; repair or delete it", cut_off=True):
@@ -97,16 +125,27 @@ def by_name(directory):
     return natural_key(directory), directory
 
 
-def write_metadata(output):
-    """metadata.jsonl from all records, in name order. Returns the records.
+def write_tables(output, old):
+    """Writes metadata.jsonl and preview.jpg, and again where another shard has ended meanwhile. Returns all records.
+    preview.jpg stays as it is where the records are still `old`, those at the start of the run."""
+    records, before = write_metadata(output), None
+    while records != before:
+        clips = [clip for record in records.values() for clip in record["clips"]]
+        if clips and (records != old or not (output / "preview.jpg").exists()):
+            write_preview(output, sorted(clips, key=lambda clip: by_name(clip["directory"])))
+        before, records = records, write_metadata(output)
+    return records
 
-    Lines and fields that somebody else wrote stay, and so do changes of ours: a value that is not what was written here
-    last, as `.prepare/written.jsonl` knows, until its clip is made again and it has another one.
+
+def write_metadata(output):
+    """Writes metadata.jsonl from all records, in the order of names. Returns the records.
+
+    Lines and fields that somebody else added stay. A value of ours that somebody changed stays, too, until its clip is
+    made again with another value. `.prepare/written.jsonl` holds what was written last, so a change can be seen.
     """
     path, records = output / "metadata.jsonl", read_records(output / ".prepare")
-    written, _ = read_clip_lines(
-        output / ".prepare", "written.jsonl"
-    )  # first: else another part's line would seem a change
+    # In this order: another shard may write between the two, and its new line must not look like somebody's change.
+    written, _ = read_clip_lines(output / ".prepare", "written.jsonl")
     lines, others = read_clip_lines(output)
     clips = {clip["directory"]: clip for record in records.values() for clip in record["clips"]}
     merged = []
@@ -127,14 +166,14 @@ FONTS = "NotoSansCJK-Regular.ttc wqy-zenhei.ttc wqy-microhei.ttc DroidSansFallba
 
 
 def write_preview(output, clips):
-    """preview.jpg: a row for each clip, for up to forty of them: name, fps, motion, and four of its frames.
+    """Writes preview.jpg: a row for each of up to `SHOWN` clips, with its name, fps, motion and four of its frames.
 
-    The column of the names is as wide as they need. Where there are more clips, a line at the top says so.
+    The column of names is as wide as they need. If there are more clips, a line at the top says so.
     """
     from PIL import Image, ImageDraw, ImageFont, ImageOps
 
     high, wide, font, total = 80, 144, ImageFont.load_default(12), len(clips)
-    for name in FONTS.split():  # fonts that show Chinese names, where the system has one
+    for name in FONTS.split():  # these show Chinese names, where the system has one of them
         with contextlib.suppress(OSError):
             font = ImageFont.truetype(name, 12)
             break
@@ -142,7 +181,7 @@ def write_preview(output, clips):
 
     def label(clip):
         name = clip["directory"]
-        length = 40 if name.isascii() else 22  # letters that fit in a line
+        length = 40 if name.isascii() else 22  # letters that fit into a line
         lines = [name[i : i + length] for i in range(0, len(name), length)][:4]
         lines += [f"{clip['num_frames']} frames, {clip['fps']:g} fps, motion {clip['motion']:g}, bucket"]
         return "\n".join(lines) + f" {clip['motion_bucket_id']}"
@@ -160,7 +199,7 @@ def write_preview(output, clips):
         try:
             paths = list_frames(output / clip["directory"])
             frames = [common.read_image(paths[place * (len(paths) - 1) // 3]) for place in range(4 if paths else 0)]
-        except (OSError, UserError):  # deleted since, or not only ours any more: no reason to end here
+        except (OSError, UserError):  # deleted meanwhile, or mixed with others' images: no run ends for it
             return []
         small = [Image.fromarray(frame[:: max(1, len(frame) // 160), :: max(1, len(frame) // 160)]) for frame in frames]
         return [ImageOps.pad(image, (wide - 2, high - 2), color="white", centering=(0, 0)) for image in small]

@@ -9,7 +9,7 @@ import torch
 
 import svd_common as common
 from svd_parts.dataset import clip_group, list_clips
-from svd_parts.files import UserError, counted, is_named, listed, names_of_nothing, pattern_names
+from svd_parts.files import UserError, counted, is_named, listed, pattern_names, unmatched
 from svd_parts.latent_cache import errors_naming, read_cached
 from svd_parts.objective import random_generator, sample_sigmas, shuffled
 from svd_parts.weights import latent_factor
@@ -186,7 +186,7 @@ def leave_out(chosen, patterns):
     This comes after `hold_out`, so that --exclude moves no other clip from one side to the other.
     """
     left = [[clip for clip in clips if not is_named(patterns, clip["directory"])] for clips in chosen]
-    for name in names_of_nothing(patterns, [(clip["directory"],) for clips in chosen for clip in clips]):
+    for name in unmatched(patterns, [(clip["directory"],) for clips in chosen for clip in clips]):
         print(f"warning: --exclude {name}: no clip of this run has that name")
     if not left[0]:
         raise UserError(f"--exclude {' '.join(pattern_names(patterns)[:5])}: no clip is left to train on")

@@ -1,34 +1,30 @@
-"""What is said at the end of preparing: what was kept, what was not and why, and what comes next."""
+"""The summary at the end of preparing: what was kept, what was left out and why, and what to do next."""
 
 import collections
 import math
 import shlex
 
 from svd_parts.crop import describe_crops
-
-
-def plural(count, word):
-    """`1 clip`, `2 clips`, `1,737 frames`."""
-    return f"{count:,} {word}" + "s" * (count != 1)
+from svd_parts.files import counted
 
 
 def duration(seconds):
     """`45 seconds`, `3.2 minutes`, `1.50 hours`."""
     if seconds < 120:
-        return f"{seconds:.0f} seconds"
+        return counted(round(seconds), "second")
     return f"{seconds / 60:.1f} minutes" if seconds < 7200 else f"{seconds / 3600:.2f} hours"
 
 
 def print_totals(records):
-    """What was kept, and the range in which --motion_bucket_id means something."""
+    """Prints what was kept, and the range of the motion buckets: --motion_bucket_id means something within it."""
     clips = [clip for record in records for clip in record["clips"]]
     frames, seconds = sum(clip["num_frames"] for clip in clips), sum(clip["duration"] for clip in clips)
-    kept = f"kept: {plural(len(clips), 'clip')} of {plural(len(records), 'video')}"
+    kept = f"kept: {counted(len(clips), 'clip')} of {counted(len(records), 'video')}"
     if not clips:
         return print(kept)
-    print(f"{kept}, {plural(frames, 'frame')}, {duration(seconds)}")
+    print(f"{kept}, {counted(frames, 'frame')}, {duration(seconds)}")
     sizes = collections.Counter(f"{clip['width']}x{clip['height']}" for clip in clips)
-    more = f" and {plural(len(sizes) - 1, 'other size')}" if len(sizes) > 1 else ""
+    more = f" and {counted(len(sizes) - 1, 'other size')}" if len(sizes) > 1 else ""
     print(f"  size: {sizes.most_common(1)[0][0]}{more}")
     for key, title in (("fps", "fps"), ("motion", "motion, % of the longer side a second"), ("motion_bucket_id",) * 2):
         values = sorted(clip[key] for clip in clips)
@@ -37,20 +33,20 @@ def print_totals(records):
 
 
 def print_reasons(title, reasons, most=math.inf):
-    """A line for each of `{name: reason}`; more than `most` with the same words after the comma share one."""
+    """Prints a line for each of `{name: reason}`. More than `most` reasons that end in the same words share a line."""
     if reasons:
         print(f"{title}: {len(reasons)}")
     groups = {}
     for name, reason in reasons.items():
-        name = name if name.isprintable() else ascii(name)  # one line, whatever is in it
+        name = name if name.isprintable() else ascii(name)  # a name may hold a line break
         groups.setdefault(reason.rpartition(", ")[2], []).append(f"{name}: {reason}")
     for what, rows in groups.items():
-        for row in rows if len(rows) <= most else [f"{len(rows)} clips {what}, as {rows[0]}"]:
+        for row in rows if len(rows) <= most else [f"{len(rows)} clips {what}, such as {rows[0]}"]:
             print(f"  {row}")
 
 
 def summarize(records, failures, unfinished, twins, gone):
-    """Prints what was kept, what was not and why. Returns whether all of it is whole."""
+    """Prints what was kept, what was left out and why. Returns whether every video is whole in the dataset."""
     print_totals(records)
     first = {record["source"]: record["clips"][0] for record in records if record["clips"]}
     flawed = {source: "; ".join(clip["problems"]) for source, clip in first.items() if clip["problems"]}
@@ -66,18 +62,18 @@ def summarize(records, failures, unfinished, twins, gone):
 
 
 def print_left_out(found, options):
-    """What the options leave out of videos that were prepared now. found: [(frames, frames left out, size)] a video."""
+    """Prints what --max_frames and the crop leave out. found: (frames, of these left out, (w, h)) of each new video."""
     total, left = sum(frames for frames, _, _ in found), sum(out for _, out, _ in found)
     if left and options.max_frames:
         cure = "" if options.clip_frames else f"; --clip_frames {options.max_frames} cuts whole videos into clips"
-        print(f"--max_frames {options.max_frames}: {left:,} of {plural(total, 'frame')} left out{cure}")
+        print(f"--max_frames {options.max_frames}: {left:,} of {counted(total, 'frame')} left out{cure}")
     if options.width:
         for line in describe_crops([size for _, _, size in found], options.width, options.height, 64, "video"):
             print(f"warning: {line}")
 
 
 def print_next(options, records):
-    """What to look at, and the command of the next step."""
+    """Prints what to look at, and the command of the next step."""
     frames = min(25, max(clip["num_frames"] for record in records for clip in record["clips"]))
     size = f" --width {options.width} --height {options.height}" if options.width else ""
     folder = shlex.quote(options.output_dir)

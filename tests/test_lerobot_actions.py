@@ -124,9 +124,9 @@ def test_a_depth_camera_is_left_out_by_name(key, tmp_path):
     }
     (root / "meta" / "info.json").write_text(json.dumps({"codebase_version": "v2.1", "features": features}))
     done = run("prepare_dataset.py", "--video_dir", root, "--output_dir", tmp_path / "out")
-    assert "left out: depth cameras, which are no pictures (observation.images.depth)" in done.stdout
+    assert "left out: depth cameras, which give distances and no pictures (observation.images.depth)" in done.stdout
     [line] = map(json.loads, (tmp_path / "out" / "metadata.jsonl").read_text().splitlines())
     assert line["camera"] == cameras[0] and "action_names" not in line
     assert not (tmp_path / "out" / line["directory"] / "actions.npy").exists()
     done = run("prepare_dataset.py", "--video_dir", root, "--output_dir", tmp_path / "x", "--camera", "depth", ok=False)
-    assert "no video but of depth cameras" in done.stdout
+    assert "only depth cameras are chosen" in done.stdout

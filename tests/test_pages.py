@@ -174,7 +174,7 @@ def test_kept_clips_are_prepared_by_their_list(clips, tmp_path, capsys):
     assert both[0] == {f"{NAMES[0]}.mp4", f"{NAMES[1]}.mp4"}
     kept.write_text("b cup*\ngone.mp4\n", "utf-8")  # no pattern in a list
     _, printed = prepare(tmp_path / "none", "--include", f"@{kept}", ok=False)
-    assert "leave none of 4 videos" in printed and "2 names of --include and --exclude are no video" in printed
+    assert "leave none of 4 videos" in printed and "matches 2 names of --include and --exclude: " in printed
     _, printed = prepare(tmp_path / "none", "--include", "@nothing.txt", ok=False)
     assert "--include @nothing.txt: no such file" in printed and "one a line" in printed
     kept.write_text("")

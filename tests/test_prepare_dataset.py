@@ -134,7 +134,7 @@ def test_what_others_wrote_into_the_dataset_stays(tmp_path):
     kinds = [{"source": 3}, {"dropped": None}, {"clips": ["a"]}, {"clips": [{**old["clips"][0], "fps": "25"}]}]
     for damaged in ('{"source": "x.mp4"}', "[]", "", "[" * 100_000, *(json.dumps({**old, **kind}) for kind in kinds)):
         record.write_text(damaged)
-        assert "exists and is not of this program: move it away" in prepare(*flags, status=1)[0]
+        assert "exists, and this program did not make it: move it away" in prepare(*flags, status=1)[0]
     record.write_text(saved)
     for text in (whole.encode("utf-16"), b"{}\n{\n" + whole.encode()):
         metadata.write_bytes(text)
@@ -145,12 +145,12 @@ def test_what_others_wrote_into_the_dataset_stays(tmp_path):
 
     (clip / "caption.txt").write_text("mine")
     (clip / "00001.png").unlink()
-    assert "caption.txt is not of this program" in prepare(*flags, status=1)[0]
+    assert "caption.txt: this program did not make it" in prepare(*flags, status=1)[0]
     (clip / "caption.txt").unlink()
     prepare(*flags)
     shutil.rmtree(clip)
     clip.write_text("mine")
-    assert "is not of this program" in prepare(*flags, status=1)[0] and clip.read_text() == "mine"
+    assert "this program did not make it" in prepare(*flags, status=1)[0] and clip.read_text() == "mine"
 
 
 def test_changes_of_our_lines_stay_until_the_clip_is_made_again(tmp_path):
@@ -200,7 +200,7 @@ def test_clips_stay_where_new_ones_find_their_name_taken(tmp_path):
     (tmp_path / "out/x@0001").mkdir()
     mine = shutil.copy(tmp_path / "out/x/00000.png", tmp_path / "out/x/00025.png")
     options = ["--clip_frames", "9", "--overwrite"]
-    assert "00025.png is not of" in prepare(tmp_path / "videos", tmp_path / "out", *options, status=1)[0]
+    assert "00025.png: this program did not" in prepare(tmp_path / "videos", tmp_path / "out", *options, status=1)[0]
     os.unlink(mine)
     assert "x@0001 exists" in prepare(tmp_path / "videos", tmp_path / "out", "--clip_frames", "9", "--overwrite",
         status=1)[0]  # fmt: skip
@@ -767,7 +767,7 @@ def test_lerobot_v3_that_does_not_fit_is_named(tmp_path):
     text, groups = prepare_v3(tmp_path / "a", [(460.4, 461.4, 10), (461.4, 463.4, 20)], status=1)
     assert not groups and "file-000.mp4: meta/episodes" in text and "460.4 s" in text
     text, groups = prepare_v3(tmp_path / "b", [(460.4, 461.4, None), (461.4, 463.4, None)], status=1)
-    assert not groups and "file-000.mp4: by meta/episodes" in text
+    assert not groups and "file-000.mp4: meta/episodes says" in text
     text, groups = prepare_v3(tmp_path / "c", [(0, 2, 20), (2, 4, 20)], status=1)
     assert groups == {"episode_000000": 20, "episode_000001": 10} and "episode 1: fewer frames" in text
 
@@ -1066,7 +1066,7 @@ def test_system_folders_twins_and_unfinished_downloads(tmp_path):
     text, lines = prepare(videos, tmp_path / "out")
     assert set(lines) == {"a/x.mp4", "GX010001.MP4", "GL010001.LRV", "b.mp4", "b_proxy.mp4"}
     assert "GL010001.LRV: the same recording as GX010001.MP4?" in text and "b_proxy.mp4: the same" in text
-    assert "perhaps twice: 2" in text and "half.mp4: beside it lies half.mp4.crdownload" in text
+    assert "perhaps twice: 2" in text and "half.mp4: half.mp4.crdownload lies beside it" in text
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="makes links")
@@ -1139,7 +1139,7 @@ def test_summary_counts_what_is_alike_and_names_what_is_gone(tmp_path):
 def test_a_shard_without_videos_says_so(tmp_path):
     make(tmp_path / "videos/x.mp4", "-frames:v", "1")
     texts = [prepare(tmp_path / "videos", tmp_path / "out", "--shard", f"{n}/2")[0] for n in (0, 1)]
-    assert sum("none of the videos falls to it" in text for text in texts) == 1
+    assert sum("none of the videos falls to this part" in text for text in texts) == 1
 
 
 # ------------------------------------------------------------------------------------------------- kills and crowds
@@ -1376,4 +1376,4 @@ def test_a_folder_without_videos_says_what_is_in_it(tmp_path):
     (tmp_path / "videos").mkdir()
     (tmp_path / "videos/take.mcap").write_bytes(b"x")
     text = prepare(tmp_path / "videos", tmp_path / "out", status=2)[0]
-    assert "no video in it; left out, as they are no videos: 1 .mcap (export mp4 or a LeRobot set first)" in text
+    assert "no video in it; left out, because they are not videos: 1 .mcap (export mp4 or a LeRobot set first)" in text
