@@ -3,12 +3,12 @@ r"""Makes videos from images with a Stable Video Diffusion model, fine-tuned by 
     python infer_svd.py --model_dir ./outputs --input_image path/to/image.jpg --output_video ./sample_output.mp4 \
         --motion_bucket_id 180 --noise_aug_strength 0.1 --fps 7
 
-Many at once, into a folder with a metadata.jsonl that says how each was made; run it again after a stop, it goes on:
+Many clips go into a folder, with a metadata.jsonl that says how each was made. After a stop, run the command again:
 
     python infer_svd.py --model_dir ./outputs --input_image ./images --output_video ./clips \
         --num_videos_per_image 4 --motion_bucket_id 60 120 180
 
-A recipe: parse, list the clips to make, load, run the stock diffusers pipeline for each, write, compare.
+The steps: parse, list the clips to make, load the model, run the pipeline of diffusers for each, write, compare.
 """
 
 import argparse
@@ -48,69 +48,69 @@ from svd_parts.weights import check_sizes, latent_factor, read_config, resolve_c
 VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".avi", ".webm", ".m4v", ".mpg", ".mpeg", ".ts", ".wmv", ".flv")
 
 
-# The command line, resolved: no size and no conditioning is None any more. It never changes: a smaller memory mode is
-# another one (`smaller_memory`), with the reason as its `fallback`.
+# The command line after `resolve`: no size and no conditioning is None. It never changes. Where memory runs short,
+# `smaller_memory` makes other settings, whose `fallback` is the reason.
 SETTINGS = "model_dir base_model lora lora_scale input_image actions output_video output_format task shard".split()
 SETTINGS += [*OPTIONS, *"num_videos_per_image compare_with reference held_out".split()]
 SETTINGS += "low_vram compile dry_run fallback".split()
 Settings = namedtuple("Settings", SETTINGS, defaults=[None])
 
 
-# As `common.resolve_checkpoint` finds it, by its name; adapters: [(safetensors file, scale)] of each --lora.
+# What `common.resolve_checkpoint` finds under a name. adapters: (safetensors file, scale) of each --lora.
 Model = namedtuple("Model", "name base settings trained adapters", defaults=[()])
 
 
 def build_parser():
     advice = {"--prompt": "SVD takes no text: the image and --motion_bucket_id say what happens"}
-    stray = 'quote a pattern, and a name with spaces: --input_image "images/*.png"; several numbers have spaces between'
+    stray = 'quote a pattern or a name with spaces: --input_image "images/*.png"; put spaces between several numbers'
     parser = Parser(description=__doc__, advice=advice, stray=stray)
     count, pixels, guidance = number(int, 1), number(int, 8), number(float, 0, 100)
     add = parser.add_argument_group("in and out").add_argument
-    add("--model_dir", required=True, help="fine-tuned folder, checkpoint-N of a run, base folder or hub name")
-    add("--base_model", metavar="FOLDER_OR_NAME", help="what a checkpoint was trained from, where that has moved")
-    add("--lora", nargs="+", default=[], metavar="DIR", help="lay these LoRAs over it: folders as OUTPUT_DIR/lora")
+    add("--model_dir", required=True, help="a fine-tuned folder, a run's checkpoint-N, a base folder or a hub name")
+    add("--base_model", metavar="FOLDER_OR_NAME", help="the base of a checkpoint, if it has moved since")
+    add("--lora", nargs="+", default=[], metavar="DIR", help="add these LoRAs: folders such as OUTPUT_DIR/lora")
     add("--lora_scale", type=number(float, -100, 100), help="strength of the LoRAs (default 1.0)")
     add("--input_image", required=True, help="an image, a folder of them, a prepared dataset or a quoted pattern")
-    add("--output_video", required=True, help="one clip: the .mp4, .gif or .webp to write; any number: a folder")
-    add("--output_format", choices=list(FORMATS), help="of a folder; frames: for train_svd.py (default mp4)")
-    add("--task", metavar="TEXT", help="what the robot does, for lerobot (default: what the real clip's metadata says)")
+    add("--output_video", required=True, help="the .mp4, .gif or .webp of one clip, or a folder for many")
+    add("--output_format", choices=list(FORMATS), help="for a folder; frames suits train_svd.py (default mp4)")
+    add("--task", metavar="TEXT", help="what the robot does, for lerobot (default: from the real clip's metadata)")
     add("--shard", metavar="I/N", help="make part I of N of a set (default: RANK/WORLD_SIZE, where they are set)")
-    acts = "what to do: .npy or .csv, a row a frame, or a prepared dataset (models of --condition_on actions)"
+    acts = "actions, a row a frame: .npy, .csv or a prepared dataset (for models of --condition_on actions)"
     add("--actions", metavar="PATH", help=acts)
-    add("--num_videos_per_image", type=count, default=1, help="clips of each, seeds SEED, SEED+1, ... (default 1)")
+    add("--num_videos_per_image", type=count, default=1, help="clips of an image, seeds SEED, SEED+1, ... (default 1)")
 
     add = parser.add_argument_group("what to make").add_argument
     add("--width", type=pixels, help="pixels (default: what the model was trained at, or 1024)")
     add("--height", type=pixels, help="pixels (default: what the model was trained at, or 576)")
     add("--num_frames", type=number(int, 2), help="frames to make (default: what the model was trained at)")
     add("--fps", type=number(float, 1, 240), help="frames a second (default: the training data's, or 7)")
-    buckets = "how much moves, 0..255; several make a clip each (default: the training data's, or 127)"
+    buckets = "how much moves, 0..255; each of several makes a clip (default: the training data's, or 127)"
     add("--motion_bucket_id", type=number(int, 0, 255), nargs="+", help=buckets)
-    noise = "noise added to the image: more lets more move and keeps less of the image (default 0.02)"
+    noise = "noise added to the image; with more, more moves and less of the image stays (default 0.02)"
     add("--noise_aug_strength", type=number(float, 0, 10), default=0.02, help=noise)
     add("--num_inference_steps", type=number(int, 1, 1000), default=25, help="denoising steps (default 25)")
     add("--min_guidance_scale", type=guidance, default=1.0, help="guidance at the first frame (default 1.0)")
     add("--max_guidance_scale", type=guidance, default=3.0, help="guidance at the last frame (default 3.0)")
-    add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="of the noise (default 0)")
-    add("--num_segments", type=count, default=1, help="clips in a row, each from the last frame (default 1)")
+    add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="seed of the noise (default 0)")
+    add("--num_segments", type=count, default=1, help="clips in a row, each from the last frame before (default 1)")
     yes_no = argparse.BooleanOptionalAction
     add("--color_correction", action=yes_no, default=True, help="keep the colours from segment to segment (default)")
 
     add = parser.add_argument_group("judging (into a folder)").add_argument
     add("--compare_with", metavar="MODEL", help="make the same clips with this model too; writes them side by side")
-    add("--reference", metavar="DIR", help="prepared dataset with the real clips of these images: metrics.json")
-    add("--held_out", action="store_true", help="of --reference, only the clips that no model was trained on")
+    add("--reference", metavar="DIR", help="prepared dataset with these images' real clips; writes metrics.json")
+    add("--held_out", action="store_true", help="make only those clips of --reference that no model saw in training")
 
     add = parser.add_argument_group("memory and speed").add_argument
     add("--decode_chunk_size", type=count, help="frames decoded at once (default: all; 4 with --low_vram)")
-    add("--low_vram", action="store_true", help="parts of the model on the GPU only while they work: slower")
-    add("--compile", action="store_true", help="torch.compile the blocks: minutes to start, for long runs on a GPU")
-    add("--dry_run", action="store_true", help="print the clips and the GPU memory that they need; loads no weights")
+    add("--low_vram", action="store_true", help="keep parts of the model on the GPU only while they work: slower")
+    add("--compile", action="store_true", help="torch.compile the blocks: takes minutes, for long runs on a GPU")
+    add("--dry_run", action="store_true", help="print the clips and the GPU memory that they need; load no weights")
     return parser
 
 
 def parse_args(argv=None):
-    """Parses the command line and refuses what cannot work before anything is loaded."""
+    """Reads the command line, and refuses what cannot work before anything is loaded."""
     parser = build_parser()
     args = parser.parse_args(argv)
     args.motion_bucket_id = args.motion_bucket_id and list(dict.fromkeys(args.motion_bucket_id))
@@ -122,13 +122,13 @@ def parse_args(argv=None):
     many = args.num_videos_per_image > 1 or len(args.motion_bucket_id or []) > 1 or args.compare_with or args.reference
     if is_file(output):
         if args.output_format not in (None, suffix[1:]) or many:
-            parser.error(f"--output_video {output}: a file for one clip alone; give a folder for what you ask")
+            parser.error(f"--output_video {output}: one file holds one clip in its own format; give a folder")
         args.output_format = suffix[1:]
     elif suffix in (*common.IMAGE_SUFFIXES, *VIDEO_SUFFIXES) and not output.is_dir():
         parser.error(f"--output_video must end in .mp4, .gif or .webp, or be a folder's name, got {output}")
     args.output_format = args.output_format or "mp4"
     if not args.lora and args.lora_scale is not None:
-        parser.error("--lora_scale is of a LoRA: give --lora too")
+        parser.error("--lora_scale needs --lora")
     args.lora_scale = 1.0 if args.lora_scale is None else args.lora_scale
     if args.shard or os.environ.get("WORLD_SIZE", "1") == "1":
         args.shard = parse_shard(args.shard or "0/1")
@@ -146,9 +146,9 @@ def parse_args(argv=None):
         for flag, given in (("input_image", args.input_image), ("reference", args.reference)):
             inside, folder = output.resolve(), Path(given or "").resolve()
             if given and (folder == inside or (folder in inside.parents and has_clips(folder))):
-                parser.error(f"--output_video {output} lies in --{flag}, which would hold its clips too; give another")
+                parser.error(f"--output_video {output} lies in --{flag} and would add its clips to it; give another")
     if args.held_out and not args.reference:
-        parser.error("--held_out chooses among the clips of --reference: give that too")
+        parser.error("--held_out chooses among the clips of --reference, so give that, too")
     if args.actions and not (Path(args.actions).is_dir() or args.actions.lower().endswith((".npy", ".csv"))):
         parser.error(f"--actions {args.actions}: must be an .npy or .csv file, or a prepared dataset's folder")
     if args.reference and not Path(args.reference).is_dir():
@@ -163,13 +163,13 @@ def parse_args(argv=None):
 
 
 def resolve(args, base, trained):
-    """The command line -> `Settings`. Sizes and conditioning that were not given: what the model was trained with.
+    """Makes `Settings` of the command line. Sizes and conditioning that were not given are those of the training.
 
-    base: the folder with the model's configuration; trained: training_settings.json of a fine-tuned model, else {}.
+    base: the folder with the model's configuration. trained: training_settings.json of a fine-tuned model, else {}.
     """
     unet = read_config(base, "unet")
     factor = latent_factor(read_config(base, "vae"))
-    side = unet.get("sample_size") or 96  # SVD-XT's configuration says 96: 768 pixels; it was trained at 1024 x 576
+    side = unet.get("sample_size") or 96  # SVD-XT says 96, which is 768 pixels, but was trained at 1024 x 576
     width, height = (1024, 576) if side == 96 and factor == 8 else (side * factor, side * factor)
     fps, bucket = trained.get("median_fps", 7), round(trained.get("median_motion_bucket_id", 127))
     settings = {
@@ -191,8 +191,8 @@ def resolve(args, base, trained):
     if "median_fps" in trained and not fps / 2 <= settings["fps"] <= fps * 2:
         print(f"warning: --fps {args.fps:g}: the model was fine-tuned on clips of about {fps:g} frames a second")
     if settings["fps"] > (most := FORMATS[args.output_format].most_fps):
-        left_out = f"at most {most} fps: frames are left out, the length stays; webp and mp4 keep all frames"
-        print(f"warning: browsers play a {args.output_format} of {left_out}")
+        why = f"browsers play a {args.output_format} of at most {most} fps"
+        print(f"warning: {why}: frames are left out, the length stays; webp and mp4 keep all frames")
     return Settings(**{**vars(args), **settings})
 
 
@@ -201,23 +201,23 @@ def is_image(path):
 
 
 def images_in(folder):
-    """The images directly in a folder, without hidden ones."""
+    """The images in a folder, without those in its subfolders and hidden ones."""
     return [path for path in folder.iterdir() if is_image(path) and not path.is_dir()]
 
 
 def say_left_out(files):
-    """Prints once which kinds of files are not taken for images, and how many of each."""
+    """Prints which kinds of files are not taken for images, and how many of each."""
     if names := [file.name for file in files if not file.name.startswith(".")]:
-        print(f"left out, for they are no images: {count_kinds(names)}")
+        print(f"left out, because they are not images: {count_kinds(names)}")
 
 
 def has_clips(folder):
-    """Whether a folder is a dataset, which is searched with its subfolders, and not a folder of images."""
+    """Whether a folder is a dataset, whose clips are subfolders, and not a folder of images."""
     return not images_in(folder) or bool(read_metadata(folder))
 
 
 def find_images(given):
-    """--input_image -> {name: path}; a name is the path inside the folder, or inside what precedes the wildcard."""
+    """--input_image -> {name: path}. A name is the path inside the folder, or inside the folder before the wildcard."""
     path = Path(given)
     if path.is_dir():
         files, root = images_in(path), path
@@ -235,17 +235,17 @@ def find_images(given):
         raise UserError(f"--input_image {given} is a video; {cure}, or: ffmpeg -i {path.name} -frames:v 1 first.png")
     else:
         return {path.stem: path}
-    files.sort(key=lambda file: natural_key(file))
+    files.sort(key=natural_key)
     names = [file.relative_to(root).with_suffix("").as_posix() for file in files]
     whole = [file.relative_to(root).as_posix() for file in files]
-    while twice := {name for name, count in Counter(names).items() if count > 1}:  # a.png, a.jpg, a.png.png
+    while twice := {name for name, count in Counter(names).items() if count > 1}:  # such as a.png, a.jpg and a.png.png
         names = [full if name in twice else name for name, full in zip(names, whole)]
     return dict(zip(names, files))
 
 
 def expand_pattern(pattern):
-    """(The folder before the first wildcard, the files that match). A part that exists as it is written, brackets and
-    all, is a name; links are followed, and `**` reaches each folder once."""
+    """Returns the folder before the first wildcard, and the files that match. A part of the path that exists as it is
+    written is a name, even if it has brackets. Links are followed, and `**` reaches each folder once."""
     root, parts = Path(pattern.anchor), list(pattern.parts[len(Path(pattern.anchor).parts) :])
     while (root / parts[0]).exists():
         root /= parts.pop(0)
@@ -263,7 +263,7 @@ def expand_pattern(pattern):
 
 
 def list_images(args):
-    """What to start from: [{image (its name), path, sha256, size, and what is CARRIED}]; why others cannot be read."""
+    """Reads the images: [{image (its name), path, sha256, size, fields of CARRIED}], and why others cannot be read."""
     images, failed, single = [], [], is_file(args.output_video)
     dataset = Path(args.reference or args.input_image)
     known = read_metadata(dataset) if dataset.is_dir() else {}
@@ -282,7 +282,7 @@ def list_images(args):
 
 
 def warn_of_losses(images, settings, multiple):
-    """Prints what the pictures lose before the model sees them, a line for all that lose the same."""
+    """Prints what the pictures lose before the model sees them. Those that lose the same share a line."""
     losses = {}
     for image in images:
         for what in what_is_lost(image, settings, multiple):
@@ -292,17 +292,14 @@ def warn_of_losses(images, settings, multiple):
 
 
 def what_is_lost(image, settings, multiple):
-    """What the crop takes away, and what is lost on the way to 8-bit RGB: [text].
-
-    multiple: what width and height must be multiples of, for the advice: a size of as many pixels that would fit.
-    """
+    """What a picture loses to the crop and to 8-bit RGB: [text]. multiple: as `describe_crop` has it."""
     crop = describe_crop(image["size"], settings.width, settings.height, multiple)
     with Image.open(image["path"]) as opened:
         alpha = "A" in opened.getbands() or "transparency" in opened.info
         losses = {
             crop: bool(crop),
             "what is transparent becomes white": alpha and opened.convert("RGBA").getextrema()[3][0] < 255,
-            "CMYK becomes RGB, its colours are near": opened.mode == "CMYK",
+            "CMYK becomes RGB, with nearly the same colours": opened.mode == "CMYK",
             "more than 8 bits a channel become 8": opened.mode[0] in "IF",
             "an animation or a stack of pages: its first picture is used": has_more_pictures(opened),
         }
@@ -310,20 +307,19 @@ def what_is_lost(image, settings, multiple):
 
 
 def has_more_pictures(opened):
-    """Whether a PIL image is an animation or a stack of pages, and not a phone's photograph with its small copy."""
+    """Whether a PIL image is an animation or has pages. The small copy in a phone's photograph (MPO) does not count."""
     try:
         return getattr(opened, "n_frames", 1) > 1 and opened.format != "MPO"
-    except Exception:  # PIL's errors for a file that is damaged behind its first picture are of many kinds
+    except Exception:  # for a file that is damaged after its first picture, PIL raises errors of many kinds
         return True
 
 
 def generate(pipe, image, options, on_step, actions=None):
-    """One clip -> (T, H, W, 3) uint8 and a report of each segment; `on_step()` is called after every denoising step.
+    """Makes one clip from an image, (H, W, 3) uint8. Returns (T, H, W, 3) uint8 and a report of each segment.
 
-    actions: scaled, (frames of the clip, A), where the model follows them.
-
-    Each later segment starts from the last frame of the one before, and its own first frame, which shows the same, is
-    dropped. One generator serves all segments, so that the first is the clip that one segment gives.
+    Each later segment starts from the last frame of the one before, so its own first frame is dropped. One generator
+    serves all segments: the first is the clip that --num_segments 1 gives.
+    on_step: called after every denoising step. actions: scaled, (T, A), for a model that follows them.
     """
     import torch
 
@@ -343,7 +339,7 @@ def generate(pipe, image, options, on_step, actions=None):
         with follow_actions(pipe.unet, rows):
             output = pipe(Image.fromarray(frames[-1]), **call).frames[0]
         if not np.isfinite(output).all():
-            raise UserError("the model gave frames that are not numbers (a damaged model, or fp16 overflow)")
+            raise UserError("the model gave frames that are not numbers: a damaged model, or fp16 overflow")
         segment = (output * 255).round().astype(np.uint8)
         if report and options["color_correction"]:
             segment = match_colors(segment, frames[-1])
@@ -353,9 +349,9 @@ def generate(pipe, image, options, on_step, actions=None):
 
 
 def match_colors(segment, start):
-    """Corrects a segment's colours by what went wrong in its first frame, which should look like `start`.
+    """Corrects the colours of a segment, (T, H, W, 3) uint8, whose first frame should look like `start`, (H, W, 3).
 
-    Mild: per channel, one gain (at most 10 % off) and one offset for the whole segment, by mean and standard deviation.
+    Each channel gets one gain (0.9 to 1.1) and one offset for the whole segment, by mean and standard deviation.
     """
     first, start = segment[0].astype(np.float64), start.astype(np.float64)
     gain = np.clip((start.std((0, 1)) + 1) / (first.std((0, 1)) + 1), 0.9, 1.1)
@@ -364,7 +360,7 @@ def match_colors(segment, start):
 
 
 def describe_segment(frames):
-    """Sharpness (variance of the Laplacian), mean colour and motion (mean |frame difference|): what may drift."""
+    """What may drift: sharpness (variance of the Laplacian), mean colour, motion (mean |frame difference|), of 255."""
     sharp = np.mean([sharpness(frame) for frame in frames])
     motion = np.abs(np.diff(frames.astype(np.float64), axis=0)).mean()
     color = frames.mean((0, 1, 2))
@@ -372,9 +368,9 @@ def describe_segment(frames):
 
 
 def make_clips(clips, settings, device, progress, failed):
-    """Makes what is still to be made of one set. A clip that fails is named and left out.
+    """Makes the clips of one set that are still to be made. Adds to `failed` why a clip cannot be made, and goes on.
 
-    Returns the settings, which are smaller ones from the clip on for which the memory was not enough.
+    Returns the settings of the last clip: where memory runs short, `smaller_memory` makes smaller ones for the rest.
     """
     import torch
     from safetensors.torch import load_file
@@ -405,7 +401,7 @@ def make_clips(clips, settings, device, progress, failed):
             except RuntimeError as error:
                 if not is_out_of_memory(error):
                     raise
-            if frames is None:  # outside of `except`, whose traceback holds the memory
+            if frames is None:  # not inside `except`, because the traceback there keeps the memory
                 settings = smaller_memory(settings, "out of GPU memory")
                 if settings is None:
                     raise UserError("out of GPU memory with the smallest settings; take fewer --num_frames")
@@ -423,18 +419,18 @@ def make_clips(clips, settings, device, progress, failed):
 
 
 def choose_held_out(settings, images, clips, models):
-    """Says which real clips a model was trained on, and leaves them out with --held_out.
+    """Says of which images a model saw the real clips in training, and leaves these out with --held_out.
 
-    Returns the images, and the names of those among them whose real clips were trained on.
+    Returns the images that stay, and the names of those among them that were trained on.
     """
     trained_on = find_trained_on(clips, settings.reference, [model.settings for model in models])
     seen = [image["image"] for image in images if image["image"] in trained_on]
     left = [image for image in images if image["image"] not in trained_on]
     if settings.held_out:
         if not left:
-            raise UserError(f"--held_out: all {len(images)} clips were trained on; give others, prepared by themselves")
+            raise UserError(f"--held_out: all {len(images)} clips were trained on; give others, in their own dataset")
         if seen:
-            print(f"--held_out: {len(seen)} of {len(images)} clips left out, which were trained on ({listed(seen)})")
+            print(f"--held_out: {len(seen)} of {len(images)} clips left out, because of the training ({listed(seen)})")
         return left, []
     if seen:
         name = " or ".join(str(model.name) for model in models)
@@ -444,7 +440,7 @@ def choose_held_out(settings, images, clips, models):
 
 
 def check_real_clips(settings, images, clips):
-    """Each image's name must be that of a real clip in `clips`, {name: clip}, whose frames can be read."""
+    """Raises `UserError` unless each image has a real clip of its name in `clips`, {name: clip}, that can be read."""
     for name in sorted(image["image"] for image in images):
         if name not in clips:
             cure = "give that dataset as --input_image, or images that are named as its clips"
@@ -452,7 +448,7 @@ def check_real_clips(settings, images, clips):
         if len(clips[name]["frames"]) < 2:
             raise UserError(f"--reference: {name} has one frame; a video needs two to be compared")
         paths = clips[name]["frames"][: 1 + (settings.num_frames - 1) * settings.num_segments]
-        with ThreadPoolExecutor(8) as pool:  # read now, not when all clips are made
+        with ThreadPoolExecutor(8) as pool:  # reads them now, not after all clips are made
             collections.deque(pool.map(common.read_image, paths), maxlen=0)
         fps = clips[name].get("fps", settings.fps)
         if abs(fps - settings.fps) > 0.05 * settings.fps:
@@ -460,10 +456,7 @@ def check_real_clips(settings, images, clips):
 
 
 def make_all(sets, settings, failed):
-    """Makes all that is still to be made, one model after the other; the reason of each clip that fails is kept.
-
-    Returns whether there was anything to make.
-    """
+    """Makes all clips that are still to be made, one model after the other. Returns whether there were any."""
     import torch
 
     todo, device = sum(len(clips.todo) for clips in sets), "cuda" if torch.cuda.is_available() else "cpu"
@@ -481,25 +474,25 @@ def make_all(sets, settings, failed):
     with progress_bar("generating", "step", steps) as progress:
         for clips in sets:
             gc.collect()
-            torch.cuda.empty_cache()  # the model before has cycles, by which it would stay beside this one
+            torch.cuda.empty_cache()  # the model before has cycles of references, so only `gc` frees it
             if clips.todo:
                 settings = make_clips(clips, settings, device, progress, failed)
     return True
 
 
 def find_model(name, args):
-    """Where a model's parts are and what it was trained with. For a dry run of a hub's model, its configuration."""
+    """Finds the parts of a model and its training settings. A dry run loads only the configuration from the hub."""
     if args.dry_run and not Path(name).is_dir():
         return Model(name, resolve_config(name), {}, None)
     return Model(name, *common.resolve_checkpoint(name, args.base_model))
 
 
 def wait_for_others():
-    """Until every process of the launcher has come here: it kills the others as soon as one ends with a failure."""
+    """Waits for all processes of the launcher, which kills the others as soon as one ends with a failure."""
     from torch import distributed
 
-    sys.stdout.flush()  # the launcher may end this process before Python does, and what it has printed would be lost
-    with contextlib.suppress(RuntimeError):  # who holds the store may be the first to leave
+    sys.stdout.flush()  # the launcher may kill this process before Python writes out what was printed
+    with contextlib.suppress(RuntimeError):  # the process that holds the store may be the first to leave
         store, rank, count = next(distributed.rendezvous("env://"))
         store.set(f"ended{rank}", "")
         store.wait([f"ended{rank}" for rank in range(count)], timedelta(days=99))
@@ -532,7 +525,7 @@ def main(argv=None):
         return print_clip_plan(settings, images, models[0].base)
     if settings.reference:
         check_real_clips(settings, images, real_clips)
-    # .compare is hidden: neither train_svd.py nor datasets takes it for a part of the set
+    # .compare is hidden, so neither train_svd.py nor `datasets` takes it for a part of the set.
     folders = [Path(settings.output_video), Path(settings.output_video) / ".compare"]
     if is_file(settings.output_video):
         sets = [SingleClip(settings, models[0], images)]
@@ -547,7 +540,7 @@ def main(argv=None):
             report_drift(sets[0].records.values())
         if complete and (settings.compare_with or settings.reference):
             judge(settings, sets, real_clips, seen)
-            sets[0].publisher.publish()  # the page shows the scores, too
+            sets[0].publisher.publish()  # so that the page shows the scores
         if made and not sets[0].single:
             print(f"look at {sets[0].folder / 'index.html'}: sort, compare and choose the clips")
     for text in failed:

@@ -1,4 +1,4 @@
-"""The clips of one generated set: what is to be made, what is there, and the record of each."""
+"""The clips of one generated set: which are there, which are still to be made, and the record of each."""
 
 import contextlib
 import itertools
@@ -20,23 +20,22 @@ from svd_parts.metrics import clip_measures
 from svd_parts.publishing import Publisher, is_of_format
 from svd_parts.weights import weights_fingerprint
 
-# What decides the pixels of a clip besides its image and the model: what the pipeline is called with, and what we add.
+# What decides the pixels of a clip, besides its image and the model: the arguments of the pipeline, and our own.
 PIPELINE_OPTIONS = "width height num_frames fps motion_bucket_id noise_aug_strength num_inference_steps".split()
 PIPELINE_OPTIONS += ["min_guidance_scale", "max_guidance_scale", "decode_chunk_size"]
 OPTIONS = [*PIPELINE_OPTIONS, "seed", "num_segments", "color_correction"]
-CARRIED = "task camera robot_type video_info action_names".split()  # what a clip inherits from its prepared one
-PUBLISH_EVERY = 30  # seconds: to write the tables after every clip would slow down a large set
+CARRIED = "task camera robot_type video_info action_names".split()  # fields that a clip takes over from its real clip
+PUBLISH_EVERY = 30  # seconds; writing the tables after every clip would slow down a large set
 
 
 def is_file(output):
-    """Whether an --output_video names the file of one clip; else it is the folder of a set."""
-    return (
-        Path(output).suffix.lower() in {f.suffix for f in FORMATS.values() if f.is_file} and not Path(output).is_dir()
-    )
+    """Whether an --output_video names the file of one clip, and not the folder of a set."""
+    suffixes = {chosen.suffix for chosen in FORMATS.values() if chosen.is_file}
+    return Path(output).suffix.lower() in suffixes and not Path(output).is_dir()
 
 
 def make_jobs(settings, images, folder):
-    """A job for each clip: the image's fields, seed, motion_bucket_id, title, name (inside the set) and target."""
+    """A job for each clip: its image's fields, seed, motion_bucket_id, title, name (in the set) and target path."""
     jobs, copies = [], range(settings.num_videos_per_image)
     for image, index, bucket in itertools.product(images, copies, settings.motion_bucket_id):
         job = {**image, "seed": settings.seed + index, "motion_bucket_id": bucket}
@@ -47,13 +46,13 @@ def make_jobs(settings, images, folder):
 
 
 def clip_settings(settings, job):
-    """What decides the pixels of one clip besides its image and the model: {name: value}."""
+    """What decides the pixels of one clip, besides its image and the model: {option: value}."""
     chosen = {"seed": job["seed"], "motion_bucket_id": job["motion_bucket_id"]}
     return {**{name: getattr(settings, name) for name in OPTIONS}, **chosen}
 
 
 def fingerprint(model):
-    """Tells two models apart, whatever their folders are called; the trained weights of a checkpoint count whole."""
+    """Hexadecimal digits that tell two models apart, whatever their folders are called."""
     found = weights_fingerprint(model.base, "unet")
     found = file_digest(model.trained, found.encode())[:16] if model.trained else found
     for file, scale in model.adapters:
@@ -62,7 +61,7 @@ def fingerprint(model):
 
 
 def describe_clip(job, settings, model, model_fingerprint, frames, image, more):
-    """The record of a clip: all that is needed to make the clip again, and what was measured on it."""
+    """The record of a clip: what is needed to make it again, its measures, and `more`. frames: (T, H, W, 3) uint8."""
     record = {
         "file_name": job["name"],
         **{key: value for key, value in settings._asdict().items() if key not in ("shard", "fallback")},
@@ -82,7 +81,7 @@ def describe_clip(job, settings, model, model_fingerprint, frames, image, more):
         "versions": {"python": platform.python_version(), **{n: version(n) for n in ("torch", "diffusers")}},
         **clip_measures(frames, image, settings.fps),
     }
-    if settings.output_format == "frames":  # a dataset's own fields: what the clip is, not what was asked for
+    if settings.output_format == "frames":  # the fields of a dataset say what the clip is, not what was asked for
         asked = {key: record[key] for key in ("num_frames", "motion_bucket_id")}
         bucket = record.pop("measured_motion_bucket_id")
         record |= {"num_frames": len(frames), "motion_bucket_id": bucket, "requested": asked}
@@ -95,19 +94,19 @@ def describe_clip(job, settings, model, model_fingerprint, frames, image, more):
 
 
 def differences(job, record, settings, model_fingerprint):
-    """How the settings of a clip that is there differ from those asked for: `seed was 1, is 2`; empty if nowhere."""
+    """How the settings of a clip that is there differ from those asked for: `seed was 1, is 2`, or ""."""
     now = {**clip_settings(settings, job), "source_image_sha256": job["sha256"]}
     now |= {"model_fingerprint": model_fingerprint, "actions_sha256": job.get("actions_sha256")}
     if settings.output_format == "lerobot":
         now["task"] = job["task"]
-    if record.get("fallback"):  # memory ran short: the clip was made with fewer frames decoded at once
+    if record.get("fallback"):  # memory ran short, so fewer frames were decoded at once
         del now["decode_chunk_size"]
     before = {**record, **record.get("requested", {})}
     return ", ".join(f"{key} was {before.get(key)}, is {now[key]}" for key in now if before.get(key) != now[key])
 
 
 class SingleClip:
-    """The one clip of an --output_video that names a file. Its record lies beside it: FILE.json."""
+    """The one clip of an --output_video that names a file. Its record lies beside it, as FILE.json."""
 
     single = True
 
@@ -129,15 +128,13 @@ class SingleClip:
                 raise UserError(f"--output_video: {self.target} was made with other settings ({changed}); {cure}")
             self.todo = []
 
-    @contextlib.contextmanager
-    def locked(self, settings):
-        yield
+    locked = staticmethod(contextlib.nullcontext)  # a single file needs no lock
 
     def finish(self, settings):
         return True
 
     def describe_done(self):
-        """What is said where there is nothing to make."""
+        """The line to print where there is nothing to make."""
         return f"{self.target} is there already, made with these settings"
 
     def save(self, job, settings, image, frames, **more):
@@ -152,16 +149,16 @@ class SingleClip:
 
 
 class ClipSet:
-    """The clips that one model makes in one folder: what is there already, and what is still to be made.
+    """The clips that one model makes in one folder: those that are there, and those still to be made.
 
-    The hidden folder `.infer` beside them holds the record of each clip, `.infer/NAME.json`. The record is written
-    first, then the clip in `.infer/.making`, from where it is moved when it is whole. So after a kill at any moment, a
-    clip is done if its record and the clip are there. `Publisher` writes metadata.jsonl and the rest from the records.
+    The hidden folder `.infer` beside them holds the record of each clip, `.infer/NAME.json`. `save` writes the record
+    first, then the clip in `.infer/.making`, and moves the clip out of there when it is whole. So after a kill at any
+    moment, a clip is done if its record and the clip are there. `Publisher` writes all other files from the records.
 
-    Several processes can each make a part, `settings.shard`: they write records and clips as they go, and each
-    publishes when its part is done, so that the last one publishes all of it.
+    Several processes can each make a part, `settings.shard`. Each writes its records and clips, and publishes when its
+    part is done, so that the last one publishes all of them.
 
-    To drop a clip, delete it: it leaves metadata.jsonl and is not made again, unless its record is deleted too.
+    To drop a clip, delete it. It leaves metadata.jsonl and is not made again, unless its record is deleted, too.
     """
 
     single = False
@@ -179,7 +176,7 @@ class ClipSet:
         return self.publisher.records
 
     def refuse_others(self, settings):
-        """Raises `UserError` where the folder holds what is of another set, or of something else than a set."""
+        """Raises `UserError` where the folder holds another set, a training run, or files of others."""
         if settings.output_format == "lerobot":
             check_lerobot(self.folder, self.jobs, self.records.values(), settings)
         ours = ["metrics.jsonl", "model_index.json"]  # of a training run
@@ -194,16 +191,16 @@ class ClipSet:
                 raise UserError(f"{self.folder}: {what}; give another --output_video")
 
     def plan(self, settings):
-        """Reads what is there, and sets `todo`; changes nothing. Raises `UserError` where the set is not ours."""
+        """Reads which clips are there and sets `todo`; writes nothing. Raises `UserError` where the set is not ours."""
         self.todo, self.dropped, there = [], [], self.publisher.read(self.jobs)
         self.refuse_others(settings)
         for job in self.jobs:
             target, record = job["target"], self.records.get(job["name"])
-            if len(os.fsencode(target.name)) > 220:  # 255 with what is added while it is written
+            if len(os.fsencode(target.name)) > 220:  # and 255 while it is written
                 raise UserError(f"{job['path']}: the name is too long for a clip's; give the image a shorter one")
             if job["name"] in there:
                 if record is None:
-                    why = f"exists, and no record in {self.hidden} is of it"
+                    why = f"exists, and has no record in {self.hidden}"
                     raise UserError(f"--output_video: {target} {why}; move it away or give another name")
                 if changed := differences(job, record, settings, self.fingerprint):
                     raise UserError(f"{target}: made before with other settings ({changed}); give another folder")
@@ -214,7 +211,7 @@ class ClipSet:
 
     @contextlib.contextmanager
     def locked(self, settings):
-        """Keeps the set, or the part of it, for this process alone, and looks again at what is there.
+        """Keeps the set, or this part of it, for this process alone, and plans again. Publishes when the block ends.
 
         Raises `UserError` if another process has it.
         """
@@ -233,21 +230,21 @@ class ClipSet:
             self.publisher.publish()
             if self.dropped:
                 again = f"to make it again, delete {self.hidden / self.dropped[0]}.json"
-                gone = counted(len(self.dropped), "clip")
-                print(f"deleted since made: {gone}, as {self.dropped[0]}; {again}")
+                what = counted(len(self.dropped), "clip")
+                print(f"not made again, because somebody deleted them: {what} ({self.dropped[0]}, ...); {again}")
             try:
                 yield
-            finally:  # also where the run is stopped; after a kill the next run does it
+            finally:  # after a stop, too; after a kill, the next run publishes
                 self.publisher.publish()
 
     def finish(self, settings):
-        """Ends a part of the set; returns whether it was the last: all parts have ended, even if clips failed."""
+        """Ends a part of the set. Returns whether all parts have ended now, even if some clips failed."""
         if not self.shard.name:
             return True
         with lock_file(self.hidden / "finishing", busy=None):
             (self.hidden / f"ended{self.shard.name}").touch()
             ended = None
-            while ended != (ended := sorted(self.hidden.glob("ended-*"))):  # others too, where the disk has no locks
+            while ended != (ended := sorted(self.hidden.glob("ended-*"))):  # a disk without locks lets several in
                 self.plan(settings)
                 self.publisher.publish()
             parts = (self.shard._replace(part=part).name for part in range(self.shard.parts))
@@ -257,7 +254,7 @@ class ClipSet:
         return complete
 
     def describe_done(self):
-        """What is said where there is nothing to make."""
+        """The line to print where there is nothing to make."""
         count = sum(self.shard.holds(job["title"]) for job in self.jobs) - len(self.dropped)
         what = "the clip is" if count == 1 else f"all {count} clips are"
         return f"nothing to make: {what} there: {self.folder / 'index.html'}"

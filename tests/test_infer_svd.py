@@ -275,7 +275,7 @@ def test_users_mistakes_get_one_line_and_nothing_is_written(picture, tmp_path, c
     assert "--decode_chunk_size must be at least 1" in refused("--decode_chunk_size", 0)
     assert "--min_guidance_scale 4 must not be over" in refused("--min_guidance_scale", 4)
     assert "--max_guidance_scale must be" in refused("--max_guidance_scale", "inf")
-    assert "--lora_scale is of a LoRA" in refused("--lora_scale", 0.5)
+    assert "--lora_scale needs --lora" in refused("--lora_scale", 0.5)
     assert "--lora_scale must be" in refused("--lora", tmp_path, "--lora_scale", "nan")
     assert "no such image" in refused(image="~nobody/x.png")
     assert "--seed must be" in refused("--seed", 2**64) and "--seed must be" in refused("--seed", -1)
@@ -455,7 +455,7 @@ def test_fields_that_a_user_added_stay_and_clips_without_a_record_are_refused(im
     (folder / "metadata.jsonl").write_text(text, encoding="utf-8")
     shutil.rmtree(folder / ".infer")
     before = everything_in(folder)
-    assert f"no record in {folder}/.infer is of it" in infer(capsys, *flags, ok=False)
+    assert f"has no record in {folder}/.infer" in infer(capsys, *flags, ok=False)
     assert everything_in(folder) == before
 
 
@@ -493,7 +493,7 @@ def test_other_settings_and_other_peoples_folders_are_refused(images, made, data
     folder = tmp_path / "theirs"
     folder.mkdir()
     (folder / "image0_seed0_motion127.mp4").write_text("mine")
-    assert "and no record in " in infer(capsys, *arguments, folder, *FAST, ok=False)
+    assert "and has no record in " in infer(capsys, *arguments, folder, *FAST, ok=False)
     (folder / "metadata.jsonl").write_text('{"directory": "clip0", "fps": 7}\n')
     assert "not written by infer_svd.py" in infer(capsys, *arguments, folder, *FAST, ok=False)
     assert (folder / "image0_seed0_motion127.mp4").read_text() == "mine" and len(list(folder.iterdir())) == 2
@@ -528,7 +528,7 @@ def test_images_of_other_formats_are_read_and_what_is_no_image_is_counted(tmp_pa
     for name in ("x.txt", "y.txt", "z", ".hidden.txt"):
         (tmp_path / name).write_text("no image")
     assert set(infer_svd.find_images(str(tmp_path))) == {"a", "b", "c", "d"}
-    assert capsys.readouterr().out == "left out, for they are no images: 2 .txt, 1 without a suffix\n"
+    assert capsys.readouterr().out == "left out, because they are not images: 2 .txt, 1 without a suffix\n"
     assert set(infer_svd.find_images(str(tmp_path / "?.*"))) == {"a", "b", "c", "d"}
     assert "2 .txt" in capsys.readouterr().out
 

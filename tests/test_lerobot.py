@@ -192,10 +192,10 @@ def test_what_cannot_be_one_set_is_refused_before_anything_is_made(made, real, t
         (["--input_image", real / "odd-camera", "--output_video", tmp_path / "a"], "its camera in metadata.jsonl"),
         (["--input_image", real / "odd-task", "--output_video", tmp_path / "a"], "give --task"),
         (["--input_image", real / "front", "--output_video", theirs], "meta is not of a set that was made here"),
-        (["--input_image", image, "--output_video", tmp_path / "a.mp4"], "a file for one clip alone"),
-        (["--input_image", real / "both", "--output_video", tmp_path / "a"], "here features would differ"),
+        (["--input_image", image, "--output_video", tmp_path / "a.mp4"], "one file holds one clip in its own format"),
+        (["--input_image", real / "both", "--output_video", tmp_path / "a"], "must have the same features"),
         (["--input_image", real / "front", "--output_video", foreign], "generated"),
-        (["--input_image", real / "front", "--output_video", labelled], "here features would differ"),
+        (["--input_image", real / "front", "--output_video", labelled], "must have the same features"),
         (["--input_image", real / "front", "--output_video", made, "--seed", 9, "--fps", 9], "fps and features"),
         (["--input_image", real / "front", "--output_video", made, "--task", "other"], "task was push the red cube"),
     ):
