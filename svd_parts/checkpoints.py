@@ -8,7 +8,7 @@ import re
 import sys
 from pathlib import Path
 
-from svd_parts.files import UserError, file_digest, is_of_kind, listed, read_json, replacing, tidy, write_file
+from svd_parts.files import UserError, file_digest, fits, listed, read_json, replacing, tidy, write_file
 from svd_parts.weights import CHECKPOINT_STATE, write_tensors
 
 
@@ -86,7 +86,7 @@ def read_checkpoint(folder):
     if "files" not in saved and "step" in saved:
         raise UserError(f"{folder}: only holds weights to generate with; give a checkpoint-N folder to go on from")
     for name, kind in (("step", int), ("settings", dict), ("optimizer", dict), ("files", dict), ("clips", dict)):
-        if not is_of_kind(saved, {name: kind}):
+        if not fits(saved, {name: kind}):
             raise UserError(f"{path}: damaged, it has no {name}; use another checkpoint")
     if not {"max_train_steps", "validation_dir", "trained_on", "held_out"} <= saved["settings"].keys():
         raise UserError(f"{path}: damaged, its settings are not whole; use another checkpoint")

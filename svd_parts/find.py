@@ -39,7 +39,7 @@ def directory_name(source):
     """A folder name that depends on the source's path alone: stable, readable, unique, and safe on every system.
 
     `a/x.mp4` -> `a__x`, `a/x.avi` -> `a__x+avi`. `+` and eight digits of a hash follow where the name had to change, or
-    where another path could get the same name, as on a disk that ignores case. No other name has a `+`.
+    where another path could get the same name, as on a disk that ignores case.
     """
     stem, suffix = os.path.splitext(source)
     short = stem if suffix.lower() in VIDEO_SUFFIXES else source
