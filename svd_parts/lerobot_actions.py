@@ -24,7 +24,7 @@ def action_feature(root, key):
     if feature is None and key != "action":
         raise UserError(f"--action_key {key}: {info} has no such feature")
     if feature and (len(feature.get("shape") or []) != 1 or feature.get("dtype") in ("video", "image", "string")):
-        raise UserError(f"--action_key {key}: {info} says that this is not a row of numbers")
+        raise UserError(f"--action_key {key}: {info} says that this is no row of numbers")
     if feature and importlib.util.find_spec("pyarrow") is None:
         print(f"warning: the clips of {root} get no actions: pip install pyarrow, which reads them")
         return None
