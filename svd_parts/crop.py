@@ -24,7 +24,7 @@ def describe_crop(size, width, height, multiple):
 
 
 def describe_crops(sizes, width, height, multiple, word="clip"):
-    """A line for each size that loses much: `320x568 (3 clips): some 65% ...`. sizes: (w, h) of each clip, or `word`."""
+    """A line for each size that loses much: `320x568 (3 clips): some 65% ...`. sizes: (w, h) of each clip or `word`."""
     lines = []
     for size in sorted(set(sizes)):
         if what := describe_crop(size, width, height, multiple):
