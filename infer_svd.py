@@ -3,7 +3,7 @@ r"""Makes videos from images with a Stable Video Diffusion model, fine-tuned by 
     python infer_svd.py --model_dir ./outputs --input_image path/to/image.jpg --output_video ./sample_output.mp4 \
         --motion_bucket_id 180 --noise_aug_strength 0.1 --fps 7
 
-Many clips go into a folder, with a metadata.jsonl that says how each was made. After a stop, run the command again:
+Many clips go into a folder, with a metadata.jsonl that says how each was made. The same command goes on after a stop:
 
     python infer_svd.py --model_dir ./outputs --input_image ./images --output_video ./clips \
         --num_videos_per_image 4 --motion_bucket_id 60 120 180
@@ -47,7 +47,6 @@ from svd_parts.weights import check_sizes, latent_factor, read_config, resolve_c
 
 VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".avi", ".webm", ".m4v", ".mpg", ".mpeg", ".ts", ".wmv", ".flv")
 
-
 # The command line after `resolve`: no size and no conditioning is None. It never changes. Where memory runs short,
 # `smaller_memory` makes other settings, whose `fallback` is the reason.
 SETTINGS = "model_dir base_model lora lora_scale input_image actions output_video output_format task shard".split()
@@ -55,9 +54,11 @@ SETTINGS += [*OPTIONS, *"num_videos_per_image compare_with reference held_out".s
 SETTINGS += "low_vram compile dry_run fallback".split()
 Settings = namedtuple("Settings", SETTINGS, defaults=[None])
 
-
 # What `common.resolve_checkpoint` finds under a name. adapters: (safetensors file, scale) of each --lora.
 Model = namedtuple("Model", "name base settings trained adapters", defaults=[()])
+
+
+# Command line
 
 
 def build_parser():
@@ -196,6 +197,9 @@ def resolve(args, base, trained):
     return Settings(**{**vars(args), **settings})
 
 
+# The images to start from
+
+
 def is_image(path):
     return path.suffix.lower() in common.IMAGE_SUFFIXES and not path.name.startswith(".")
 
@@ -288,7 +292,8 @@ def warn_of_losses(images, settings, multiple):
         for what in what_is_lost(image, settings, multiple):
             losses.setdefault(what, []).append(image["path"])
     for what, paths in losses.items():
-        print(f"warning: {paths[0]}" + (f" and {len(paths) - 1} more" if len(paths) > 1 else "") + f": {what}")
+        more = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
+        print(f"warning: {paths[0]}{more}: {what}")
 
 
 def what_is_lost(image, settings, multiple):
@@ -314,6 +319,9 @@ def has_more_pictures(opened):
         return True
 
 
+# One clip
+
+
 def generate(pipe, image, options, on_step, actions=None):
     """Makes one clip from an image, (H, W, 3) uint8. Returns (T, H, W, 3) uint8 and a report of each segment.
 
@@ -333,8 +341,8 @@ def generate(pipe, image, options, on_step, actions=None):
     call |= {"output_type": "np", "callback_on_step_end": callback}
     call["generator"] = torch.Generator().manual_seed(options["seed"])  # on the CPU: the same noise on every machine
     frames, report = image[None], []
-    for segment in range(options["num_segments"]):
-        first = segment * (options["num_frames"] - 1)
+    for index in range(options["num_segments"]):
+        first = index * (options["num_frames"] - 1)
         rows = None if actions is None else actions[None, first : first + options["num_frames"]]
         with follow_actions(pipe.unet, rows):
             output = pipe(Image.fromarray(frames[-1]), **call).frames[0]
@@ -365,6 +373,9 @@ def describe_segment(frames):
     motion = np.abs(np.diff(frames.astype(np.float64), axis=0)).mean()
     color = frames.mean((0, 1, 2))
     return {"sharpness": round(sharp, 2), "color": color.round(2).tolist(), "motion": round(motion, 3)}
+
+
+# The clips of one or two models, and the real ones that they are compared with
 
 
 def make_clips(clips, settings, device, progress, failed):
@@ -430,12 +441,12 @@ def choose_held_out(settings, images, clips, models):
         if not left:
             raise UserError(f"--held_out: all {len(images)} clips were trained on; give others, in their own dataset")
         if seen:
-            print(f"--held_out: {len(seen)} of {len(images)} clips left out, because of the training ({listed(seen)})")
+            print(f"--held_out: {len(seen)} of {len(images)} clips left out, which were trained on ({listed(seen)})")
         return left, []
     if seen:
         name = " or ".join(str(model.name) for model in models)
         cure = f"--held_out scores the other {len(left)} alone" if left else "score clips that were held out"
-        print(f"warning: {len(seen)} of these {len(images)} clips were trained on by {name}; {cure}")
+        print(f"warning: {len(seen)} of these {counted(len(images), 'clip')} were trained on by {name}; {cure}")
     return images, seen
 
 

@@ -34,7 +34,7 @@ from svd_parts.cuts import average_fps, cut_clips, place_episodes
 from svd_parts.dataset import list_frames
 from svd_parts.decode import DecodeAgain, Decoded, find_damage, hear_opencv, read_ffmpeg, read_opencv
 from svd_parts.ffmpeg import Failure
-from svd_parts.files import UserError, frozen, lock_shard, parse_shard, read_patterns, tidy, write_file
+from svd_parts.files import UserError, counted, frozen, lock_shard, parse_shard, read_patterns, tidy, write_file
 from svd_parts.find import find_twins, find_videos
 from svd_parts.frame_writer import FrameWriter, has_isal
 from svd_parts.lerobot import lerobot_fields
@@ -150,7 +150,8 @@ def prepare_video(video, run, old):
         write_actions(clip, line, video, episodes, options.action_key)
         line.update({key: getattr(probe, key) for key in ("codec", "truncated", "problems", "notes")})
         if line["num_frames"] < options.min_frames:
-            record["dropped"][directory] = f"{line['num_frames']} frames, shorter than {options.min_frames} frames"
+            frames = counted(line["num_frames"], "frame")
+            record["dropped"][directory] = f"{frames}, shorter than {options.min_frames} frames"
         elif line["motion"] < options.min_motion:
             record["dropped"][directory] = f"motion {line['motion']:g}, moving less than {options.min_motion:g}"
         else:
@@ -172,21 +173,13 @@ def describe_clip(directory, clip, video, probe, stride, options):
     episode = re.search(r"@(episode_\d+)", directory) if video.episodes or video.images else None
     group = video.known.get("group") or video.group + (episode[1] if episode else "")
     return {
-        "directory": directory,
-        "source": video.source,
-        "group": group,
-        **{key: value for key, value in video.known.items() if key != "group"},
-        **lerobot_fields(video, group),
-        "fps": fps,
-        "num_frames": len(clip.times),
-        "width": clip.shape[1],
-        "height": clip.shape[0],
-        "start": round(clip.times[0], 3),
-        "duration": round(clip.times[-1] - clip.times[0] + 1 / fps, 3),
+        "directory": directory, "source": video.source, "group": group,
+        **{key: value for key, value in video.known.items() if key != "group"}, **lerobot_fields(video, group),
+        "fps": fps, "num_frames": len(clip.times), "width": clip.shape[1], "height": clip.shape[0],
+        "start": round(clip.times[0], 3), "duration": round(clip.times[-1] - clip.times[0] + 1 / fps, 3),
         "holes": [round(hole, 3) for hole in holes],
-        "motion": round(motion, 3),
-        "motion_bucket_id": motion_bucket(motion),
-    }
+        "motion": round(motion, 3), "motion_bucket_id": motion_bucket(motion),
+    }  # fmt: skip
 
 
 def publish(video, record, old, run):

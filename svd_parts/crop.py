@@ -25,8 +25,5 @@ def describe_crop(size, width, height, multiple):
 
 def describe_crops(sizes, width, height, multiple, word="clip"):
     """A line for each size that loses much: `320x568 (3 clips): some 65% ...`. sizes: (w, h) of each clip or `word`."""
-    lines = []
-    for size in sorted(set(sizes)):
-        if what := describe_crop(size, width, height, multiple):
-            lines.append(f"{size[0]}x{size[1]} ({counted(sizes.count(size), word)}): {what}")
-    return lines
+    losses = {size: describe_crop(size, width, height, multiple) for size in sorted(set(sizes))}
+    return [f"{w}x{h} ({counted(sizes.count((w, h)), word)}): {what}" for (w, h), what in losses.items() if what]

@@ -33,10 +33,7 @@ def action_feature(root, key):
 
 @functools.lru_cache(maxsize=4)
 def read_rows(path, key):
-    """A parquet file of data/ -> its rows' episodes (N,), seconds (N,) and values of `key`, (N, A) float32.
-
-    Raises `UserError` where the file or the column cannot be read.
-    """
+    """A parquet file of data/ -> its rows' episodes (N,), seconds (N,), `key` (N, A) float32. Raises `UserError`."""
     from pyarrow import parquet
 
     try:

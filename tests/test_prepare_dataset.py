@@ -1129,7 +1129,7 @@ def test_summary_counts_what_is_alike_and_names_what_is_gone(tmp_path):
     for number in range(5):
         make(tmp_path / f"videos/{number}.mp4", "-frames:v", str(2 + number))
     text = prepare(tmp_path / "videos", tmp_path / "out2", "--min_frames", "20")[0]
-    assert "dropped: 6\n  6 clips shorter than 20 frames, as" in text and text.count("shorter than") == 2
+    assert "dropped: 6\n  6 clips shorter than 20 frames, such as" in text and text.count("shorter than") == 2
     prepare(tmp_path / "videos", tmp_path / "out3")
     (tmp_path / "videos/gone.mp4").unlink()
     text, lines = prepare(tmp_path / "videos", tmp_path / "out3")
