@@ -48,7 +48,7 @@ from svd_parts.weights import check_sizes, latent_factor, read_config, resolve_c
 VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".avi", ".webm", ".m4v", ".mpg", ".mpeg", ".ts", ".wmv", ".flv")
 
 # The command line after `resolve`: no size and no conditioning is None. It never changes. Where memory runs short,
-# `smaller_memory` makes other settings, whose `fallback` is the reason.
+# `smaller_memory` makes new settings, with the reason in `fallback`.
 SETTINGS = "model_dir base_model lora lora_scale input_image actions output_video output_format task shard".split()
 SETTINGS += [*OPTIONS, *"num_videos_per_image compare_with reference held_out".split()]
 SETTINGS += "low_vram compile dry_run fallback".split()
@@ -430,7 +430,7 @@ def make_clips(clips, settings, device, progress, failed):
 
 
 def choose_held_out(settings, images, clips, models):
-    """Says of which images a model saw the real clips in training, and leaves these out with --held_out.
+    """Says how many images have real clips that a model was trained on, and leaves these out with --held_out.
 
     Returns the images that stay, and the names of those among them that were trained on.
     """
