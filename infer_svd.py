@@ -452,6 +452,7 @@ def choose_held_out(settings, images, clips, models):
 
 def check_real_clips(settings, images, clips):
     """Raises `UserError` unless each image has a real clip of its name in `clips`, {name: clip}, that can be read."""
+    others = {}  # clips at another rate, by their rate
     for name in sorted(image["image"] for image in images):
         if name not in clips:
             cure = "give that dataset as --input_image, or images that are named as its clips"
@@ -463,7 +464,10 @@ def check_real_clips(settings, images, clips):
             collections.deque(pool.map(common.read_image, paths), maxlen=0)
         fps = clips[name].get("fps", settings.fps)
         if abs(fps - settings.fps) > 0.05 * settings.fps:
-            print(f"warning: {name} is at {fps:g} fps, the generated clip at {settings.fps:g}")
+            others.setdefault(fps, []).append(name)
+    for fps, names in others.items():
+        what = f"{counted(len(names), 'real clip')} at {fps:g} fps ({listed(names)})"
+        print(f"warning: {what} beside generated ones at {settings.fps:g} fps")
 
 
 def make_all(sets, settings, failed):

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import imageio_ffmpeg
 import numpy as np
@@ -694,6 +695,14 @@ def test_dry_run_forecasts_1024x576_within_8_gib_from_the_configuration_alone(pi
 
 
 # --------------------------------------------------------------------------------------------------------- judging
+
+
+def test_real_clips_at_another_rate_are_told_in_one_line_a_rate(tmp_path, capsys):
+    Image.new("RGB", (8, 8)).save(tmp_path / "x.png")
+    clips = {name: {"frames": [tmp_path / "x.png"] * 2, "fps": 5 if name != "c" else 7} for name in "abcd"}
+    settings = SimpleNamespace(reference="real", num_frames=2, num_segments=1, fps=7)
+    infer_svd.check_real_clips(settings, [{"image": name} for name in clips], clips)
+    assert capsys.readouterr().out == "warning: 3 real clips at 5 fps (a, b, d) beside generated ones at 7 fps\n"
 
 
 def test_comparison_and_reference_are_scored_beside_the_copied_frame(dataset, trained, tmp_path, capsys):
