@@ -17,13 +17,13 @@ sys.path.insert(0, str(ROOT / "tests" / "proof"))
 import inside  # isort: skip
 
 PUSHES = ROOT / "tests" / "data" / "robot_push" / "videos" / "chunk-000" / "observation.images.front"
-FEW = "--new 2 --more 2 --aimless 2 --videos 11 --layouts 2 --seeds 1 --labellers 1 --label_steps 2 --policy_steps 2"
+FEW = "--processes 1 --new 2 --more 2 --aimless 2 --videos 11 --layouts 2 --seeds 1 --labellers 1 --label_steps 2 --policy_steps 2"
 
 
 @pytest.mark.slow
 def test_the_proof_runs_whole(tmp_path):
     command = [sys.executable, "tests/proof/proof.py", "--output_dir", tmp_path, "--model_dir", TINY, *FEW.split()]
-    done = subprocess.run(command, cwd=ROOT, timeout=500, text=True, env={**os.environ, "TQDM_DISABLE": "1"},
+    done = subprocess.run(command, cwd=ROOT, timeout=900, text=True, env={**os.environ, "TQDM_DISABLE": "1"},
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT)  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:]
     assert "the judge: true path 100.0%, standing still 0.0%" in done.stdout

@@ -1,6 +1,6 @@
-"""The proof's two networks: inverse dynamics (two frames -> how the fingertip moved) and policy (first frame -> path).
+"""The proof's two networks: labeller (frame -> where the fingertip is) and policy (first frame -> path).
 
-Both are the same small CNN, which finds points in the image and says from their places where the fingertip is or goes.
+Both are small CNNs that find points in the image and say from their places where the fingertip is or goes.
 """
 
 import json
@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn import functional as F
 
 LEARNING_RATE = 3e-3
-LABEL_SHIFT, POLICY_SHIFT = 10, 3  # pixels: how far the pictures are moved at random in training
+POLICY_SHIFT = 3  # pixels: how far its pictures are moved at random in training
 
 
 class PointNet(nn.Module):
@@ -41,18 +41,19 @@ class PointNet(nn.Module):
         return self.head(torch.cat([x, y, known], 1))
 
 
-def vary(frames, shift, generator):
+def vary(frames, generator, shift=0):
     """Frames (B, 3, H, W) in another light, and moved sideways by up to `shift` pixels."""
 
     def uniform(low, high):
         return torch.empty(len(frames), 1, 1, 1).uniform_(low, high, generator=generator)
 
-    height, width = frames.shape[2:]
-    affine = torch.eye(2, 3).repeat(len(frames), 1, 1)
-    affine[:, :1, 2:] = uniform(-shift, shift)[:, 0] * 2 / width
-    affine[:, 1:, 2:] = uniform(-shift, shift)[:, 0] * 2 / height
-    grid = F.affine_grid(affine, frames.shape, align_corners=False)
-    frames = F.grid_sample(frames, grid, padding_mode="border", align_corners=False)
+    if shift:
+        height, width = frames.shape[2:]
+        affine = torch.eye(2, 3).repeat(len(frames), 1, 1)
+        affine[:, :1, 2:] = uniform(-shift, shift)[:, 0] * 2 / width
+        affine[:, 1:, 2:] = uniform(-shift, shift)[:, 0] * 2 / height
+        grid = F.affine_grid(affine, frames.shape, align_corners=False)
+        frames = F.grid_sample(frames, grid, padding_mode="border", align_corners=False)
     return (frames - 0.5) * uniform(0.8, 1.2) + 0.5 + uniform(-0.08, 0.08)
 
 
@@ -132,11 +133,11 @@ class Finder(nn.Module):
         return self.head(torch.cat([x, y, F.adaptive_avg_pool2d(features, (3, 4)).flatten(1)], 1))
 
 
-def train_labeller(seed, sources, videos, steps, batch=32):
-    """Learns where the fingertip is in a picture, and says so for all frames of the videos, (M, T, H, W, 3) uint8 each.
+def train_labeller(seed, sources, steps, batch=32):
+    """Learns where the fingertip is in a picture. Returns all that `find` needs, one vector.
 
     sources: [(clips (N, T, H, W, 3) uint8, paths (N, T, 3))]; a quarter of each batch is drawn from the first, the
-    demonstrations. Returns places in metres, (all M, T, 3): those of all videos one after the other.
+    demonstrations.
     """
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
@@ -153,15 +154,23 @@ def train_labeller(seed, sources, videos, steps, batch=32):
             chosen = torch.randint(len(pictures), (share,), generator=generator)
             frames.append(pictures[chosen])
             places.append((known[chosen] - middle) / scale)
-        shown = vary(soften(torch.cat(frames), generator), LABEL_SHIFT, generator)
+        shown = vary(soften(torch.cat(frames), generator), generator)
         shown = shown + 0.02 * torch.randn(shown.shape, generator=generator)
         return F.smooth_l1_loss(model(shown), torch.cat(places), beta=0.1)
 
     train(model, loss_of_batch, steps)
-    with torch.no_grad():
-        return np.concatenate(
-            [[(model(to_tensor(clip)) * scale + middle).numpy() for clip in clips] for clips in videos]
-        )
+    return torch.cat([middle, scale, nn.utils.parameters_to_vector(model.parameters()).detach()]).numpy()
+
+
+@torch.no_grad()
+def find(labellers, clips):
+    """Where the fingertip is in clips (M, T, H, W, 3) uint8: (M, T, 3) metres, the mean of what the labellers say."""
+    places = []
+    for vector in map(torch.from_numpy, labellers):
+        model = Finder()
+        nn.utils.vector_to_parameters(vector[6:], model.parameters())
+        places.append([(model(to_tensor(clip)) * vector[3:6] + vector[:3]).numpy() for clip in clips])
+    return np.mean(places, 0)
 
 
 # Policy
@@ -190,7 +199,7 @@ def train_policy(job, real, steps, test, batch=32):
             chosen = torch.randint(0, len(source[0]), (batch // len(sources),), generator=generator)
             parts.append([x[chosen] for x in source])
         frames, known, target = (torch.cat(x) for x in zip(*parts))
-        return F.mse_loss(model(vary(frames, POLICY_SHIFT, generator), known), target)
+        return F.mse_loss(model(vary(frames, generator, POLICY_SHIFT), known), target)
 
     train(model, loss_of_batch, steps)
     with torch.no_grad():

@@ -43,8 +43,8 @@ ARMS = {
     "j": "+ paths that end well inside the action-conditioned model, no labels",
 }
 DIFFERENCES = "hg ig ba bc bd bg ea fa ja jf jg".split()
-OF_LABELS = "new videos more aimless label_steps".split()  # the options that labels, and policies, depend on
-OF_POLICIES = [*OF_LABELS, *"labellers arms layouts seeds policy_steps".split()]
+OF_LABELS = "new videos aimless label_steps".split()  # the options that labels, and policies, depend on
+OF_POLICIES = [*OF_LABELS, *"labellers layouts seeds policy_steps".split()]
 COLORS = {"true": (20, 200, 60), "a": (235, 150, 20), "b": (230, 20, 40), "c": (40, 80, 235), "f": (150, 60, 200)}
 
 
@@ -61,8 +61,8 @@ def build_parser():
     add("--aimless", type=int, default=320, help="clips of aimless motion that the inverse dynamics learns from too")
     add("--layouts", type=int, default=128, help="to judge on")
     add("--seeds", type=int, default=5, help="policies of an arm")
-    add("--labellers", type=int, default=4, help="inverse dynamics networks, averaged")
-    add("--label_steps", type=int, default=400)
+    add("--labellers", type=int, default=2, help="networks, averaged")
+    add("--label_steps", type=int, default=1000)
     add("--policy_steps", type=int, default=400)
     add("--action_model", type=Path, default=clips.ROOT / "actions" / "with", help="of make actions, for section 3")
     add("--tries", type=int, default=6, help="paths that are tried for each new layout (arm j)")
@@ -111,20 +111,16 @@ def run_infer(words):
     return subprocess.run(command, env={"TQDM_DISABLE": "1", **os.environ, "OMP_NUM_THREADS": "1"}).returncode
 
 
-def label(args, paths, videos):
-    """Pseudo-labels of all videos, and those of a labeller without aimless clips: {arm: moves since the start}."""
-    demonstrations = videos["bundled"][:LABELLED], paths["bundled"][:LABELLED]
-    sources = [demonstrations, (videos["aimless"], paths["aimless"])]
-    starts = {"g": paths["bundled"][LABELLED:, 0], "more": paths["more"][:, 0]}
-    starts |= dict.fromkeys("bcde", paths["new"][:, 0])
-    shown = {arm: videos[arm] if arm != "more" else videos["generated_more"] for arm in starts}
-    found = []
-    for name, known, networks in (("labels", sources, args.labellers), ("labels_alone", sources[:1], 1)):
-        work = partial(learn.train_labeller, sources=known, videos=list(shown.values()), steps=args.label_steps)
-        places = np.mean(keep(args, work, range(networks), name, OF_LABELS), 0)  # of all videos, one after the other
-        places = np.split(places, np.cumsum([len(video) for video in shown.values()])[:-1])
-        found.append({arm: x[:, 1:] - starts[arm][:, None] for arm, x in zip(shown, places)})
-    return found
+def train_labellers(args, paths, videos, networks, **sets):
+    """For `learn.find`."""
+    sources = [(videos[name][:count], paths[name][:count]) for name, count in sets.items()]
+    work = partial(learn.train_labeller, sources=sources, steps=args.label_steps)
+    return keep(args, work, range(networks), f"labellers_{'_'.join(sets)}", OF_LABELS)
+
+
+def label(labellers, videos, paths):
+    """Pseudo-labels: how the fingertip moves from its true start, which a robot knows, (N, T - 1, 3)."""
+    return learn.find(labellers, videos)[:, 1:] - paths[:, :1]
 
 
 def keep(args, work, jobs, name, depends_on):
@@ -132,19 +128,21 @@ def keep(args, work, jobs, name, depends_on):
     return learn.keep(work, list(jobs), args.processes, args.output_dir / name, options)
 
 
-def train_and_judge(args, arms, real, test, name):
+def train_and_judge(args, added, real, test):
     """The policies' answers {arm: (seeds, N, 8, 3)} and how far they leave the cube {arm: (seeds, judged layouts)}.
 
-    arms: {arm: added samples or None}; test: the first frames and starts of the judged layouts, and of any others.
+    added: {arm: samples or None}; test: the first frames and starts of the judged layouts, and of any others.
     """
-    train = partial(learn.train_policy, real=real, steps=args.policy_steps, test=test)
-    jobs = [(policy, added) for added in arms.values() for policy in range(args.seeds)]
-    answers = np.stack(keep(args, train, jobs, f"{name}_answers", OF_POLICIES))
-    judged = np.swapaxes(answers[:, : args.layouts], 0, 1)
-    play = partial(clips.judge_layout, seed=SEEDS[args.judge_on])
-    distances = np.stack(keep(args, play, enumerate(judged), f"{name}_distances", OF_POLICIES), 1)
-    shape = len(arms), args.seeds
-    return [dict(zip(arms, x.reshape(*shape, *x.shape[1:]))) for x in (answers, distances)]
+    answers, distances = {}, {}
+    for arm in added:
+        name = f"{args.judge_on}_{arm}"
+        train = partial(learn.train_policy, real=real, steps=args.policy_steps, test=test)
+        jobs = [(policy, added[arm]) for policy in range(args.seeds)]
+        answers[arm] = np.stack(keep(args, train, jobs, f"{name}_answers", OF_POLICIES))
+        paths = enumerate(np.swapaxes(answers[arm][:, : args.layouts], 0, 1))
+        play = partial(clips.judge_layout, seed=SEEDS[args.judge_on])
+        distances[arm] = np.stack(keep(args, play, paths, f"{name}_distances", OF_POLICIES), 1)
+    return answers, distances
 
 
 def follow(args, name, firsts, answers):
@@ -290,36 +288,49 @@ def main(args):
         took[stage] = {"wall_s": round(time.time() - started), "cpu_s": round(cpu)}
         print(f"\n--- {stage}: {took[stage]['wall_s']} s so far, {took[stage]['cpu_s']} s of CPU", flush=True)
 
+    paths, videos = prepare(args)
+    done("rendered")
+    labellers = train_labellers(args, paths, videos, args.labellers, bundled=LABELLED, aimless=args.aimless)
+    done("labellers trained")
+
+    # Arms that need no video model: first frames, starts, moves
+    moved = {name: p[:, 1:] - p[:, :1] for name, p in paths.items()}
+    firsts = {name: (videos[name][:, 0], paths[name][:, 0]) for name in paths}
+    real = *(x[:LABELLED] for x in firsts["bundled"]), moved["bundled"][:LABELLED]
+    test = [np.concatenate(both) for both in zip(firsts[args.judge_on], firsts["new"])]
+    new, rest, of_rest = paths["new"], videos["bundled"][LABELLED:], paths["bundled"][LABELLED:]
+    videos |= {"d": np.repeat(videos["new"][:, :1], clips.FRAMES, 1), "e": videos["new"], "g": rest}
+    labels = {"d": label(labellers, videos["d"], new), "e": label(labellers, videos["e"], new)}
+    labels["g"] = label(labellers, rest, of_rest)
+    added = {"a": None, "d": (*firsts["new"], labels["d"]), "e": (*firsts["new"], labels["e"])}
+    added |= {"f": (*firsts["new"], moved["new"]), "g": (rest[:, 0], of_rest[:, 0], labels["g"])}
+    answers, distances = train_and_judge(args, {arm: added[arm] for arm in args.arms if arm in added}, real, test)
+    done("judged what needs no video model")
+
+    # Arms with generated clips
     if not (args.model_dir / "model_index.json").exists():
         cores = {**os.environ, "OMP_NUM_THREADS": str(os.cpu_count())}  # it runs alone; `learn` has set it to 1
         subprocess.run([sys.executable, str(clips.ROOT / "tests" / "demo.py")], env=cores, check=True)
     done("fine-tuned")
-    paths, videos = prepare(args)
-    done("rendered")
     videos["b"], videos["c"], videos["generated_more"] = generate(
         args.processes,
         (args.model_dir, out / "new_first_frames", out / "generated_b"),
         (TINY, out / "new_first_frames", out / "generated_c"),
         (args.model_dir, out / "more_first_frames", out / "generated_more"),
     )
-    videos |= {"d": np.repeat(videos["new"][:, :1], clips.FRAMES, 1), "e": videos["new"]}
-    videos["g"] = videos["bundled"][LABELLED:]
     done("generated")
-    labels, alone = label(args, paths, videos)
-    done("labelled")
-
-    # The arms: first frames, starts, moves
-    moved = {name: p[:, 1:] - p[:, :1] for name, p in paths.items()}
-    firsts = {name: (videos[name][:, 0], paths[name][:, 0]) for name in paths}
-    real = *(x[:LABELLED] for x in firsts["bundled"]), moved["bundled"][:LABELLED]
-    added = {"a": None} | {arm: (*firsts["new"], labels[arm]) for arm in "bcde"} | {"f": (*firsts["new"], moved["new"])}
-    added["g"] = *(x[LABELLED:] for x in firsts["bundled"]), labels["g"]
+    labels |= {arm: label(labellers, videos[arm], new) for arm in "bc"}
+    labels["more"] = label(labellers, videos["generated_more"], paths["more"])
+    added = {arm: (*firsts["new"], labels[arm]) for arm in "bc"} | {"g": added["g"]}
     added["h"] = [np.concatenate(both) for both in zip(added["g"], added["b"])]
     added["i"] = [np.concatenate(both) for both in zip(added["h"], (*firsts["more"], labels["more"]))]
-    test = [np.concatenate(both) for both in zip(firsts[args.judge_on], firsts["new"])]
-    arms = {arm: added[arm] for arm in args.arms}
-    answers, distances = train_and_judge(args, arms, real, test, args.judge_on)
-    done("trained and judged")
+    of_generated = train_and_judge(args, {arm: added[arm] for arm in args.arms if arm in "bchi"}, real, test)
+    answers, distances = (
+        {arm: x[arm] for arm in sorted(x)} for x in map(dict.__or__, (answers, distances), of_generated)
+    )
+    labellers_alone = train_labellers(args, paths, videos, 1, bundled=LABELLED)
+    alone = {arm: label(labellers_alone, videos[arm], of_rest if arm == "g" else new) for arm in "beg"}
+    done("judged all")
 
     true = paths[args.judge_on][:8]  # the judge himself, on a few layouts
     still = np.repeat(true[:, :1], clips.FRAMES, 1)
@@ -331,7 +342,7 @@ def main(args):
     if (args.action_model / "model_index.json").exists():
         added_j, tried = try_paths(args, answers["a"][:, args.layouts :], *firsts["new"])
         if added_j:
-            of_j = train_and_judge(args, {"j": added_j}, real, test, f"{args.judge_on}_j")
+            of_j = train_and_judge(args, {"j": added_j}, real, test)
             answers, distances = answers | of_j[0], distances | of_j[1]
         judged_inside = judge_inside(args, answers, distances, test[0])
         done("tried and judged inside the model")
