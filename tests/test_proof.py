@@ -17,7 +17,8 @@ sys.path.insert(0, str(ROOT / "tests" / "proof"))
 import inside  # isort: skip
 
 PUSHES = ROOT / "tests" / "data" / "robot_push" / "videos" / "chunk-000" / "observation.images.front"
-FEW = "--processes 1 --new 2 --more 2 --aimless 2 --videos 11 --layouts 2 --seeds 1 --labellers 1 --label_steps 2 --policy_steps 2"
+FEW = "--new 2 --more 2 --aimless 2 --videos 11 --layouts 2 --seeds 1 --labellers 1 --label_steps 2 --policy_steps 2"
+FEW += " --processes 1"
 
 
 @pytest.mark.slow
