@@ -30,7 +30,7 @@ def test_the_proof_runs_whole(tmp_path):
     assert "the judge: true path 100.0%, standing still 0.0%" in done.stdout
     results = json.loads((tmp_path / "results.json").read_text())
     assert list(results["arms"]) == list("abcdefghi")
-    assert all(row["fingertip_error_cm"] > 0 for row in results["arms"].values())
+    assert all(row["fingertip_error_cm"][0] > 0 for row in results["arms"].values())
     assert {"b - a", "b - c", "h - g", "i - g"} <= set(results["differences"])
     assert all((tmp_path / name).stat().st_size > 1000 for name in ("clips.png", "pushes.png"))
     assert (tmp_path / "table.md").read_text().count("\n| ") == 9

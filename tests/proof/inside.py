@@ -114,8 +114,8 @@ def compare(predicted, true, draws=10000):
     return numbers | {"rollouts": {name: int(cell.sum()) for name, cell in cells.items()}}
 
 
-def share(values, draws=10000):
-    """The share that is true, and its 95 % bootstrap interval."""
+def interval(values, draws=10000):
+    """[mean, low, high]: 95 % bootstrap; None where there is no value."""
     values = np.asarray(values, float)
     if not len(values):
         return None

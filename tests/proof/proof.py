@@ -161,7 +161,7 @@ def try_paths(args, answers, firsts, starts):
     jobs = enumerate(tried.reshape(args.new, args.tries, clips.FRAMES, 3))
     really = np.concatenate(keep(args, play, jobs, "tried_distances", [*OF_POLICIES, "tries"])) < clips.DISC
     numbers = {"tried": len(tried), "kept": int(good.sum()), "layouts": len(set(owner[good].tolist()))}
-    numbers |= {"succeed_of_tried": inside.share(really), "succeed_of_kept": inside.share(really[good])}
+    numbers |= {"succeed_of_tried": inside.interval(really), "succeed_of_kept": inside.interval(really[good])}
     samples = firsts[owner[good]], starts[owner[good]], tried[good][:, 1:] - tried[good][:, :1]
     return samples if good.any() else None, numbers
 
@@ -182,7 +182,11 @@ def label_quality(labels, true):
     """Error of displacements (N, T - 1, 3) against the true, cm: all frames, the last; ratio of the steps' lengths."""
     error = np.linalg.norm(labels - true, axis=2) * 100
     length = [np.linalg.norm(np.diff(x, axis=1, prepend=0), axis=2).mean() for x in (labels, true)]
-    return {"label_error_cm": error.mean(), "last_cm": error[:, -1].mean(), "action_ratio": length[0] / length[1]}
+    return {
+        "label_error_cm": inside.interval(error.mean(1)),
+        "last_cm": error[:, -1].mean(),
+        "action_ratio": length[0] / length[1],
+    }
 
 
 def bootstrap(values, draws=10000):
@@ -193,21 +197,26 @@ def bootstrap(values, draws=10000):
     return {arm: v[s[:, :, None], n[:, None, :]].mean((1, 2)) for arm, v in values.items()}
 
 
+def centimetres(values):
+    return "{:.1f} cm ({:.1f} to {:.1f})".format(*values)
+
+
 def write_table(results, path):
     head = "| arm | success | fingertip error | pseudo-label error | actions, labelled / true |"
     lines = [head, "|---|---|---|---|---|"]
     for arm, r in results["arms"].items():
-        low, high = (100 * x for x in r["success_interval"])
-        label = [f"{r['label_error_cm']:.1f} cm", f"{r['action_ratio']:.2f}"] if "label_error_cm" in r else ["", ""]
-        success = f"{100 * r['success']:.1f} % ({low:.1f} to {high:.1f})"
-        lines.append(f"| {arm}: {ARMS[arm]} | {success} | {r['fingertip_error_cm']:.1f} cm | {' | '.join(label)} |")
+        success = "{:.1f} % ({:.1f} to {:.1f})".format(*(100 * x for x in r["success"]))
+        label = [centimetres(r["label_error_cm"]), f"{r['action_ratio']:.2f}"] if "label_error_cm" in r else ["", ""]
+        lines.append(
+            f"| {arm}: {ARMS[arm]} | {success} | {centimetres(r['fingertip_error_cm'])} | {' | '.join(label)} |"
+        )
     for name, r in results["differences"].items():
         lines += ["", f"{name}: {100 * r['mean']:+.1f} points ({100 * r['low']:+.1f} to {100 * r['high']:+.1f})"]
     for name, r in results["ratios"].items():
         lines += ["", f"{name}: {100 * r['mean']:.0f} % ({100 * r['low']:.0f} to {100 * r['high']:.0f})"]
     alone = results["demonstrations_alone"]
     lines += ["", "Label error with the 10 demonstrations alone, without aimless motion: "
-        + ", ".join(f"{arm} {r['label_error_cm']:.1f} cm" for arm, r in alone.items())]  # fmt: skip
+        + ", ".join(f"{arm} {centimetres(r['label_error_cm'])}" for arm, r in alone.items())]  # fmt: skip
     lines += inside.sentences(results)
     path.write_text("\n".join(lines) + "\n")
     print("\n" + path.read_text())
@@ -257,14 +266,17 @@ def summarize(args, answers, distances, labels, alone, paths):
     """The table's numbers."""
     success = {arm: (d < clips.DISC).astype(float) for arm, d in distances.items()}
     draws, true = bootstrap(success), paths[args.judge_on]
-    moved = {name: p[:, 1:] - p[:, :1] for name, p in paths.items()}
+    errors = {
+        arm: 100 * np.linalg.norm(x[:, : args.layouts] - true, axis=3)[:, :, 1:].mean(2) for arm, x in answers.items()
+    }
+    error_draws, moved = bootstrap(errors), {name: p[:, 1:] - p[:, :1] for name, p in paths.items()}
     true_moves = {"g": moved["bundled"][LABELLED:], **dict.fromkeys("bcde", moved["new"])}
     results = {"judged_on": args.judge_on, "arms": {}, "differences": {}, "ratios": {}}
     results["demonstrations_alone"] = {arm: label_quality(alone[arm], true_moves[arm]) for arm in "beg"}
-    for arm, answer in answers.items():
-        error = np.linalg.norm(answer[:, : args.layouts] - true, axis=3)[:, :, 1:].mean() * 100
-        row = {"success": success[arm].mean(), "success_interval": np.percentile(draws[arm], [2.5, 97.5]).tolist()}
-        row |= {"fingertip_error_cm": error, "success_of_each_seed": success[arm].mean(1).tolist()}
+    for arm in answers:
+        row = {"success": [success[arm].mean(), *np.percentile(draws[arm], [2.5, 97.5])]}
+        row["fingertip_error_cm"] = [errors[arm].mean(), *np.percentile(error_draws[arm], [2.5, 97.5])]
+        row["success_of_each_seed"] = success[arm].mean(1).tolist()
         if arm in true_moves:
             row |= label_quality(labels[arm], true_moves[arm])
         results["arms"][arm] = row
