@@ -285,7 +285,7 @@ def summarize(args, answers, distances, labels, alone, paths):
             low, high = np.percentile(draws[pair[0]] - draws[pair[1]], [2.5, 97.5])
             mean = success[pair[0]].mean() - success[pair[1]].mean()
             results["differences"][f"{pair[0]} - {pair[1]}"] = {"mean": mean, "low": low, "high": high}
-    if set("abe") <= set(answers):
+    if set("abe") <= set(answers) and success["e"].mean() > success["a"].mean():
         low, high = np.percentile((draws["b"] - draws["a"]) / (draws["e"] - draws["a"]), [2.5, 97.5])
         mean = (success["b"].mean() - success["a"].mean()) / (success["e"].mean() - success["a"].mean())
         results["ratios"]["(b - a) / (e - a)"] = {"mean": mean, "low": low, "high": high}
@@ -365,7 +365,7 @@ def main(args):
     write_clips(out / "clips.png", {"real": videos["new"], "fine-tuned": videos["b"], "base": videos["c"]},
         {"real": labels["e"], "fine-tuned": labels["b"], "base": labels["c"]}, paths["new"])  # fmt: skip
     shown = {"true": paths[args.judge_on]} | {arm: answers[arm][0] for arm in "abcf" if arm in answers}
-    write_pushes(out / "pushes.png", test[0], shown, seed)
+    write_pushes(out / "pushes.png", test[0][: args.layouts], shown, seed)
     results |= {"tried": tried, "inside": judged_inside, "took": took}
     write_file(out / "results.json", json.dumps(results, indent=1, default=float).encode())
     write_table(results, out / "table.md")
