@@ -65,8 +65,8 @@ def build_parser():
     add("--label_steps", type=int, default=1000)
     add("--policy_steps", type=int, default=400)
     add("--action_model", type=Path, default=clips.ROOT / "actions" / "with", help="of make actions, for section 3")
-    add("--tries", type=int, default=6, help="paths that are tried for each new layout (arm j)")
-    add("--inside", type=int, nargs=2, default=[2, 24], help="policies of an arm and layouts to judge inside the model")
+    add("--tries", type=int, default=4, help="paths that are tried for each new layout (arm j)")
+    add("--inside", type=int, nargs=2, default=[2, 16], help="policies of an arm and layouts to judge inside the model")
     add("--processes", type=int, default=os.cpu_count(), help="at a time")
     return parser
 
