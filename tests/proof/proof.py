@@ -78,7 +78,9 @@ def prepare(args):
     """Renders what is not there yet. Returns ({name: true paths}, {name: videos}); some are of first frames alone."""
     out, front = args.output_dir, ("front",)
     sets = {"bundled": (1, args.videos, None, ()), "new": (SEEDS["new"], args.new, None, front)}
-    sets |= {"more": (SEEDS["more"], args.more, 1, front), "aimless": (SEEDS["aimless"], args.aimless, None, front)}
+    sets["aimless"] = SEEDS["aimless"], args.aimless, None, front
+    if "i" in args.arms:
+        sets["more"] = SEEDS["more"], args.more, 1, front
     sets[args.judge_on] = SEEDS[args.judge_on], args.layouts, 1, front
     paths, videos = {}, {}
     for name, (seed, count, pictures, cameras) in sets.items():
@@ -86,7 +88,7 @@ def prepare(args):
         clips.make_clips(out / name, seed, count, pictures, cameras, task, args.processes)
         paths[name] = clips.read_paths(out / name, count)
         videos[name] = clips.read_clips(out / name if cameras else BUNDLED, count)
-    for name in ("new", "more"):
+    for name in {"new", "more"} & set(sets):
         (out / f"{name}_first_frames").mkdir(exist_ok=True)
         for i, clip in enumerate(videos[name]):
             write_file(out / f"{name}_first_frames" / f"episode_{i:06d}.png", common.encode_png(clip[0]))
@@ -324,18 +326,18 @@ def main(args):
         cores = {**os.environ, "OMP_NUM_THREADS": str(os.cpu_count())}  # it runs alone; `learn` has set it to 1
         subprocess.run([sys.executable, str(clips.ROOT / "tests" / "demo.py")], env=cores, check=True)
     done("fine-tuned")
-    videos["b"], videos["c"], videos["generated_more"] = generate(
-        args.processes,
-        (args.model_dir, out / "new_first_frames", out / "generated_b"),
-        (TINY, out / "new_first_frames", out / "generated_c"),
-        (args.model_dir, out / "more_first_frames", out / "generated_more"),
-    )
+    sets = {"b": (args.model_dir, out / "new_first_frames", out / "generated_b")}
+    sets["c"] = TINY, out / "new_first_frames", out / "generated_c"
+    sets["i"] = args.model_dir, out / "more_first_frames", out / "generated_more"
+    needed = [arm for arm in sets if arm in args.arms or arm == "b"]
+    generated = dict(zip(needed, generate(args.processes, *(sets[arm] for arm in needed))))
+    videos |= generated
     done("generated")
-    labels |= {arm: label(labellers, videos[arm], new) for arm in "bc"}
-    labels["more"] = label(labellers, videos["generated_more"], paths["more"])
-    added = {arm: (*firsts["new"], labels[arm]) for arm in "bc"} | {"g": added["g"]}
+    labels |= {arm: label(labellers, clip, paths["more" if arm == "i" else "new"]) for arm, clip in generated.items()}
+    added = {arm: (*firsts["new"], labels[arm]) for arm in "bc" if arm in generated} | {"g": added["g"]}
     added["h"] = [np.concatenate(both) for both in zip(added["g"], added["b"])]
-    added["i"] = [np.concatenate(both) for both in zip(added["h"], (*firsts["more"], labels["more"]))]
+    if "i" in generated:
+        added["i"] = [np.concatenate(both) for both in zip(added["h"], (*firsts["more"], labels["i"]))]
     of_generated = train_and_judge(args, {arm: added[arm] for arm in args.arms if arm in "bchi"}, real, test)
     answers, distances = (
         {arm: x[arm] for arm in sorted(x)} for x in map(dict.__or__, (answers, distances), of_generated)
@@ -362,8 +364,9 @@ def main(args):
         print(f"\nsection 3 is left out: there is no model in {args.action_model}; `make actions` trains it")
 
     results = summarize(args, answers, distances, labels, alone, paths)
-    write_clips(out / "clips.png", {"real": videos["new"], "fine-tuned": videos["b"], "base": videos["c"]},
-        {"real": labels["e"], "fine-tuned": labels["b"], "base": labels["c"]}, paths["new"])  # fmt: skip
+    shown = {"real": "e", "fine-tuned": "b"} | ({"base": "c"} if "c" in generated else {})
+    pictured = ({name: kind[arm] for name, arm in shown.items()} for kind in (videos, labels))
+    write_clips(out / "clips.png", *pictured, paths["new"])
     shown = {"true": paths[args.judge_on]} | {arm: answers[arm][0] for arm in "abcf" if arm in answers}
     write_pushes(out / "pushes.png", test[0][: args.layouts], shown, seed)
     results |= {"tried": tried, "inside": judged_inside, "took": took}
