@@ -10,6 +10,7 @@ import pytest
 from conftest import ROOT, TINY
 
 import svd_common as common
+from svd_parts.dataset import list_clips
 
 pytest.importorskip("pybullet")
 sys.path.insert(0, str(ROOT / "tests" / "proof"))
@@ -56,3 +57,10 @@ def test_proposed_paths_begin_where_the_answers_begin():
     answers[:, :, 0] = 0.5
     paths = inside.propose(answers, count=2)
     assert paths.shape == (8, 8, 3) and np.allclose(paths[:, 0], 0.5)
+
+
+def test_commands_are_a_dataset_that_inference_reads(tmp_path):
+    paths = np.arange(48.0).reshape(2, 8, 3)
+    inside.write_commands(tmp_path, np.zeros((2, 64, 96, 3), np.uint8), paths)
+    assert [len(clip["frames"]) for clip in list_clips(tmp_path)] == [1, 1]
+    assert np.load(tmp_path / "clip_000001" / "actions.npy").tolist() == paths[1].tolist()

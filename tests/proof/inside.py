@@ -24,6 +24,7 @@ def write_commands(folder, firsts, paths):
     lines = []
     for index, (frame, path) in enumerate(zip(firsts, paths)):
         directory = f"clip_{index:06d}"
+        (folder / directory).mkdir(parents=True, exist_ok=True)
         write_file(folder / directory / "00000.png", common.encode_png(frame))
         np.save(folder / directory / "actions.npy", path.astype(np.float32))
         lines.append(json.dumps({"directory": directory, "fps": clips.FPS, "action_names": NAMES}))
