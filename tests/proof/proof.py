@@ -44,7 +44,7 @@ ARMS = {
 }
 DIFFERENCES = "hg ig ba bc bd bg ea fa ja jf jg".split()
 OF_LABELS = "new videos aimless label_steps".split()  # the options that labels, and policies, depend on
-OF_POLICIES = [*OF_LABELS, *"labellers layouts seeds policy_steps".split()]
+OF_POLICIES = [*OF_LABELS, *"labellers layouts policy_steps".split()]
 COLORS = {"true": (20, 200, 60), "a": (235, 150, 20), "b": (230, 20, 40), "c": (40, 80, 235), "f": (150, 60, 200)}
 
 
@@ -143,7 +143,7 @@ def train_and_judge(args, added, real, test):
         answers[arm] = np.stack(keep(args, train, jobs, f"{name}_answers", OF_POLICIES))
         paths = enumerate(np.swapaxes(answers[arm][:, : args.layouts], 0, 1))
         play = partial(clips.judge_layout, seed=SEEDS[args.judge_on])
-        distances[arm] = np.stack(keep(args, play, paths, f"{name}_distances", OF_POLICIES), 1)
+        distances[arm] = np.stack(keep(args, play, paths, f"{name}_distances_{args.seeds}", OF_POLICIES), 1)
     return answers, distances
 
 
