@@ -107,7 +107,7 @@ def compare(predicted, true, draws=10000):
     found = np.array(found)
     numbers = {}
     for name, column in zip(("pearson", "spearman", "optimism"), found.T):
-        low, high = np.nanpercentile(column[1:], [2.5, 97.5])
+        low, high = np.percentile(column[np.isfinite(column)], [2.5, 97.5]) if np.isfinite(column[0]) else [np.nan] * 2
         numbers[name] = {"mean": column[0], "low": low, "high": high}
     yes, really = predicted.astype(bool), true.astype(bool)
     cells = {"both": yes & really, "model alone": yes & ~really}

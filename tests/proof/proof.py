@@ -288,7 +288,8 @@ def summarize(args, answers, distances, labels, alone, paths):
             mean = success[pair[0]].mean() - success[pair[1]].mean()
             results["differences"][f"{pair[0]} - {pair[1]}"] = {"mean": mean, "low": low, "high": high}
     if set("abe") <= set(answers) and success["e"].mean() > success["a"].mean():
-        low, high = np.percentile((draws["b"] - draws["a"]) / (draws["e"] - draws["a"]), [2.5, 97.5])
+        with np.errstate(divide="ignore", invalid="ignore"):
+            low, high = np.nanpercentile((draws["b"] - draws["a"]) / (draws["e"] - draws["a"]), [2.5, 97.5])
         mean = (success["b"].mean() - success["a"].mean()) / (success["e"].mean() - success["a"].mean())
         results["ratios"]["(b - a) / (e - a)"] = {"mean": mean, "low": low, "high": high}
     return results
