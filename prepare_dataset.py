@@ -198,7 +198,8 @@ def publish(video, record, old, run):
     write_file(run.state / f"{video.directory}.json", dump_line(record))
     for clip in record["clips"]:
         os.replace(run.work / video.directory / clip["directory"], run.output / clip["directory"])
-    (run.output / "preview.jpg").unlink(missing_ok=True)  # it shows the old clips; the end of the run makes a new one
+    with contextlib.suppress(OSError):  # it shows the old clips; the end of the run makes a new one
+        (run.output / "preview.jpg").unlink()
     if not run.options.shard.name:  # machines cannot safely append to one file: a shard writes it at its end
         new = [clip for clip in record["clips"] if clip["directory"] not in owned]  # the others have their lines
         with run.lock:

@@ -74,10 +74,15 @@ def run_script(main):
 
 
 def check_launcher():
-    """Refuses variables of a launcher that is not there: accelerate would wait for several processes.
+    """Refuses variables of a launcher that is not there: accelerate would wait for several processes. Refuses ways to
+    spread one model over GPUs: here several GPUs share batches alone.
 
     Raises `UserError` that names the variable.
     """
+    for name in ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP", "ACCELERATE_USE_MEGATRON_LM"):
+        if os.environ.get(name, "").lower() in ("1", "true", "yes", "on"):
+            cure = f"unset {name}, or start by `accelerate launch --multi_gpu`"
+            raise UserError(f"{name} is set in the environment; several GPUs share batches here, not a model: {cure}")
     alone = dict.fromkeys("WORLD_SIZE PMI_SIZE OMPI_COMM_WORLD_SIZE MV2_COMM_WORLD_SIZE".split(), ("", "1"))
     alone["LOCAL_RANK"] = ("", "-1")
     for name in (name for name in alone if os.environ.get(name, "") not in alone[name]):

@@ -211,4 +211,7 @@ def write_preview(output, clips):
                 sheet.paste(picture, (left + place * wide, top))
     data = io.BytesIO()
     sheet.save(data, "JPEG", quality=90)
-    write_file(output / "preview.jpg", data.getvalue())
+    try:
+        write_file(output / "preview.jpg", data.getvalue())
+    except OSError as error:
+        print(f"warning: {output / 'preview.jpg'} cannot be written ({error.strerror}); the clips are whole")

@@ -133,6 +133,15 @@ def test_a_whole_environment_of_a_launcher_or_none_is_taken(there, monkeypatch):
     check_launcher()
 
 
+@pytest.mark.parametrize("name", ["DEEPSPEED", "FSDP"])
+def test_ways_of_a_launcher_that_are_not_known_here_are_refused(name, monkeypatch):
+    monkeypatch.setenv(f"ACCELERATE_USE_{name}", "false")
+    check_launcher()
+    monkeypatch.setenv(f"ACCELERATE_USE_{name}", "true")
+    with pytest.raises(UserError, match=f"unset ACCELERATE_USE_{name}, or"):
+        check_launcher()
+
+
 @pytest.mark.parametrize("there", [("WORLD_SIZE",), ("LOCAL_RANK", "RANK"), ("WORLD_SIZE", "RANK", "LOCAL_RANK")])
 def test_a_part_of_it_is_refused_by_name(there, monkeypatch):
     for name in LAUNCHED:

@@ -1377,3 +1377,10 @@ def test_a_folder_without_videos_says_what_is_in_it(tmp_path):
     (tmp_path / "videos/take.mcap").write_bytes(b"x")
     text = prepare(tmp_path / "videos", tmp_path / "out", status=2)[0]
     assert "no video in it; left out, because they are not videos: 1 .mcap (export mp4 or a LeRobot set first)" in text
+
+
+def test_a_preview_that_cannot_be_written_ends_nothing(tmp_path):
+    make(tmp_path / "videos/a.mp4")
+    (tmp_path / "out/preview.jpg").mkdir(parents=True)
+    text, lines = prepare(tmp_path / "videos", tmp_path / "out")
+    assert set(lines) == {"a.mp4"} and "preview.jpg cannot be written (Is a directory); the clips are whole" in text
