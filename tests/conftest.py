@@ -32,10 +32,7 @@ def pytest_runtest_setup(item):
 
 # Half of a short run is importing torch and diffusers: a server does that once and forks a new process for each run.
 server = multiprocessing.get_context("forkserver")
-server.set_forkserver_preload(
-    "accelerate cv2 diffusers.optimization diffusers.pipelines.stable_video_diffusion diffusers.training_utils"
-    " torch._dynamo torch.utils.flop_counter transformers.models.clip".split()
-)
+server.set_forkserver_preload(["warm"])
 
 
 def run_forked(command, output):
