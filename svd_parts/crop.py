@@ -20,6 +20,8 @@ def describe_crop(size, width, height, multiple):
     ratios = size[0] / size[1], size[1] / size[0]
     fitting = [max(1, round((width * height * ratio) ** 0.5 / multiple)) * multiple for ratio in ratios]
     what = f"some {round(20 * lost) / 20:.0%} of the picture is lost to the crop to {width}x{height}"
+    if fitting == [width, height]:  # a small size, in steps of `multiple`
+        return f"{what}; no size of as many pixels fits better"
     return f"{what}; --width {fitting[0]} --height {fitting[1]} would fit"
 
 
