@@ -82,6 +82,7 @@ def build_parser():
     add("--condition_on", choices=["actions"], help=acts)
     dropped = "share of samples trained without their actions, so that the model also works without (default 0.1)"
     add("--action_dropout_prob", type=at_least_zero, help=dropped)
+    add("--action_learning_rate", type=at_least_zero, help="of the actions' encoder, which begins at 0 (default 1e-3)")
     add("--use_ema", action="store_true", help="keep a running average of the trained weights and save that")
     add("--ema_decay", type=at_least_zero, default=0.9999, help="the average's decay, after warm-up (default 0.9999)")
     add("--seed", type=int, default=0, help="all random numbers depend on the seed and the step alone (default 0)")
@@ -133,9 +134,11 @@ def parse_args(argv=None):
             parser.error(f"--{name} must be {wanted}, got {getattr(args, name)}")
     if (args.validation_dir or args.num_validation_videos) and not args.cache_latents:
         parser.error("validation reads the latent cache: leave out --no-cache_latents")
-    if args.action_dropout_prob is not None and not args.condition_on:
-        parser.error("--action_dropout_prob needs --condition_on actions: give that too")
-    args.action_dropout_prob = 0.1 if args.action_dropout_prob is None else args.action_dropout_prob
+    for option, default in (("action_dropout_prob", 0.1), ("action_learning_rate", 1e-3)):
+        if getattr(args, option) is not None and not args.condition_on:
+            parser.error(f"--{option} needs --condition_on actions: give that too")
+        if getattr(args, option) is None:
+            setattr(args, option, default)
     if args.lr_warmup_steps and args.lr_scheduler == "constant":
         args.lr_scheduler = "constant_with_warmup"  # diffusers' `constant` would ignore the warm-up
     if args.learning_rate is None:

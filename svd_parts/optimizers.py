@@ -6,6 +6,8 @@ torch is imported inside the functions, so that the command line can list the ta
 from functools import partial
 from typing import Callable, NamedTuple
 
+from svd_parts.actions import PREFIX
+
 
 class Optimizer(NamedTuple):
     """One entry of the table."""
@@ -70,9 +72,14 @@ def gradients_freed_early(options, num_processes):
     return alone and options.max_grad_norm == 0 and options.mixed_precision != "fp16"
 
 
-def build_optimizer(options, parameters, each_alone=False):
-    """Builds the optimizer of --optimizer. each_alone: put each parameter into a group of its own."""
-    groups = [{"params": [parameter]} for parameter in parameters] if each_alone else [{"params": list(parameters)}]
+def build_optimizer(options, trained, each_alone=False):
+    """Builds the optimizer of --optimizer for `trained`, {name: parameter}. each_alone: each one in its own group."""
+    groups = {}
+    for name, parameter in trained.items():
+        rate = options.action_learning_rate if name.startswith(PREFIX) else options.learning_rate
+        group = groups.setdefault(name if each_alone else rate, {"params": [], "lr": rate})
+        group["params"].append(parameter)
+    groups = list(groups.values())
     build = OPTIMIZERS[options.optimizer].build
     return build(groups, lr=options.learning_rate, weight_decay=options.adam_weight_decay)
 

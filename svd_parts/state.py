@@ -28,7 +28,7 @@ class TrainingState:
         self.bare_unet, self.trained, self.steps = unet, trained_parameters(unet), 0
         self.take_step = OPTIMIZERS[options.optimizer].step
         self.freed_early = gradients_freed_early(options, accelerator.num_processes)
-        self.optimizer = build_optimizer(options, self.trained.values(), self.freed_early)
+        self.optimizer = build_optimizer(options, self.trained, self.freed_early)
         steps = {"num_warmup_steps": options.lr_warmup_steps, "num_training_steps": options.max_train_steps}
         self.lr_scheduler = get_scheduler(options.lr_scheduler, self.optimizer, **steps)
         self.ema = EMAModel(self.trained.values(), decay=options.ema_decay) if options.use_ema else None

@@ -78,7 +78,7 @@ def our_step(args, checkpointing):
     vae.decoder = None
     if args.compile:
         compile_blocks(unet)
-    trained = list(trained_parameters(unet).values())
+    trained = trained_parameters(unet)
     freed_early = gradients_freed_early(args, 1)
     optimizer = build_optimizer(args, trained, freed_early)
     if freed_early:
@@ -94,7 +94,7 @@ def our_step(args, checkpointing):
     def step():
         training_loss(unet, vae, batch, DTYPE)[0].backward()
         if not freed_early:
-            norm = torch.nn.utils.clip_grad_norm_(trained, args.max_grad_norm)
+            norm = torch.nn.utils.clip_grad_norm_(trained.values(), args.max_grad_norm)
             optimizer.found_inf = (~torch.isfinite(norm)).float()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)

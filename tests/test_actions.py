@@ -201,6 +201,9 @@ def acted(tmp_path_factory):
     return root
 
 
+RATES = ["--learning_rate", "1e-2", "--action_learning_rate", "1e-2"]
+
+
 def train(acted, output, *more, **options):
     return run("train_svd.py", *train_arguments(acted, output), "--condition_on", "actions", *more, **options)
 
@@ -208,7 +211,7 @@ def train(acted, output, *more, **options):
 @pytest.fixture(scope="module")
 def model(acted, tmp_path_factory):
     output = tmp_path_factory.mktemp("model") / "outputs"
-    train(acted, output, "--max_train_steps", 4, "--checkpointing_steps", 2, "--use_ema", "--learning_rate", "1e-2",
+    train(acted, output, "--max_train_steps", 4, "--checkpointing_steps", 2, "--use_ema", *RATES,
         "--num_validation_videos", 1)  # fmt: skip
     return output
 
@@ -240,7 +243,7 @@ def test_a_resumed_run_is_the_unbroken_one_to_the_last_bit(acted, model, tmp_pat
     for gone in ("checkpoint-4", "model_index.json", "actions", "unet"):
         path = tmp_path / "run" / gone
         shutil.rmtree(path) if path.is_dir() else path.unlink()
-    same_run = "--checkpointing_steps 2 --use_ema --learning_rate 1e-2 --num_validation_videos 1".split()
+    same_run = ["--checkpointing_steps", 2, "--use_ema", *RATES, "--num_validation_videos", 1]
     same_run += ["--resume_from_checkpoint", "latest"]
     train(acted, tmp_path / "run", "--max_train_steps", 4, *same_run)
     for part in ("checkpoint-4", "actions", "unet"):
@@ -259,14 +262,15 @@ def test_training_goes_on_from_a_model_that_follows_actions(acted, model, tmp_pa
     for path in other.glob(f"*/{acts.FILE}"):
         np.save(path, np.load(path) / 2)  # of the same kind, in another range
     start = ["--learning_rate", 0, "--max_train_steps", 1]
-    run("train_svd.py", *train_arguments(other, tmp_path / "on", model), "--condition_on", "actions", *start)
+    with_actions = ["--condition_on", "actions", "--action_learning_rate", 0]
+    run("train_svd.py", *train_arguments(other, tmp_path / "on", model), *with_actions, *start)
     for name in ("actions.json", "encoder.safetensors"):
         assert (tmp_path / "on" / "actions" / name).read_bytes() == (model / "actions" / name).read_bytes()
     done = run("train_svd.py", *train_arguments(other, tmp_path / "off", model), *start)
     assert "follows actions; without --condition_on actions" in done.stdout
     assert not (tmp_path / "off" / "actions").exists()
     (other / "metadata.jsonl").write_text((other / "metadata.jsonl").read_text().replace("left", "right"))
-    done = run("train_svd.py", *train_arguments(other, tmp_path / "new", model), "--condition_on", "actions", *start)
+    done = run("train_svd.py", *train_arguments(other, tmp_path / "new", model), *with_actions, *start)
     assert (
         "follows other actions (left, seed): its encoder is not used, and a new one learns right, seed" in done.stdout
     )

@@ -1,11 +1,12 @@
 """The table of optimizers: its steps, its bytes, and what a bad step leaves as it was."""
 
 from importlib.util import find_spec
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from svd_parts.optimizers import OPTIMIZERS, Optimizer, optimizer_bytes
+from svd_parts.optimizers import OPTIMIZERS, Optimizer, build_optimizer, optimizer_bytes
 from train_svd import build_parser
 
 INSTALLED = [name for name, entry in OPTIMIZERS.items() if not entry.package or find_spec(entry.package)]
@@ -32,6 +33,16 @@ def test_states_have_the_bytes_of_the_table():
     OPTIMIZERS["adamw"].step(optimizer, optimizer.param_groups, torch.tensor(False))
     held = sum(value.nbytes for value in optimizer.state[parameter].values() if value.numel() > 1)
     assert held == optimizer_bytes("adamw", 4096)
+
+
+@pytest.mark.parametrize("each_alone", [False, True])
+def test_the_encoder_of_actions_has_its_own_learning_rate(each_alone):
+    trained = {name: torch.nn.Parameter(torch.zeros(2)) for name in ("conv_in.weight", "actions.time.bias", "mid.bias")}
+    options = SimpleNamespace(optimizer="adamw", learning_rate=1e-5, action_learning_rate=1e-3, adam_weight_decay=0)
+    optimizer = build_optimizer(options, trained, each_alone)
+    rates = {id(parameter): group["lr"] for group in optimizer.param_groups for parameter in group["params"]}
+    assert [rates[id(parameter)] for parameter in trained.values()] == [1e-5, 1e-3, 1e-5]
+    assert len(optimizer.param_groups) == (3 if each_alone else 2)
 
 
 def test_a_new_optimizer_is_one_entry(monkeypatch):

@@ -65,7 +65,7 @@ def build_parser():
 def train(output, dataset, options):
     """Both models side by side; goes on where it was. The second begins when the first has encoded the frames."""
     running, clips = [], len(list(dataset.glob("*/00000.png")))
-    for name, more in (("with", ["--condition_on", "actions"]), ("without", [])):
+    for name, more in (("with", ["--condition_on", "actions", "--action_learning_rate", "2e-3"]), ("without", [])):
         model = output / name
         if (model / "model_index.json").exists():
             continue
