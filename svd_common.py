@@ -128,6 +128,9 @@ def decode_image(data, path):
         raise UserError(f"{path}: not a readable image ({reason})") from None
 
 
+read_frame = read_image  # one reader for frames and single images: two would disagree on some file
+
+
 def read_frames(paths, width, height):
     """Reads image files to (T, height, width, 3) uint8 RGB, each resized and cropped by `fit_frame`."""
     return np.stack([fit_frame(read_image(path), width, height) for path in paths])
