@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import runpy
+import signal
 import subprocess
 import sys
 import tempfile
@@ -35,14 +36,49 @@ server = multiprocessing.get_context("forkserver")
 server.set_forkserver_preload(["warm"])
 
 
-def run_forked(command, output):
+def run_forked(command, output, ignored):
     """What `python SCRIPT ...` does, in a process of the server: stdout and stderr go into the file `output`."""
+    for number in ignored:
+        signal.signal(number, signal.SIG_IGN)
     with open(output, "wb", buffering=0) as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     sys.argv = command
     sys.path.insert(0, str(ROOT))
     runpy.run_path(command[0], run_name="__main__")
+
+
+class Launched:
+    """A script at work in a process of the server: what the tests need of subprocess.Popen.
+
+    ignored: signals that the process ignores, as under nohup.
+    """
+
+    def __init__(self, script, *arguments, ignored=()):
+        self.command, self.folder = [str(ROOT / script), *map(str, arguments)], tempfile.TemporaryDirectory()
+        self.output = Path(self.folder.name, "output")
+        self.process = server.Process(target=run_forked, args=(self.command, str(self.output), ignored))
+        self.process.start()
+
+    def poll(self):
+        return self.process.exitcode
+
+    returncode = property(poll)
+
+    def send_signal(self, number):
+        os.kill(self.process.pid, number)
+
+    def wait(self, timeout=500):
+        """Ends it where it hangs."""
+        self.process.join(timeout)
+        self.process.kill()
+        self.process.join()
+        return self.returncode
+
+    def communicate(self, timeout=500):
+        """(stdout and stderr together, None)."""
+        self.wait(timeout)
+        return self.output.read_text(errors="replace") if self.output.exists() else "", None
 
 
 def run(script, *arguments, ok=True, env=None, **options):
@@ -52,14 +88,9 @@ def run(script, *arguments, ok=True, env=None, **options):
         done = subprocess.run([sys.executable, *command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
             env={**os.environ, **(env or {})}, timeout=500, **options)  # fmt: skip
     else:
-        with tempfile.TemporaryDirectory() as folder:
-            process = server.Process(target=run_forked, args=(command, f"{folder}/output"))
-            process.start()
-            process.join(500)
-            process.kill()  # where it hangs
-            process.join()
-            output = Path(folder, "output").read_text(errors="replace")
-        done = subprocess.CompletedProcess(command, process.exitcode, output)
+        process = Launched(script, *arguments)
+        output, _ = process.communicate()
+        done = subprocess.CompletedProcess(command, process.returncode, output)
     if ok:
         assert done.returncode == 0, done.stdout
     else:

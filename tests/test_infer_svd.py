@@ -7,7 +7,6 @@ import resource
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +15,7 @@ import imageio_ffmpeg
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SIZE, TINY, moving_square, run, train_arguments
+from conftest import SIZE, TINY, Launched, moving_square, run, train_arguments
 from diffusers import AutoencoderKLTemporalDecoder, StableVideoDiffusionPipeline
 from PIL import Image
 
@@ -372,15 +371,14 @@ def everything_in(folder):
 
 def test_kill_and_resume_give_the_same_set(images, made, tmp_path, capsys):
     folder = tmp_path / "set"
-    command = [sys.executable, ROOT / "infer_svd.py", "--model_dir", TINY, "--input_image", images / "image?.png",
-        "--output_video", folder, *QUICK, *MANY]  # fmt: skip
-    process = subprocess.Popen(list(map(str, command)), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    command = ["--model_dir", TINY, "--input_image", images / "image?.png", "--output_video", folder, *QUICK, *MANY]
+    process = Launched("infer_svd.py", *command)
     deadline = time.time() + 120
     while process.poll() is None and time.time() < deadline and len(list(folder.glob("[!.]*.mp4"))) < 3:
         time.sleep(0.005)
     process.send_signal(signal.SIGSTOP)  # alive: nobody else may touch what it writes
     before = everything_in(folder)
-    printed = infer(capsys, *command[2:], ok=False)
+    printed = infer(capsys, *command, ok=False)
     assert printed.count("error: ") == 1 and "another infer_svd.py is writing here" in printed
     assert everything_in(folder) == before
     process.send_signal(signal.SIGKILL)
@@ -397,13 +395,13 @@ def test_kill_and_resume_give_the_same_set(images, made, tmp_path, capsys):
     (folder / "metadata.jsonl").write_text("".join(line for line in lines[:2] if gone.name not in line))
     gone.unlink()
     del before[gone]
-    printed = infer(capsys, *command[2:])
+    printed = infer(capsys, *command)
     assert f"{8 - len(before)} clips to make" in printed
     assert {path: path.stat().st_mtime_ns for path in before} == before  # none made again
     assert sorted(path.name for path in folder.rglob("*")) == sorted(path.name for path in made.rglob("*"))
     assert all((folder / path.name).read_bytes() == path.read_bytes() for path in made.glob("*.mp4"))
     assert [line["file_name"] for line in lines_of(folder)] == [line["file_name"] for line in lines_of(made)]
-    assert "nothing to make: all " in infer(capsys, *command[2:])
+    assert "nothing to make: all " in infer(capsys, *command)
 
 
 def test_the_compared_set_has_one_writer_too(picture, tmp_path, capsys):

@@ -1,17 +1,14 @@
 """LoRA: the adapters alone are trained, saved as peft's own, and the merged result is the base plus the adapter."""
 
 import json
-import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 
 import numpy as np
 import pytest
-from conftest import ROOT, SIZE, TINY, run, train_arguments
+from conftest import SIZE, TINY, Launched, run, train_arguments
 
 import svd_common as common
 from svd_parts.weights import CHECKPOINT_STATE
@@ -137,8 +134,7 @@ def test_killed_lora_run_goes_on_to_the_same_weights_and_writes_the_adapter_alon
             "--use_ema", "--no-save_merged", "--gradient_checkpointing", "full", "--trainable", "all"]  # fmt: skip
 
     run("train_svd.py", *arguments(tmp_path / "whole"))
-    command = [sys.executable, str(ROOT / "train_svd.py"), *map(str, arguments(tmp_path / "killed"))]
-    process = subprocess.Popen(command, env=os.environ, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = Launched("train_svd.py", *arguments(tmp_path / "killed"))
     deadline = time.time() + 120
     while process.poll() is None and time.time() < deadline and not (tmp_path / "killed" / "checkpoint-4").exists():
         time.sleep(0.002)

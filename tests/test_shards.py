@@ -8,7 +8,7 @@ import sys
 import time
 
 import pytest
-from conftest import ROOT, SIZE, TINY, moving_square, run, write_clip
+from conftest import ROOT, SIZE, TINY, Launched, moving_square, run, write_clip
 
 import infer_svd
 import svd_common as common
@@ -33,11 +33,6 @@ def real(tmp_path_factory):
 def command(real, output, *more):
     return ["--model_dir", TINY, "--input_image", real, "--output_video", output, *SIZE, "--num_inference_steps", 1,
         "--num_videos_per_image", 2, "--reference", real, "--compare_with", TINY, *more]  # fmt: skip
-
-
-def start(*arguments, **env):
-    return subprocess.Popen([sys.executable, str(ROOT / "infer_svd.py"), *map(str, arguments)], text=True,
-        env={**os.environ, **env}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)  # fmt: skip
 
 
 def contents(folder):
@@ -72,7 +67,7 @@ def test_a_launcher_s_two_processes_make_what_one_makes(real, alone, tmp_path):
 
 def test_a_killed_part_of_three_goes_on_and_the_last_to_end_writes_all(real, alone, tmp_path):
     output = tmp_path / "clips"
-    killed = start(*command(real, output, "--shard", "0/3"))
+    killed = Launched("infer_svd.py", *command(real, output, "--shard", "0/3"))
     deadline = time.time() + 120
     while killed.poll() is None and time.time() < deadline and not list(output.glob(".infer/*.json")):
         time.sleep(0.005)

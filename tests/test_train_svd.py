@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import ROOT, SIZE, TINY, moving_square, run, train_arguments, write_clip
+from conftest import ROOT, SIZE, TINY, Launched, moving_square, run, train_arguments, write_clip
 from diffusers import StableVideoDiffusionPipeline
 from diffusers.optimization import SchedulerType
 from diffusers.training_utils import EMAModel
@@ -204,7 +204,7 @@ def test_kill_and_resume_give_the_same_weights(dataset, tmp_path):
 
     run("train_svd.py", *arguments("whole"))
     for moment, pattern in (("training", "checkpoint-4"), ("saving", ".checkpoint-*.part")):
-        process, deadline = start(*arguments(moment)), time.time() + 120
+        process, deadline = Launched("train_svd.py", *arguments(moment)), time.time() + 120
         while process.poll() is None and time.time() < deadline and not list((tmp_path / moment).glob(pattern)):
             time.sleep(0.002)
         process.send_signal(signal.SIGKILL)
@@ -499,13 +499,6 @@ def steps_done(output):
     return len(path.read_text().splitlines()) if path.exists() else 0
 
 
-def start(*arguments, **options):
-    """Launches train_svd.py in the background, its output into a pipe."""
-    return subprocess.Popen([sys.executable, str(ROOT / "train_svd.py"), *map(str, arguments)], text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        env={**os.environ, "HF_HUB_OFFLINE": "1"}, **options)  # fmt: skip
-
-
 def wait_for_steps(process, output, count, seconds=200):
     deadline = time.time() + seconds
     while process.poll() is None and steps_done(output) < count:
@@ -523,7 +516,7 @@ def own_dataset(dataset, tmp_path):
 def test_a_frame_that_turns_bad_costs_no_step_and_the_run_goes_on_without_its_clip(own_dataset, tmp_path):
     output = tmp_path / "out"
     arguments = [*train_arguments(own_dataset, output), "--max_train_steps", 5000]
-    process = start(*arguments)
+    process = Launched("train_svd.py", *arguments)
     wait_for_steps(process, output, 3)
     (own_dataset / "clip1" / "00000.png").write_bytes(b"\x89PNG\r\n\x1a\n")
     for frame in (own_dataset / "clip1").glob("*.png"):
@@ -564,7 +557,7 @@ def test_a_clip_that_gives_nan_is_named_and_the_steps_before_it_are_saved(own_da
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGUSR1"])
 def test_a_signal_saves_and_says_how_to_go_on(name, dataset, tmp_path):
-    process = start(*train_arguments(dataset, tmp_path / "out"), "--max_train_steps", 5000)
+    process = Launched("train_svd.py", *train_arguments(dataset, tmp_path / "out"), "--max_train_steps", 5000)
     wait_for_steps(process, tmp_path / "out", 1)
     process.send_signal(getattr(signal, name))
     output, _ = process.communicate(timeout=120)
@@ -575,13 +568,13 @@ def test_a_signal_saves_and_says_how_to_go_on(name, dataset, tmp_path):
 
 def test_nohup_stays_and_a_second_run_on_the_folder_is_refused(dataset, tmp_path):
     output = tmp_path / "out"
-    arguments = [*train_arguments(dataset, output), "--max_train_steps", 40]
-    first = start(*arguments, preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
+    arguments = [*train_arguments(dataset, output), "--max_train_steps", 20]
+    first = Launched("train_svd.py", *arguments, ignored=[signal.SIGHUP])
     wait_for_steps(first, output, 1)
     first.send_signal(signal.SIGHUP)
     second = run("train_svd.py", *arguments, "--resume_from_checkpoint", "latest", ok=False)
     assert "another run is at work on it" in second.stdout
-    assert first.communicate(timeout=200) and first.returncode == 0 and steps_done(output) == 40
+    assert first.communicate(timeout=200) and first.returncode == 0 and steps_done(output) == 20
 
 
 def test_resume_by_name_into_a_folder_with_other_files_and_other_validation(trained, dataset, tmp_path):
