@@ -1,11 +1,13 @@
-"""The tables of metrics and measures: a new entry is computed, shown and chosen by itself."""
+"""The metrics against their definitions; a new entry of the tables is computed, shown and chosen by itself."""
 
+import cv2
 import numpy as np
 import pytest
 from conftest import moving_square
 
 import train_svd
 from svd_parts import judging, metrics, page
+from svd_parts.metrics import optical_flow, ssim, video_metrics
 
 
 def test_a_new_metric_is_one_entry(monkeypatch, capsys, tmp_path):
@@ -39,3 +41,35 @@ def test_ssim_is_that_of_scikit_image():
     theirs = skimage.structural_similarity(first, second, channel_axis=2, gaussian_weights=True, sigma=1.5,
         use_sample_covariance=False, data_range=255)  # fmt: skip
     assert metrics.ssim(first, second) == pytest.approx(theirs, abs=1e-3)
+
+
+def test_metrics_agree_with_their_definitions():
+    real = moving_square(6)
+    noise = np.random.default_rng(0).integers(-9, 10, real.shape)
+    generated = np.clip(real.astype(int) + noise, 0, 255).astype(np.uint8)
+    scores = video_metrics(generated, real)
+    error = np.mean((generated[1:].astype(float) - real[1:]) ** 2)
+    assert np.isclose(scores["psnr"], cv2.PSNR(generated[1:], real[1:])) and np.isclose(
+        scores["psnr"], 10 * np.log10(255**2 / error)
+    )
+    perfect = video_metrics(real, real)
+    assert perfect["psnr_moving"] == float("inf") and perfect["motion_ratio"] == 1 and perfect["flow_error"] == 0
+    frozen = video_metrics(np.repeat(real[:1], 6, axis=0), real)
+    assert frozen["motion_ratio"] == 0 and frozen["psnr_moving"] < frozen["psnr"] and frozen["flow_error"] > 2
+    late = video_metrics(np.concatenate([real[:1], real[:-1]]), real)
+    assert late["psnr_moving"] < scores["psnr_moving"]
+
+
+def test_ssim_agrees_with_scikit_image():
+    metrics = pytest.importorskip("skimage.metrics")
+    first, second = moving_square(2)
+    reference = metrics.structural_similarity(
+        first, second, channel_axis=2, gaussian_weights=True, sigma=1.5, use_sample_covariance=False, data_range=255
+    )
+    assert abs(ssim(first, second) - reference) < 2e-3
+
+
+def test_optical_flow_finds_a_known_shift():
+    ground = cv2.GaussianBlur(np.random.default_rng(0).integers(0, 255, (128, 160), dtype=np.uint8), (0, 0), 2)
+    flow = optical_flow(ground, np.roll(ground, 3, axis=1))
+    assert abs(np.median(flow[..., 0]) - 3) < 0.2 and abs(np.median(flow[..., 1])) < 0.2

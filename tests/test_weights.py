@@ -1,14 +1,21 @@
 """A model's folder: who can read what is written, and what other folders are called."""
 
+import http.server
+import json
 import logging
 import os
+import shutil
+import threading
 
+import numpy as np
 import pytest
 import torch
-from conftest import TINY
+from conftest import TINY, run
+from PIL import Image
 
+import svd_common as common
 from svd_parts.files import UserError, inside
-from svd_parts.weights import hub_errors, resolve_model, write_tensors
+from svd_parts.weights import CHECKPOINT_STATE, hub_errors, resolve_model, write_tensors
 
 
 @pytest.mark.parametrize("mask, mode", [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
@@ -51,3 +58,109 @@ def test_the_hubs_retries_are_told_in_one_line_and_the_first_cure_is_the_network
             logging.getLogger("huggingface_hub.utils._http").warning("Retrying in 8s")
         raise OSError
     assert capsys.readouterr().err == "a/b: no good answer from the hub; trying again for half a minute\n"
+
+
+def test_what_is_no_pipeline_is_called_what_it_is(trained, tmp_path):
+    from safetensors.numpy import save_file
+
+    def refused(path):
+        with pytest.raises(UserError) as error:
+            resolve_model(path)
+        assert str(path) in str(error.value) and "\n" not in str(error.value)
+        return str(error.value)
+
+    one = {"a": np.zeros(1, np.float32)}
+    comfy = tmp_path / "comfy" / "models" / "checkpoints"
+    comfy.mkdir(parents=True)
+    save_file({"model.diffusion_model.x": one["a"]}, comfy / "svd_xt.safetensors")
+    for path in (comfy / "svd_xt.safetensors", comfy, tmp_path / "comfy"):
+        assert "weights in one file, as ComfyUI takes them (svd_xt.safetensors)" in refused(path)
+    (tmp_path / "old.ckpt").write_bytes(b"x")
+    assert "pickled" in refused(tmp_path / "old.ckpt")
+    (tmp_path / "lora").mkdir()
+    save_file({"unet.lora_A.weight": one["a"]}, tmp_path / "lora" / "adapter_model.safetensors")
+    assert "a LoRA" in refused(tmp_path / "lora")
+    shutil.copytree(TINY / "unet", tmp_path / "bare" / "unet")
+    assert "one part of a model" in refused(tmp_path / "bare" / "unet")
+    assert f"one part of a pipeline; give the whole folder, {TINY}" in refused(TINY / "unet")
+    shutil.copytree(TINY, tmp_path / "sd15")
+    index = tmp_path / "sd15" / "model_index.json"
+    assert f"give {tmp_path / 'sd15'}" in refused(tmp_path)
+    index.write_text(index.read_text().replace("StableVideo", "Stable"))
+    assert "a StableDiffusionPipeline, not a StableVideoDiffusionPipeline" in refused(tmp_path / "sd15")
+    index.write_text("[]")
+    assert "damaged" in refused(tmp_path / "sd15")
+    assert "--resume_from_checkpoint" in refused(trained / "checkpoint-3")
+    (tmp_path / "empty").mkdir()
+    assert "no diffusers pipeline here" in refused(tmp_path / "empty")
+
+
+@pytest.fixture
+def hub(tmp_path):
+    """A hub that knows a gated model, another pipeline and a repository of single files, and no other."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            status, code, body = 401, "RepoNotFound", b""
+            if self.path.startswith("/stabilityai/gated/"):
+                status, code = 403, "GatedRepo"
+            elif self.path.startswith("/stabilityai/files/"):
+                status, code = 404, "EntryNotFound"
+            elif self.path.startswith("/stabilityai/sd15/"):
+                status, code, body = 200, "", b'{"_class_name": "StableDiffusionPipeline"}'
+            self.send_response(status)
+            for name, value in {"X-Error-Code": code, "Content-Length": len(body), "ETag": '"a"'}.items():
+                self.send_header(name, str(value))
+            self.send_header("X-Repo-Commit", "0" * 40)
+            self.end_headers()
+            if self.command == "GET":
+                self.wfile.write(body)
+
+        do_HEAD = do_GET
+
+        def log_message(self, *_):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield {
+        "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
+        "HF_HUB_CACHE": str(tmp_path / "hub"),
+        "HF_HUB_OFFLINE": "0",
+    }
+    server.shutdown()
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("stabilityai/stable-video-difusion-img2vid", "is it stabilityai/stable-video-diffusion-img2vid?"),
+        ("stabilityai/gated", "licence"),
+        ("stabilityai/files", "no diffusers pipeline"),
+        ("stabilityai/sd15", "a StableDiffusionPipeline, not a StableVideoDiffusionPipeline"),
+        ("https://huggingface.co/stabilityai/gated", "owner/name"),
+    ],
+)
+def test_what_the_hub_answers_is_told_rightly(name, message, hub, tmp_path):
+    Image.new("RGB", (96, 64)).save(tmp_path / "x.png")
+    arguments = ["--input_image", tmp_path / "x.png", "--output_video", tmp_path / "x.mp4", "--model_dir", name]
+    done = run("infer_svd.py", *arguments, ok=False, env=hub)
+    assert message in done.stdout and ("HF_ENDPOINT" in done.stdout) == (name == "stabilityai/gated")
+
+
+def test_a_checkpoint_finds_its_base_after_a_move(trained, tmp_path):
+    """The base lies elsewhere: beside the run, where the option says, or nowhere, which is one line."""
+    checkpoint = tmp_path / "models" / "run" / "checkpoint-6"
+    shutil.copytree(trained / "checkpoint-6", checkpoint)
+    state_file = checkpoint / CHECKPOINT_STATE
+    state = json.loads(state_file.read_text())
+    state["settings"]["pretrained_model_name"] = str(tmp_path / "before" / "models" / "svd")
+    state_file.write_text(json.dumps(state))
+    shutil.copytree(trained, tmp_path / "models" / "run" / "svd")  # the right name, and other weights
+    with pytest.raises(UserError, match=r"before/models/svd.*--base_model"):
+        common.resolve_checkpoint(checkpoint)
+    assert common.resolve_checkpoint(checkpoint, base=TINY)[0] == TINY
+    with pytest.raises(UserError, match="another base.*--base_model"):
+        common.resolve_checkpoint(checkpoint, base=trained)
+    shutil.copytree(TINY, tmp_path / "models" / "svd")
+    assert common.resolve_checkpoint(checkpoint)[0] == tmp_path / "models" / "svd"
