@@ -39,7 +39,7 @@ from svd_parts.files import UserError, count_kinds, counted, file_digest, listed
 from svd_parts.formats import FORMATS
 from svd_parts.judging import find_trained_on, judge, report_drift
 from svd_parts.lerobot_writer import warn_of_codec
-from svd_parts.lora import add_adapter, check_adapters
+from svd_parts.lora import check_adapters, merge_adapter
 from svd_parts.memory import LOW_VRAM_CHUNK, fit_memory, is_out_of_memory, smaller_memory
 from svd_parts.metrics import sharpness
 from svd_parts.shortcuts import avoid_conv3d, move_to_device, wrap_unet
@@ -386,13 +386,13 @@ def make_clips(clips, settings, device, progress, failed):
     import torch
     from safetensors.torch import load_file
 
-    from svd_parts.action_encoder import load_encoder
+    from svd_parts.action_encoder import load_action_encoder
 
     dtype = torch.float16 if device == "cuda" else torch.float32
     pipe, _ = common.load_pipeline(clips.model.name, dtype, settings.base_model)
     for file, scale in clips.model.adapters:
-        add_adapter(dict(pipe.unet.named_parameters()), load_file(file), scale)
-        load_encoder(pipe.unet, {}, file.parent)
+        merge_adapter(dict(pipe.unet.named_parameters()), load_file(file), scale)
+        load_action_encoder(pipe.unet, {}, file.parent)
     pipe.set_progress_bar_config(disable=True)
     wrap_unet(pipe.unet, settings.compile)
     avoid_conv3d(pipe.vae)

@@ -257,13 +257,13 @@ def load_pipeline(name, dtype, base=None):
     from diffusers import StableVideoDiffusionPipeline
     from safetensors.torch import load_file
 
-    from svd_parts.action_encoder import load_encoder
+    from svd_parts.action_encoder import load_action_encoder
 
     folder, settings, trained = resolve_checkpoint(name, base)
     parts = {part: load_part(folder, part, dtype) for part in PARTS}
     tensors = load_file(trained) if trained else {}
     load_trained_weights(dict(parts["unet"].named_parameters()), tensors, settings)
-    load_encoder(parts["unet"], tensors, folder)
+    load_action_encoder(parts["unet"], tensors, folder)
     return StableVideoDiffusionPipeline(**parts), settings
 
 

@@ -63,7 +63,9 @@ def build_parser():
     add("--learning_rate", type=at_least_zero, help="peak of the schedule (default 1e-5; 1e-4 for a LoRA)")
     add("--lr_scheduler", choices=SCHEDULES, default="constant", help="learning-rate schedule (default constant)")
     add("--lr_warmup_steps", type=int, default=0, help="optimizer steps of linear warm-up (default 0)")
-    clipping = "clip the gradients to this norm; 0 frees each gradient once it is used (default 1; 0 with adamw8bit)"
+    clipping = (
+        "clip the gradients to this norm; 0: no clipping, and gradients freed early (default 1; 0 with adamw8bit)"
+    )
     add("--max_grad_norm", type=at_least_zero, help=clipping)
     add("--optimizer", choices=list(OPTIMIZERS), default="adamw", help="adamw8bit needs bitsandbytes (default adamw)")
     add("--adam_weight_decay", type=at_least_zero, default=1e-2, help="AdamW's decoupled decay (default 0.01)")
@@ -403,7 +405,7 @@ def load_unet(options, base, device, actions=None):
     import torch
 
     import svd_common as common
-    from svd_parts.action_encoder import add_encoder, load_encoder
+    from svd_parts.action_encoder import add_encoder, load_action_encoder
     from svd_parts.actions import read_described
     from svd_parts.forecast import choose_checkpointing
     from svd_parts.lora import add_adapters
@@ -418,7 +420,7 @@ def load_unet(options, base, device, actions=None):
     if options.lora_rank:
         add_adapters(unet, options, random_generator(options.seed, "adapters"))
     if actions and actions == read_described(base):
-        load_encoder(unet, {}, Path(base))
+        load_action_encoder(unet, {}, Path(base))
     elif actions:
         add_encoder(unet, actions["count"], random_generator(options.seed, "actions"))
     prepare_unet(unet, options.trainable, weight_dtype, mode)
@@ -446,7 +448,7 @@ def run_steps(state, dataset, pipe, vae, validation):
         with log.waiting():
             micro_batches, failure = next_batches(loader, options.gradient_accumulation_steps)
         received = stop.requested(failure)
-        # A stop waits for one step, so that a run that is stopped again and again still gets on.
+        # At least one step before a stop, so that a run that is stopped again and again still makes progress.
         if failure or received < 0 or (received and state.steps > first):
             return end_early(state, received, failure)
         for micro, batch in enumerate(micro_batches):

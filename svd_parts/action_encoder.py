@@ -57,7 +57,7 @@ class ActionEncoder(torch.nn.Module):
 
 
 def begin(layer, spread, generator):
-    """Starts a layer: inputs of about 1 give values of about `spread`, at thresholds of every height; 0: zero."""
+    """Random weights: inputs of size 1 give outputs of size `spread`, with random biases. Spread 0: all are zero."""
     start = torch.empty(layer.out_features, layer.in_features + 1).uniform_(-1, 1, generator=generator)
     layer.weight = torch.nn.Parameter(start[:, :-1] * spread / math.sqrt(layer.in_features))
     layer.bias = torch.nn.Parameter(start[:, -1] * min(spread, 1))
@@ -93,9 +93,9 @@ def add_encoder(unet, count, generator=None):
 
 @contextlib.contextmanager
 def follow_actions(unet, actions, keep=None):
-    """While this lasts, the UNet's forward passes follow `actions`, (B, T, A), scaled; None: none, as the base.
+    """While this lasts, the UNet's forward passes follow `actions`, (B, T, A), scaled. With None it works as the base.
 
-    keep: (B,), 0 where they are dropped. Recomputing activations is safe: the blocks are handed the sums.
+    keep: (B,), 0 where they are dropped. Recomputing activations is safe: a block is recomputed from the sums.
     """
     if actions is None:
         yield
@@ -124,7 +124,7 @@ def save_encoder(folder, tensors, described):
     write_json(folder / SETTINGS, described)
 
 
-def load_encoder(unet, trained, folder):
+def load_action_encoder(unet, trained, folder):
     """Gives a UNet the encoder that is among the `trained` tensors of a checkpoint, or in the folder of a result.
 
     Does nothing where there is none.

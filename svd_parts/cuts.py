@@ -13,7 +13,8 @@ from svd_parts.ffmpeg import Failure
 
 
 def resample(frames, fps):
-    """Yields the pair (seconds, frame) that is nearest to each tick of 1 / fps seconds. None comes twice in a gap."""
+    """Yields the pair (seconds, frame) that is nearest to each tick of 1 / fps seconds. No frame
+    is repeated to fill a gap."""
     start, best, gap, last = None, None, 0, 0
     for time, frame in frames:
         start = time if start is None else start

@@ -14,7 +14,7 @@ GIF_FPS = 50  # the most: a GIF's frame lasts at least two hundredths of a secon
 
 
 def write_lerobot_mp4(path, frames, fps):
-    """Writes an mp4 with a key frame every two frames, as lerobot does: its tools join no others. Seeking is quick."""
+    """Writes an mp4 with a key frame every two frames, as lerobot does: its tools join only such files."""
     common.write_video(path, frames, fps, "-g", "2")
 
 

@@ -75,13 +75,13 @@ def load_trained_weights(weights, trained, settings):
     import torch
 
     if settings.get("lora_rank"):
-        return add_adapter(weights, trained, lora_scale(settings))
+        return merge_adapter(weights, trained, lora_scale(settings))
     with torch.no_grad():
         for name in trained.keys() & weights.keys():
             weights[name].copy_(trained[name])
 
 
-def add_adapter(weights, adapter, scale):
+def merge_adapter(weights, adapter, scale):
     """Adds scale * B A of a LoRA (Hu et al. 2021) to the weights that it adapts, in place. The sum is made in fp32.
 
     weights: {"<layer>.weight": (out, in)} of a UNet or of one of its files. adapter: {"<layer>.lora_A.weight": (r, in),

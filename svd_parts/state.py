@@ -17,7 +17,9 @@ from svd_parts.unet import trained_parameters
 
 
 class TrainingState:
-    """Everything that a checkpoint holds: fp32 parameters, optimizer, schedule, average and scaler.
+    """What is trained and how: fp32 parameters, optimizer, schedule, average and scaler.
+
+    A checkpoint holds all of it but the schedule, which follows from the step.
 
     unet: from `prepare_unet`, on its device. Call `self.unet`, which is wrapped where there are several processes.
     clips: {directory: fingerprint} of the training clips; a resumed run compares them.
@@ -44,11 +46,11 @@ class TrainingState:
             step_in_backward(self.optimizer, self.take_step, self.bad)
 
     def load(self, folder, saved):
-        """Puts a checkpoint's weights, optimizer, schedule, average and scaler in place."""
+        """Loads a checkpoint's weights, optimizer, average and scaler, and moves the schedule to its step."""
         for name, tensor in load_file(folder / "trained.safetensors").items():
             self.trained[name].data.copy_(tensor)
         unflatten_state(self.optimizer, self.trained, load_file(folder / "optimizer.safetensors"), saved["optimizer"])
-        for _ in range(saved["step"]):  # the schedule depends on the step alone, so none of it is saved
+        for _ in range(saved["step"]):
             self.lr_scheduler.step()
         if self.ema:
             average = load_file(folder / "ema.safetensors")
@@ -64,7 +66,7 @@ class TrainingState:
     def backward(self, loss):
         """Adds the gradients of `loss`. With gradients that are freed early, this also updates the parameters."""
         bad = ~torch.isfinite(loss.detach())
-        if self.scaler and self.accelerator.num_processes > 1:  # with a scaler, no gradient norm tells the others
+        if self.scaler and self.accelerator.num_processes > 1:  # with fp16 no gradient norm tells them
             bad = self.accelerator.reduce(bad.float()) > 0
         torch.logical_or(self.bad, bad, out=self.bad)
         self.consistent = not self.freed_early

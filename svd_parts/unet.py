@@ -111,7 +111,7 @@ def checkpointed(forward):
 
 
 def gated_recomputed(geglu):
-    """A GEGLU's forward pass that recomputes everything but its matrix product, which costs next to nothing."""
+    """A GEGLU's forward pass that keeps the matrix product and recomputes the rest, which costs next to nothing."""
 
     def gate(projected):
         hidden, gate = projected.chunk(2, dim=-1)

@@ -57,7 +57,7 @@ class Validation:
         except (RuntimeError, OSError, SafetensorError, UserError) as error:  # RuntimeError: out of memory
             tqdm.write(f"validation failed and was left out; training goes on ({str(error).splitlines()[0]})")
         if metrics:
-            is_best = keep_best(metrics, state)  # first: a resumed run validates again unless the log has its line
+            is_best = keep_best(metrics, state)  # before the log: a run killed in between validates again
             seconds = time.perf_counter() - start
             log.scores(metrics, seconds)
             self.report(metrics, state, seconds, is_best)

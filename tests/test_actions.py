@@ -176,7 +176,7 @@ def test_an_encoder_comes_back_from_its_folder(tmp_path, inputs):
     encoders.save_encoder(tmp_path / acts.FOLDER, encoder, described)
     for trained, folder in (({}, tmp_path), (dict(unet.named_parameters()), tmp_path / "none")):
         other = common.load_part(TINY, "unet", torch.float32)
-        encoders.load_encoder(other, trained, folder)
+        encoders.load_action_encoder(other, trained, folder)
         with (
             torch.no_grad(),
             encoders.follow_actions(unet, some_actions()),

@@ -53,8 +53,8 @@ def build_parser():
         default="held out",
         help="development: to choose something by",
     )
-    add("--steps", type=int, default=600, help="of training, for each of the two models")
-    add("--clips", type=int, default=24, help="held-out clips of reach, and half as many of push")
+    add("--steps", type=int, default=300, help="of training, for each of the two models")
+    add("--clips", type=int, default=16, help="held-out clips of reach, and half as many of push")
     add("--more", default="", help="further options of train_svd.py for both models")
     return parser
 
@@ -62,29 +62,30 @@ def build_parser():
 # Training
 
 
-def train(output, dataset, options):
-    """Both models side by side; goes on where it was. The second begins when the first has encoded the frames."""
+def start_training(output, dataset, options):
+    """Both models side by side: their processes. The second begins when the first has encoded the frames."""
     running, clips = [], len(list(dataset.glob("*/00000.png")))
-    for name, more in (("with", ["--condition_on", "actions", "--action_learning_rate", "2e-3"]), ("without", [])):
+    for name, more in (("with", ["--condition_on", "actions", "--action_learning_rate", "6e-3"]), ("without", [])):
         model = output / name
         if (model / "model_index.json").exists():
             continue
         while running and running[0].poll() is None and len(list(dataset.glob(".cache/*/*.safetensors"))) < clips:
             time.sleep(1)
-        command = [
-            sys.executable,
-            data.ROOT / "train_svd.py",
-            "--pretrained_model_name",
-            TINY,
+        command = [sys.executable, data.ROOT / "train_svd.py", "--pretrained_model_name", TINY]
+        command += [
             "--dataset_dir",
             dataset,
+            "--output_dir",
+            model,
+            *TRAINING.split(),
+            "--max_train_steps",
+            options.steps,
+            *options.more.split(),
         ]
-        command += ["--output_dir", model, *TRAINING.split(), "--max_train_steps", options.steps, *options.more.split()]
         command += [*more, *(["--resume_from_checkpoint", "latest"] if model.exists() else [])]
         environment, log = {**os.environ, "HF_HUB_OFFLINE": "1"}, open(output / f"{name}.log", "a")
         running.append(subprocess.Popen([*map(str, command)], env=environment, stdout=log, stderr=log))
-    if any([process.wait() for process in running]):
-        sys.exit(f"training failed: see {output}/*.log")
+    return running
 
 
 # Generating
@@ -219,11 +220,13 @@ def main(options):
     training["push"] = data.read_clips(data.BUNDLED, out / "push", 192)
     if not (out / "dataset" / "metadata.jsonl").exists():
         data.write_dataset(out / "dataset", training)
-    train(out, out / "dataset", options)
+    running = start_training(out, out / "dataset", options)
 
     frames = np.concatenate([videos.reshape(-1, *videos.shape[2:]) for videos, _ in training.values()])
     places = np.concatenate([paths.reshape(-1, 3) for _, paths in training.values()])
     detect = train_detector(out / "detector.pt", frames, places)
+    if any([process.wait() for process in running]):
+        sys.exit(f"training failed: see {out}/*.log")
     models = {name: str(out / name) for name in ("with", "without")}
     real, paths = data.read_clips(judged, judged, options.clips)
     rows = measure(models, detect, real, paths, seed)
