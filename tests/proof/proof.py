@@ -274,7 +274,7 @@ def summarize(args, answers, distances, labels, alone, paths):
     error_draws, moved = bootstrap(errors), {name: p[:, 1:] - p[:, :1] for name, p in paths.items()}
     true_moves = {"g": moved["bundled"][LABELLED:], **dict.fromkeys("bcde", moved["new"])}
     results = {"judged_on": args.judge_on, "arms": {}, "differences": {}, "ratios": {}}
-    results["demonstrations_alone"] = {arm: label_quality(alone[arm], true_moves[arm]) for arm in "beg"}
+    results["demonstrations_alone"] = {arm: label_quality(alone[arm], true_moves[arm]) for arm in alone}
     for arm in answers:
         row = {"success": [success[arm].mean(), *np.percentile(draws[arm], [2.5, 97.5])]}
         row["fingertip_error_cm"] = [errors[arm].mean(), *np.percentile(error_draws[arm], [2.5, 97.5])]
@@ -344,7 +344,7 @@ def main(args):
         {arm: x[arm] for arm in sorted(x)} for x in map(dict.__or__, (answers, distances), of_generated)
     )
     labellers_alone = train_labellers(args, paths, videos, 1, bundled=LABELLED)
-    alone = {arm: label(labellers_alone, videos[arm], of_rest if arm == "g" else new) for arm in "beg"}
+    alone = {arm: label(labellers_alone, videos[arm], of_rest if arm == "g" else new) for arm in alone}
     done("judged all")
 
     true = paths[args.judge_on][:8]  # the judge himself, on a few layouts
