@@ -344,7 +344,7 @@ def main(args):
         {arm: x[arm] for arm in sorted(x)} for x in map(dict.__or__, (answers, distances), of_generated)
     )
     labellers_alone = train_labellers(args, paths, videos, 1, bundled=LABELLED)
-    alone = {arm: label(labellers_alone, videos[arm], of_rest if arm == "g" else new) for arm in alone}
+    alone = {arm: label(labellers_alone, videos[arm], of_rest if arm == "g" else new) for arm in "beg"}
     done("judged all")
 
     true = paths[args.judge_on][:8]  # the judge himself, on a few layouts
