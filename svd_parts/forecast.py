@@ -3,6 +3,9 @@
 The real passes run on fake tensors, which have a shape but no data.
 """
 
+import contextlib
+import functools
+import json
 import os
 import weakref
 
@@ -21,7 +24,7 @@ from svd_parts.objective import random_generator, training_loss
 from svd_parts.optimizers import gradients_freed_early, optimizer_bytes
 from svd_parts.shortcuts import avoid_conv3d, save_memory
 from svd_parts.unet import prepare_unet, trained_parameters
-from svd_parts.weights import latent_factor, read_config
+from svd_parts.weights import MODEL_PARTS, latent_factor, read_config
 
 cpu_attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 cpu_attention_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -58,6 +61,7 @@ class MemoryTracker(TorchDispatchMode):
         return out
 
 
+FAKE = FakeTensorMode(allow_non_fake_inputs=True)  # of inference: one, for fake tensors of two must not meet
 NUM_ACTIONS = 7  # numbers in an action of most robot arms; a few more hardly change the forecast
 
 
@@ -153,47 +157,72 @@ def forecast_clip(base, settings):
     base: the folder of the model's configuration, or SVD_XT_CONFIG. Without --low_vram all parts of the model stay on
     the GPU; with it, only the part that is at work. CUDA itself takes 0.5 GiB more.
     """
-
-    def peak(model, function, *inputs):
-        with MemoryTracker() as tracker, torch.no_grad():
-            for tensor in [*model.parameters(), *inputs]:
-                tracker.track(tensor)
-            function(*inputs)
-        return tracker.peak
-
-    def count(function, *inputs):
-        with FlopCounterMode(display=False, custom_mapping=ATTENTION_ON_CPU) as counter, torch.no_grad():
-            function(*inputs)
-        return counter.get_total_flops() / 1e12
-
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        unet = UNetSpatioTemporalConditionModel.from_config(read_config(base, "unet"))
-        vae = AutoencoderKLTemporalDecoder.from_config(read_config(base, "vae"))
-        clip = CLIPVisionModelWithProjection(CLIPVisionConfig(**read_config(base, "image_encoder")))
-        for model in (unet, vae, clip):
-            avoid_conv3d(model)
-            for parameter in model.parameters():
-                parameter.data = parameter.data.half()
-        if settings.low_vram:
-            save_memory(unet)
-        factor = latent_factor(vae.config)
-        h, w, chunk = settings.height // factor, settings.width // factor, settings.decode_chunk_size
-        x = torch.empty(2, settings.num_frames, unet.config.in_channels, h, w).half()
-        token, ids = torch.empty(2, 1, unet.config.cross_attention_dim).half(), torch.empty(2, 3).half()
-        z = torch.empty(chunk, vae.config.latent_channels, h, w).half()
-
-        def step(x, token, ids):
-            unet(x, torch.tensor(1.0), token, ids)
-
-        denoise = peak(unet, step, x, token, ids)
-        decode = peak(vae, lambda z: vae.decode(z, num_frames=chunk), z)
-        tflop = settings.num_inference_steps * count(step, x, token, ids)
-        tflop += settings.num_frames / chunk * count(lambda z: vae.decode(z, num_frames=chunk), z)
-        decode += 4 * 3 * settings.num_frames * settings.width * settings.height  # all decoded frames, in fp32
-        sizes = [sum(2 * p.numel() for p in model.parameters()) for model in (unet, vae, clip)]
+    configs = [json.dumps(read_config(base, part)) for part in MODEL_PARTS]
+    sizes = [part_bytes(part, config) for part, config in zip(MODEL_PARTS, configs)]
+    factor, chunk = latent_factor(read_config(base, "vae")), settings.decode_chunk_size
+    latents = settings.num_frames, settings.height // factor, settings.width // factor
+    denoise, step_flops = denoising_needs(configs[0], *latents, low_vram=False)
+    if settings.low_vram:
+        denoise = denoising_needs(configs[0], *latents, low_vram=True)[0]
+    decode, chunk_flops = decoding_needs(configs[1], chunk, *latents[1:])
+    decode += 4 * 3 * settings.num_frames * settings.width * settings.height  # all decoded frames, in fp32
     if not settings.low_vram:
         denoise, decode = denoise + sizes[1] + sizes[2], decode + sizes[0] + sizes[2]
+    tflop = (settings.num_inference_steps * step_flops + settings.num_frames / chunk * chunk_flops) / 1e12
     return max(denoise, decode, sizes[1] + sizes[2]) / 2**30, tflop
+
+
+def fake_part(part, config):
+    """A part of the model in fp16, without data. config: its configuration as JSON."""
+    classes = {"unet": UNetSpatioTemporalConditionModel, "vae": AutoencoderKLTemporalDecoder}
+    with FAKE:
+        if part in classes:
+            model = classes[part].from_config(json.loads(config))
+        else:
+            model = CLIPVisionModelWithProjection(CLIPVisionConfig(**json.loads(config)))
+        for parameter in model.parameters():
+            parameter.data = parameter.data.half()
+    avoid_conv3d(model)
+    return model
+
+
+@functools.lru_cache
+def part_bytes(part, config):
+    return sum(parameter.nbytes for parameter in fake_part(part, config).parameters())
+
+
+@functools.lru_cache  # a plan asks for several settings, which share most passes
+def denoising_needs(config, num_frames, h, w, low_vram):
+    """(bytes of GPU memory, FLOP) of one denoising step of the UNet, its weights included. h, w: of the latents.
+
+    low_vram: FLOP is None, since it is the same and takes long to count.
+    """
+    unet = fake_part("unet", config)
+    if low_vram:
+        save_memory(unet)
+    with FAKE:
+        x = torch.empty(2, num_frames, unet.config.in_channels, h, w).half()
+        token, ids = torch.empty(2, 1, unet.config.cross_attention_dim).half(), torch.empty(2, 3).half()
+        return needs(unet, lambda x, *more: unet(x, torch.tensor(1.0), *more), x, token, ids, count=not low_vram)
+
+
+@functools.lru_cache
+def decoding_needs(config, chunk, h, w):
+    """(bytes of GPU memory, FLOP) of decoding `chunk` frames, the VAE's weights included."""
+    vae = fake_part("vae", config)
+    with FAKE:
+        z = torch.empty(chunk, vae.config.latent_channels, h, w).half()
+        return needs(vae, lambda z: vae.decode(z, num_frames=chunk), z)
+
+
+def needs(model, function, *inputs, count=True):
+    """Runs a pass without gradients: (bytes at its peak, FLOP, or None if not to `count`)."""
+    flops = FlopCounterMode(display=False, custom_mapping=ATTENTION_ON_CPU)
+    with torch.no_grad(), flops if count else contextlib.nullcontext(), MemoryTracker() as tracker:
+        for tensor in [*model.parameters(), *inputs]:
+            tracker.track(tensor)
+        function(*inputs)
+    return tracker.peak, flops.get_total_flops() if count else None
 
 
 def choose_checkpointing(options, folder, weight_dtype, available):

@@ -37,7 +37,7 @@ def to_tensor(frames):
     return torch.from_numpy(np.ascontiguousarray(frames)).permute(0, 3, 1, 2).float() / 255
 
 
-def train_detector(path, frames, places, steps=1500, batch=32, seed=0):
+def train_detector(path, frames, places, steps=2500, batch=32, seed=0):
     """frames: (N, H, W, 3) uint8; places: (N, 3) metres. Returns a function from such frames to such places.
 
     Each batch is softened, brightened and made noisy at random, since generated frames are softer than real ones.
