@@ -284,7 +284,8 @@ def test_users_mistakes_get_one_line_and_nothing_is_written(picture, tmp_path, c
     broken = tmp_path / "broken"
     shutil.copytree(TINY, broken)
     (broken / "vae" / "diffusion_pytorch_model.safetensors").unlink()
-    assert "download it into this folder" in refused(model=broken)
+    said = refused(model=broken)
+    assert "vae: no weights; download diffusion_pytorch_model.safetensors" in said and "into this folder" in said
     (broken / "training_settings.json").write_text("{")
     shutil.copytree(TINY / "vae", broken / "vae", dirs_exist_ok=True)
     assert "training_settings.json: damaged" in refused(model=broken)
