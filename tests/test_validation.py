@@ -3,8 +3,7 @@
 import signal
 import time
 
-from conftest import moving_square, train_arguments, write_clip
-from test_train_svd import start
+from conftest import Launched, moving_square, train_arguments, write_clip
 
 from svd_parts.checkpoints import checkpoints_of
 
@@ -13,7 +12,7 @@ def test_a_stop_signal_during_a_validation_ends_it_within_seconds(dataset, tmp_p
     for number in range(9):
         write_clip(tmp_path / "held_out" / f"clip{number}", moving_square(8, seed=number))
     output, validation = tmp_path / "out", ["--validation_dir", tmp_path / "held_out", "--validation_steps", 1]
-    process = start(*train_arguments(dataset, output), "--max_train_steps", 50, *validation)
+    process = Launched("train_svd.py", *train_arguments(dataset, output), "--max_train_steps", 50, *validation)
     deadline = time.time() + 200
     while time.time() < deadline and not list((output / "validation").glob("step-000000/*.mp4")):
         time.sleep(0.05)
