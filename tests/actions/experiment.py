@@ -25,6 +25,7 @@ import cv2
 import numpy as np
 import torch
 from detector import train_detector
+from intervals import interval
 from PIL import Image
 
 import svd_common as common
@@ -161,14 +162,6 @@ def guided_on_actions(pipe):
 
 
 # Measuring
-
-
-def interval(values, draws=10_000):
-    """(mean, low, high): 95 % bootstrap over clips; values (N,), those that are not numbers left out."""
-    values = np.asarray(values, float)
-    values = values[np.isfinite(values)]
-    means = values[np.random.default_rng(0).integers(0, len(values), (draws, len(values)))].mean(1)
-    return [float(values.mean()), *np.percentile(means, (2.5, 97.5)).tolist()]
 
 
 def moving_psnr(videos, real):

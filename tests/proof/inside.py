@@ -115,15 +115,6 @@ def compare(predicted, true, draws=10000):
     return numbers | {"rollouts": {name: int(cell.sum()) for name, cell in cells.items()}}
 
 
-def interval(values, draws=10000):
-    """[mean, low, high]: 95 % bootstrap; None where there is no value."""
-    values = np.asarray(values, float)
-    if not len(values):
-        return None
-    means = values[np.random.default_rng(0).integers(0, len(values), (draws, len(values)))].mean(1)
-    return [float(values.mean()), *np.percentile(means, [2.5, 97.5]).tolist()]
-
-
 def sentences(results):
     """The lines of section 3 in the table's file."""
     lines, tried, found = [], results["tried"], results["inside"]

@@ -13,10 +13,12 @@ os.environ["OMP_NUM_THREADS"] = "1"  # the tensors are small: as many processes 
 
 import numpy as np
 import torch
+from detector import Detector, to_tensor  # in tests/tiny, which clips.py puts on the path
 from torch import nn
 from torch.nn import functional as F
 
 LEARNING_RATE = 3e-3
+WIDTHS = 16, 24, 32  # of the labeller's network
 POLICY_SHIFT = 3  # pixels: how far its pictures are moved at random in training
 
 
@@ -75,11 +77,6 @@ def train(model, loss_of_batch, steps):
     return model.eval()
 
 
-def to_tensor(frames):
-    """(..., H, W, 3) uint8 -> (..., 3, H, W) in [0, 1]."""
-    return torch.from_numpy(np.ascontiguousarray(frames)).movedim(-1, -3).float() / 255
-
-
 def in_processes(function, jobs, processes):
     """[function(job)], so many at a time."""
     if processes == 1:
@@ -111,28 +108,6 @@ def write_result(function, job_and_file):
 # Labels
 
 
-class Finder(nn.Module):
-    """(B, 3, 64, 96) in [0, 1] -> (B, 3), where the fingertip is, by where in the picture a few features lie."""
-
-    def __init__(self, points=16):
-        super().__init__()
-        self.features = nn.Sequential(
-            nn.Conv2d(3, 16, 5, 2, 2), nn.ReLU(), nn.Conv2d(16, 24, 3, 2, 1), nn.ReLU(),
-            nn.Conv2d(24, 32, 3, 1, 1), nn.ReLU(), nn.Conv2d(32, 32, 3, 1, 2, dilation=2), nn.ReLU(),
-        )  # fmt: skip
-        self.places = nn.Conv2d(32, points, 1)
-        self.head = nn.Sequential(nn.Linear(2 * points + 32 * 12, 128), nn.ReLU(), nn.Linear(128, 3))
-
-    def forward(self, frames):
-        features = self.features(frames - 0.5)
-        maps = 3 * F.instance_norm(self.places(features))
-        height, width = maps.shape[2:]
-        weights = maps.flatten(2).softmax(2).view_as(maps)
-        x = weights.sum(2) @ torch.linspace(-1, 1, width)
-        y = weights.sum(3) @ torch.linspace(-1, 1, height)
-        return self.head(torch.cat([x, y, F.adaptive_avg_pool2d(features, (3, 4)).flatten(1)], 1))
-
-
 def train_labeller(seed, sources, steps, batch=32):
     """Learns where the fingertip is in a picture. Returns all that `find` needs, one vector.
 
@@ -146,7 +121,7 @@ def train_labeller(seed, sources, steps, batch=32):
     ]
     middle, scale = (f(torch.cat([places for _, places in sources]), 0) for f in (torch.mean, torch.std))
     shares = [batch] if len(sources) == 1 else [batch // 4, batch - batch // 4]
-    model = Finder()
+    model = Detector(WIDTHS)
 
     def loss_of_batch():
         frames, places = [], []
@@ -167,7 +142,7 @@ def find(labellers, clips):
     """Where the fingertip is in clips (M, T, H, W, 3) uint8: (M, T, 3) metres, the mean of what the labellers say."""
     places = []
     for vector in map(torch.from_numpy, labellers):
-        model = Finder()
+        model = Detector(WIDTHS)
         nn.utils.vector_to_parameters(vector[6:], model.parameters())
         places.append([(model(to_tensor(clip)) * vector[3:6] + vector[:3]).numpy() for clip in clips])
     return np.mean(places, 0)

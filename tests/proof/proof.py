@@ -22,6 +22,7 @@ import cv2
 import inside
 import learn
 import numpy as np
+from intervals import interval
 
 import svd_common as common
 from svd_parts.dataset import list_clips
@@ -163,7 +164,7 @@ def try_paths(args, answers, firsts, starts):
     jobs = enumerate(tried.reshape(args.new, args.tries, clips.FRAMES, 3))
     really = np.concatenate(keep(args, play, jobs, "tried_distances", [*OF_POLICIES, "tries"])) < clips.DISC
     numbers = {"tried": len(tried), "kept": int(good.sum()), "layouts": len(set(owner[good].tolist()))}
-    numbers |= {"succeed_of_tried": inside.interval(really), "succeed_of_kept": inside.interval(really[good])}
+    numbers |= {"succeed_of_tried": interval(really), "succeed_of_kept": interval(really[good])}
     samples = firsts[owner[good]], starts[owner[good]], tried[good][:, 1:] - tried[good][:, :1]
     return samples if good.any() else None, numbers
 
@@ -185,7 +186,7 @@ def label_quality(labels, true):
     error = np.linalg.norm(labels - true, axis=2) * 100
     length = [np.linalg.norm(np.diff(x, axis=1, prepend=0), axis=2).mean() for x in (labels, true)]
     return {
-        "label_error_cm": inside.interval(error.mean(1)),
+        "label_error_cm": interval(error.mean(1)),
         "last_cm": error[:, -1].mean(),
         "action_ratio": length[0] / length[1],
     }

@@ -1,4 +1,7 @@
-"""Finds the fingertip in a picture: a small CNN that learns from real frames where it is, in metres."""
+"""Finds the fingertip in a picture: a small CNN that learns from real frames where it is, in metres.
+
+`make actions` measures with it, `make proof` labels videos with a smaller one.
+"""
 
 import math
 
@@ -11,19 +14,23 @@ PLACES = 16  # features, each found somewhere in the picture
 
 
 class Detector(nn.Module):
-    """(B, 3, 64, 96) in [0, 1] -> (B, 3), by where in the picture a few features lie and how they look there."""
+    """(B, 3, 64, 96) in [0, 1] -> (B, 3), by where in the picture a few features lie and how they look there.
 
-    def __init__(self):
+    widths: channels of the first, the second, and the last two layers.
+    """
+
+    def __init__(self, widths=(24, 48, 64)):
         super().__init__()
+        a, b, c = widths
         self.features = nn.Sequential(
-            nn.Conv2d(3, 24, 5, 2, 2), nn.ReLU(), nn.Conv2d(24, 48, 3, 2, 1), nn.ReLU(),
-            nn.Conv2d(48, 64, 3, 1, 1), nn.ReLU(), nn.Conv2d(64, 64, 3, 1, 2, dilation=2), nn.ReLU(),
+            nn.Conv2d(3, a, 5, 2, 2), nn.ReLU(), nn.Conv2d(a, b, 3, 2, 1), nn.ReLU(),
+            nn.Conv2d(b, c, 3, 1, 1), nn.ReLU(), nn.Conv2d(c, c, 3, 1, 2, dilation=2), nn.ReLU(),
         )  # fmt: skip
-        self.places = nn.Conv2d(64, PLACES, 1)
-        self.head = nn.Sequential(nn.Linear(2 * PLACES + 64 * 12, 128), nn.ReLU(), nn.Linear(128, 3))
+        self.places = nn.Conv2d(c, PLACES, 1)
+        self.head = nn.Sequential(nn.Linear(2 * PLACES + c * 12, 128), nn.ReLU(), nn.Linear(128, 3))
 
     def forward(self, frames):
-        features = self.features(frames - 0.5)  # (B, 64, 16, 24)
+        features = self.features(frames - 0.5)  # (B, c, 16, 24)
         height, width = features.shape[2:]
         weights = (3 * F.instance_norm(self.places(features))).flatten(2).softmax(2).unflatten(2, (height, width))
         x = weights.sum(2) @ torch.linspace(-1, 1, width)
@@ -33,8 +40,8 @@ class Detector(nn.Module):
 
 
 def to_tensor(frames):
-    """(N, H, W, 3) uint8 -> (N, 3, H, W) in [0, 1]."""
-    return torch.from_numpy(np.ascontiguousarray(frames)).permute(0, 3, 1, 2).float() / 255
+    """(..., H, W, 3) uint8 -> (..., 3, H, W) in [0, 1]."""
+    return torch.from_numpy(np.ascontiguousarray(frames)).movedim(-1, -3).float() / 255
 
 
 def train_detector(path, frames, places, steps=2500, batch=32, seed=0):
