@@ -129,9 +129,8 @@ def prepare_video(video, run, old):
         episodes = place_episodes(video, probe)
     wanted = min(options.max_frames or probe.packets, probe.packets)
     run.expect(wanted)
-    times = (probe.times or [])[
-        : options.max_frames if first_only else None
-    ]  # the last packets listed are not in order yet
+    # Where only the first packets were listed, the last of them are not in order yet.
+    times = (probe.times or [])[: options.max_frames if first_only else None]
     fps, _, uneven = average_fps(times, probe.fps)
     stride = motion_stride(min(fps, options.fps or fps))
     clips, decoded, decoder = decode_video(video, probe, episodes, stride, run)

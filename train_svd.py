@@ -63,9 +63,7 @@ def build_parser():
     add("--learning_rate", type=at_least_zero, help="peak of the schedule (default 1e-5; 1e-4 for a LoRA)")
     add("--lr_scheduler", choices=SCHEDULES, default="constant", help="learning-rate schedule (default constant)")
     add("--lr_warmup_steps", type=int, default=0, help="optimizer steps of linear warm-up (default 0)")
-    clipping = (
-        "clip the gradients to this norm; 0: no clipping, and gradients freed early (default 1; 0 with adamw8bit)"
-    )
+    clipping = "clip gradients to this norm; 0: no clipping, and gradients freed early (default 1; 0 with adamw8bit)"
     add("--max_grad_norm", type=at_least_zero, help=clipping)
     add("--optimizer", choices=list(OPTIMIZERS), default="adamw", help="adamw8bit needs bitsandbytes (default adamw)")
     add("--adam_weight_decay", type=at_least_zero, default=1e-2, help="AdamW's decoupled decay (default 0.01)")

@@ -4,6 +4,7 @@ import contextlib
 import math
 
 import torch
+from safetensors.torch import load_file
 from torch.nn.functional import silu
 from torch.utils.checkpoint import checkpoint
 
@@ -129,8 +130,6 @@ def load_action_encoder(unet, trained, folder):
 
     Does nothing where there is none.
     """
-    from safetensors.torch import load_file
-
     tensors = split_actions(trained)[1]
     if not tensors and (folder / FOLDER / WEIGHTS).is_file():
         tensors = load_file(folder / FOLDER / WEIGHTS)

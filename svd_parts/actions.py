@@ -13,9 +13,6 @@ FOLDER, SETTINGS, WEIGHTS = "actions", "actions.json", "encoder.safetensors"  # 
 PREFIX = "actions."  # of the encoder's parameters; as a part of the UNet they train, average and resume like all others
 
 
-# The numbers
-
-
 def read_actions(path):
     """Reads (T, A) float32 from an .npy or .csv file; a .csv may begin with a line of names. Raises `UserError`."""
     path = Path(path)

@@ -107,9 +107,7 @@ class Parser(argparse.ArgumentParser):
 
     def parse_args(self, args=None, namespace=None):
         words = sys.argv[1:] if args is None else list(args)
-        flags = [
-            word for word in words if word.startswith("--")
-        ]  # else argparse misses a required one that is mistyped
+        flags = [word for word in words if word.startswith("--")]  # argparse would miss a mistyped required one
         if unknown := [word for word in flags if word.partition("=")[0] not in self._option_string_actions]:
             self.error(self.describe_unknown(unknown))
         found, unknown = self.parse_known_args(words, namespace)

@@ -63,9 +63,8 @@ def find_videos(options):
     root = os.path.abspath(options.video_dir)
     folders, left_out = find_folders(root)
     files = [str(Path(root, folder, name)) for folder, names in folders.items() for name in names]
-    broken = [
-        path for path in left_out if not (os.path.isdir(path) and os.access(path, os.R_OK))
-    ]  # no file is reached twice
+    # A readable folder that was left out is one that was reached before. No file is reached twice.
+    broken = [path for path in left_out if not (os.path.isdir(path) and os.access(path, os.R_OK))]
     files = [path for path in files if path not in left_out]
     present, videos, unfinished = set(files), [describe_video(path, root) for path in broken], {}
     for path in files:

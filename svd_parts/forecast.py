@@ -158,18 +158,18 @@ def forecast_clip(base, settings):
     the GPU; with it, only the part that is at work. CUDA itself takes 0.5 GiB more.
     """
     configs = [json.dumps(read_config(base, part)) for part in MODEL_PARTS]
-    sizes = [part_bytes(part, config) for part, config in zip(MODEL_PARTS, configs)]
     factor, chunk = latent_factor(read_config(base, "vae")), settings.decode_chunk_size
     latents = settings.num_frames, settings.height // factor, settings.width // factor
-    denoise, step_flops = denoising_needs(configs[0], *latents, low_vram=False)
+    unet, denoise, step_flops = denoising_needs(configs[0], *latents, low_vram=False)
     if settings.low_vram:
-        denoise = denoising_needs(configs[0], *latents, low_vram=True)[0]
-    decode, chunk_flops = decoding_needs(configs[1], chunk, *latents[1:])
+        _, denoise, _ = denoising_needs(configs[0], *latents, low_vram=True)
+    vae, decode, chunk_flops = decoding_needs(configs[1], chunk, *latents[1:])
+    clip = clip_bytes(configs[2])
     decode += 4 * 3 * settings.num_frames * settings.width * settings.height  # all decoded frames, in fp32
     if not settings.low_vram:
-        denoise, decode = denoise + sizes[1] + sizes[2], decode + sizes[0] + sizes[2]
+        denoise, decode = denoise + vae + clip, decode + unet + clip
     tflop = (settings.num_inference_steps * step_flops + settings.num_frames / chunk * chunk_flops) / 1e12
-    return max(denoise, decode, sizes[1] + sizes[2]) / 2**30, tflop
+    return max(denoise, decode, vae + clip) / 2**30, tflop
 
 
 def fake_part(part, config):
@@ -187,13 +187,13 @@ def fake_part(part, config):
 
 
 @functools.lru_cache
-def part_bytes(part, config):
-    return sum(parameter.nbytes for parameter in fake_part(part, config).parameters())
+def clip_bytes(config):
+    return sum(parameter.nbytes for parameter in fake_part("image_encoder", config).parameters())
 
 
 @functools.lru_cache  # a plan asks for several settings, which share most passes
 def denoising_needs(config, num_frames, h, w, low_vram):
-    """(bytes of GPU memory, FLOP) of one denoising step of the UNet, its weights included. h, w: of the latents.
+    """What `needs` says of one denoising step of the UNet. h, w: of the latents.
 
     low_vram: FLOP is None, since it is the same and takes long to count.
     """
@@ -208,7 +208,7 @@ def denoising_needs(config, num_frames, h, w, low_vram):
 
 @functools.lru_cache
 def decoding_needs(config, chunk, h, w):
-    """(bytes of GPU memory, FLOP) of decoding `chunk` frames, the VAE's weights included."""
+    """What `needs` says of decoding `chunk` frames."""
     vae = fake_part("vae", config)
     with FAKE:
         z = torch.empty(chunk, vae.config.latent_channels, h, w).half()
@@ -216,13 +216,14 @@ def decoding_needs(config, chunk, h, w):
 
 
 def needs(model, function, *inputs, count=True):
-    """Runs a pass without gradients: (bytes at its peak, FLOP, or None if not to `count`)."""
+    """Runs a pass without gradients: (bytes of the weights, of the peak with them; FLOP, or None if not to `count`)."""
     flops = FlopCounterMode(display=False, custom_mapping=ATTENTION_ON_CPU)
     with torch.no_grad(), flops if count else contextlib.nullcontext(), MemoryTracker() as tracker:
         for tensor in [*model.parameters(), *inputs]:
             tracker.track(tensor)
         function(*inputs)
-    return tracker.peak, flops.get_total_flops() if count else None
+    weights = sum(parameter.nbytes for parameter in model.parameters())
+    return weights, tracker.peak, flops.get_total_flops() if count else None
 
 
 def choose_checkpointing(options, folder, weight_dtype, available):
