@@ -22,7 +22,7 @@ def test_the_dry_runs_end_with_time_for_every_card(tmp_path):
     ).stdout
     plan = json.loads(text.strip().split("\n")[-1])
     assert set(plan["hours"]) == set(timing.CARDS) and all(hours >= 0 for hours in plan["hours"].values())
-    assert "time for 1000 steps, caching 9 frames and validating 1 clips included; an estimate" in text
+    assert "time for 1000 steps, caching 9 frames and validating 1 clip included; an estimate" in text
     assert all(f"  {name}" in text for name in timing.CARDS) and " s a step, " in text
     Image.new("RGB", (96, 64)).save(tmp_path / "a.png")
     flags = ["--model_dir", TINY, "--input_image", tmp_path / "a.png", "--output_video", tmp_path / "x.mp4"]
