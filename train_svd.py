@@ -101,6 +101,8 @@ def build_parser():
     held_out = "clips of the dataset to hold out, in whole episodes (default 0); with --validation_dir: the most to use"
     add("--num_validation_videos", type=number(int, 0), default=0, help=held_out)
     add("--validation_steps", type=positive, default=500, help="steps between two validations (default 500)")
+    denoising = "denoising steps of a validation's clips: fewer are faster and blurred (default 25)"
+    add("--validation_inference_steps", type=positive, default=25, help=denoising)
     metrics = [name for name, metric in METRICS.items() if metric.picks_best]
     best = "OUTPUT_DIR/best keeps the step with the best score of this metric (default psnr_moving)"
     add("--validation_metric", default="psnr_moving", choices=metrics, help=best)

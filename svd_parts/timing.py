@@ -28,7 +28,6 @@ MEASURED_SHARE = 0.4  # expected share of a measured matrix rate, which is lower
 FORWARD_SHARE = {"none": 1 / 2.56, "transformers": 1 / 3.13, "full": 1 / 3.5}  # the forward pass in a step's FLOP
 ENCODE_TFLOP, DECODE_TFLOP = 0.676, 1.88  # of the VAE, for a frame of 512x320
 VAE_SLOWER = 2  # the VAE works in fp32: on tensor cores (TF32) at half the rate of bf16
-VALIDATION_STEPS = 25  # denoising steps for a clip of a validation
 
 
 def training_tflop(options, plan, frames, clips, mode):
@@ -36,7 +35,7 @@ def training_tflop(options, plan, frames, clips, mode):
     area = options.width * options.height / (512 * 320)
     step = plan["flops_per_step"] / 1e12
     forward = step * FORWARD_SHARE[mode] / (options.train_batch_size * options.gradient_accumulation_steps)
-    clip = VALIDATION_STEPS * 2 * forward + options.num_frames * DECODE_TFLOP * area * VAE_SLOWER
+    clip = options.validation_inference_steps * 2 * forward + options.num_frames * DECODE_TFLOP * area * VAE_SLOWER
     count = 1 + math.ceil(options.max_train_steps / options.validation_steps)
     cache = frames * ENCODE_TFLOP * area * VAE_SLOWER if options.cache_latents else 0
     return step, cache, count * clips * clip

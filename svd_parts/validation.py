@@ -21,7 +21,7 @@ from svd_parts.objective import random_generator, training_loss
 from svd_parts.samples import ClipDataset
 from svd_parts.unet import compute_dtype
 
-VALIDATION_SIGMAS = (0.1, 0.5, 2.0, 10.0, 100.0)  # 8 of the 25 inference steps have a sigma over 80
+VALIDATION_SIGMAS = (0.1, 0.5, 2.0, 10.0, 100.0)  # 8 of 25 inference steps have a sigma over 80
 
 
 class Stopped(Exception):
@@ -92,6 +92,7 @@ class Validation:
             latents = pipe(
                 Image.fromarray(first), width=options.width, height=options.height, num_frames=options.num_frames,
                 fps=round(clip["fps"]), motion_bucket_id=clip["motion_bucket_id"], output_type="latent",
+                num_inference_steps=options.validation_inference_steps,
                 generator=torch.Generator().manual_seed(0), callback_on_step_end=lambda *_: raise_if_stopped(stop),
             ).frames  # fmt: skip
         self.vae.decoder = self.decoder.to(device)

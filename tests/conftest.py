@@ -139,4 +139,5 @@ def train_arguments(dataset, output, model=TINY):
     return [
         "--pretrained_model_name", model, "--dataset_dir", dataset, "--output_dir", output, *SIZE,
         "--learning_rate", "1e-4", "--gradient_checkpointing", "none", "--logging_steps", "1",
+        "--validation_inference_steps", "2",
     ]  # fmt: skip

@@ -1,6 +1,7 @@
 """Estimates of time: the table of cards, and what both dry runs print of it."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 from conftest import TINY, moving_square, run, write_clip
@@ -29,6 +30,17 @@ def test_the_dry_runs_end_with_time_for_every_card(tmp_path):
     text = run("infer_svd.py", *flags, *size, "--dry_run").stdout
     assert "the run goes on with --decode_chunk_size 4 --low_vram: " in text
     assert "time for 1 clip; an estimate from published rates, on no card measured:" in text
+
+
+def test_a_validation_takes_as_long_as_its_denoising_steps():
+    options = SimpleNamespace(width=512, height=320, num_frames=25, train_batch_size=1, gradient_accumulation_steps=1,
+        max_train_steps=1000, validation_steps=500, cache_latents=True)  # fmt: skip
+    work = []
+    for steps in (0, 10, 25):
+        options.validation_inference_steps = steps
+        work.append(timing.training_tflop(options, {"flops_per_step": 62.7e12}, 100, 4, "none")[2])
+    assert work[2] - work[0] == pytest.approx(2.5 * (work[1] - work[0]))
+    assert work[1] - work[0] == pytest.approx(3 * 4 * 10 * 2 * 62.7 / 2.56)  # guidance needs two forward passes a step
 
 
 def test_a_step_of_svd_on_a_4090_is_what_the_roofline_says_within_a_factor():

@@ -12,6 +12,7 @@ def test_a_stop_signal_during_a_validation_ends_it_within_seconds(dataset, tmp_p
     for number in range(9):
         write_clip(tmp_path / "held_out" / f"clip{number}", moving_square(8, seed=number))
     output, validation = tmp_path / "out", ["--validation_dir", tmp_path / "held_out", "--validation_steps", 1]
+    validation += ["--validation_inference_steps", 25]
     process = Launched("train_svd.py", *train_arguments(dataset, output), "--max_train_steps", 50, *validation)
     deadline = time.time() + 200
     while time.time() < deadline and not list((output / "validation").glob("step-000000/*.mp4")):
