@@ -3,15 +3,17 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SIZE, TINY, moving_square, run, train_arguments, write_clip
+from conftest import ROOT, SIZE, TINY, Launched, moving_square, run, train_arguments, write_clip
 from diffusers import StableVideoDiffusionPipeline
 from safetensors.torch import load_file
 
@@ -238,12 +240,15 @@ def test_the_result_is_a_plain_pipeline_folder_and_the_encoder_beside_it(model):
     assert any("validation_loss_v" in line for line in (model / "metrics.jsonl").read_text().splitlines())
 
 
-def test_a_resumed_run_is_the_unbroken_one_to_the_last_bit(acted, model, tmp_path):
-    shutil.copytree(model, tmp_path / "run")
-    for gone in ("checkpoint-4", "model_index.json", "actions", "unet"):
-        path = tmp_path / "run" / gone
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+def test_a_killed_run_goes_on_to_the_unbroken_one_to_the_last_bit(acted, model, tmp_path):
     same_run = ["--checkpointing_steps", 2, "--use_ema", *RATES, "--num_validation_videos", 1]
+    whole = [*train_arguments(acted, tmp_path / "run"), "--condition_on", "actions", "--max_train_steps", 4, *same_run]
+    process, deadline = Launched("train_svd.py", *whole), time.time() + 120
+    while process.poll() is None and time.time() < deadline and not (tmp_path / "run" / "checkpoint-2").exists():
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert not (tmp_path / "run" / "model_index.json").exists()
     same_run += ["--resume_from_checkpoint", "latest"]
     train(acted, tmp_path / "run", "--max_train_steps", 4, *same_run)
     for part in ("checkpoint-4", "actions", "unet"):

@@ -349,6 +349,7 @@ def clips(tmp_path_factory):
     root = tmp_path_factory.mktemp("clips")
     for name in ("clip0", "clip1", "held_out/clip2"):
         write_clip(root / name, moving_square(9))
+        np.save(root / name / "actions.npy", np.random.default_rng(0).random((9, 3), np.float32))
     return root
 
 
@@ -375,7 +376,7 @@ TRAINING = {  # name: (flags, CUDA's capability, waits for the GPU that a step m
         2,
     ),  # to CLIP and back
     "fp16-accumulation": (["--gradient_accumulation_steps", 2], (7, 5), 0),  # with a scaler, as on a T4
-    "adamw8bit": (["--optimizer", "adamw8bit"], (8, 9), 0),
+    "adamw8bit-actions": (["--optimizer", "adamw8bit", "--condition_on", "actions"], (8, 9), 0),
     "lora": (["--lora_rank", 4, "--gradient_checkpointing", "full"], (8, 9), 0),
 }
 
