@@ -1,5 +1,6 @@
 """What the tests share: the small real checkpoint, folders of frames, and launching the real scripts."""
 
+import functools
 import multiprocessing
 import os
 import runpy
@@ -7,6 +8,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+from multiprocessing import forkserver
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch: the tensors are small, and the threads of a busy machine fight
@@ -36,8 +38,17 @@ server = multiprocessing.get_context("forkserver")
 server.set_forkserver_preload(["warm"])
 
 
+@functools.cache
+def start_server():
+    """Starts it where it finds `warm`: Python leaves out, without a word, what the server cannot import."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.path.dirname(__file__), os.pathsep)
+        forkserver.ensure_running()
+
+
 def run_forked(command, output, ignored):
     """What `python SCRIPT ...` does, in a process of the server: stdout and stderr go into the file `output`."""
+    assert "warm" in sys.modules
     for number in ignored:
         signal.signal(number, signal.SIG_IGN)
     with open(output, "wb", buffering=0) as file:
@@ -57,6 +68,7 @@ class Launched:
     def __init__(self, script, *arguments, ignored=()):
         self.command, self.folder = [str(ROOT / script), *map(str, arguments)], tempfile.TemporaryDirectory()
         self.output = Path(self.folder.name, "output")
+        start_server()
         self.process = server.Process(target=run_forked, args=(self.command, str(self.output), ignored))
         self.process.start()
 
