@@ -102,7 +102,7 @@ def follow_actions(unet, actions, keep=None):
         yield
         return
     encoder = getattr(unet, "module", unet).actions  # DDP wraps the UNet
-    encoder.actions, encoder.keep = actions, keep
+    encoder.actions, encoder.keep = torch.as_tensor(actions), keep
     try:
         yield
     finally:

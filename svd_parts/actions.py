@@ -66,12 +66,10 @@ def describe_actions(clips):
 
 
 def scale_actions(actions, described):
-    """Scales (T, A) to a float32 tensor, so that `low` becomes -1 and `high` 1; a constant column becomes 0."""
-    import torch
-
+    """Scales (T, A) to float32, so that `low` becomes -1 and `high` 1; a constant column becomes 0."""
     low, high = np.array(described["low"]), np.array(described["high"])
     half = np.where(high > low, high - low, np.inf) / 2
-    return torch.from_numpy(((actions - (low + high) / 2) / half).astype(np.float32))
+    return ((actions - (low + high) / 2) / half).astype(np.float32)
 
 
 def prepare_actions(condition_on, clips, held_out, before, base):
@@ -117,7 +115,7 @@ def column_names(described):
 
 def warn_of_far_values(rows, described, given):
     """Prints a warning for each column with values far outside those that the model was trained on."""
-    far = np.abs(scale_actions(rows, described).numpy()).max(0)
+    far = np.abs(scale_actions(rows, described)).max(0)
     kinds = zip(column_names(described), described["low"], described["high"], rows.T, far)
     for name, low, high, column, value in kinds:
         if value > 2 or (low == high and np.abs(column - low).max() > 1e-6):

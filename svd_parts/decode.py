@@ -14,7 +14,7 @@ import cv2
 import numpy as np
 
 import svd_common as common
-from svd_parts.ffmpeg import check_exit, picture_errors, run_ffmpeg, start_ffmpeg
+from svd_parts.ffmpeg import check_exit, is_cut, picture_errors, run_ffmpeg, start_ffmpeg
 from svd_parts.probe import HDR, MIDDLE
 
 
@@ -28,6 +28,7 @@ class Decoded:
 
     frames: int = 0
     errors: list = dataclasses.field(default_factory=list)  # messages about damaged pictures
+    log_is_cut: bool = False  # so messages may be missing
     notes: list = dataclasses.field(default_factory=list)
     said: str = ""  # ffmpeg's first error of any kind
     flaws: object = None  # `flaws.Flaws` of the frames
@@ -145,6 +146,7 @@ def read_ffmpeg(video, probe, options, threads, decoded):
             if match := re.search(r"\bs:(\d+)x(\d+) i:", line):
                 announced.put((stamp, int(match[1]), int(match[2])))
             decoded.errors.extend(picture_errors([line], probe))
+            decoded.log_is_cut |= is_cut(line)
             decoded.said = decoded.said or line.partition("[error] ")[2]
         announced.put(None)
 
@@ -173,6 +175,8 @@ def read_ffmpeg(video, probe, options, threads, decoded):
             decoded.frames += 1
             yield last, cv2.cvtColor(frame, cv2.COLOR_RGB2BGR, dst=frame)  # ffmpeg's own BGR differs a little
         check_exit(process.wait())
+        if decoded.log_is_cut and not decoded.errors:
+            decoded.errors = find_damage(video, probe, options, threads)
     finally:
         process.kill()
         process.stdout.close()

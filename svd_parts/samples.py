@@ -72,7 +72,7 @@ class ClipDataset:
         else:
             sample |= {"pixel_values": pixels, "posterior_noise": posterior_noise}
         if options.condition_on:  # drawn last, so that all other numbers are the same without actions
-            sample["actions"] = clip["scaled_actions"][start : start + options.num_frames]
+            sample["actions"] = torch.from_numpy(clip["scaled_actions"][start : start + options.num_frames])
             keep = torch.rand((), generator=generator) >= options.action_dropout_prob
             sample["keep_actions"] = keep.float()
         return sample

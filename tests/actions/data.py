@@ -83,6 +83,21 @@ def play_all(paths, seed, task="reach"):
     return tuple(map(np.stack, zip(*played)))
 
 
+def bent_pushes(folder, seed, episodes):
+    """Pushes whose paths are bent at random, by some 5 cm sideways half-way and at the end, so that many miss.
+
+    Returns what `play_all` does: (N, T, H, W, 3) uint8, (N, T, 3).
+    """
+    render_clips(folder, "push", seed, episodes, cameras=())
+    bent, rng = [], np.random.default_rng(seed)
+    for episode in range(episodes):
+        state = json.loads((folder / "states" / f"episode_{episode:06d}.json").read_text())
+        aside = np.vstack([np.zeros(3), rng.normal(0, [0.05, 0.05, 0.005], (2, 3))])  # at frames 0, 4 and 7
+        moved = [np.interp(np.arange(FRAMES), [0, 4, FRAMES - 1], column) for column in aside.T]
+        bent.append(np.array(state["fingertip"]) + np.stack(moved, 1))
+    return play_all(bent, seed, "push")
+
+
 def other_paths(paths):
     """{how: (N, T, 3)}: recorded paths, changed as no recording has them."""
     half = np.minimum(np.arange(FRAMES) / 2, FRAMES - 1)

@@ -40,7 +40,7 @@ TRAINING = (
     "--num_frames 8 --width 96 --height 64 --train_batch_size 4 --learning_rate 2e-3 --P_mean 1.5 --lr_scheduler cosine"
 )
 TRAINING += " --lr_warmup_steps 30 --use_ema --ema_decay 0.98 --checkpointing_steps 100 --gradient_checkpointing none"
-SEEDS = {"training": 7005, "development": 7205, "held out": 7206, "push": 7207}
+SEEDS = {"training": 7005, "development": 7205, "held out": 7206, "push": 7207, "bent": 7208}
 INFERENCE_STEPS = 4
 
 
@@ -56,6 +56,7 @@ def build_parser():
     )
     add("--steps", type=int, default=300, help="of training, for each of the two models")
     add("--clips", type=int, default=16, help="held-out clips of reach, and half as many of push")
+    add("--failures", type=int, default=0, help="clips of bent pushes, which often miss, to train on too")
     add("--more", default="", help="further options of train_svd.py for both models")
     return parser
 
@@ -211,6 +212,8 @@ def main(options):
     data.render_clips(out / "held_out_push", "push", SEEDS["push"], options.clips // 2)
     training = {"reach": data.read_clips(out / "reach", out / "reach", 320)}
     training["push"] = data.read_clips(data.BUNDLED, out / "push", 192)
+    if options.failures:
+        training["bent"] = data.bent_pushes(out / "bent", SEEDS["bent"], options.failures)
     if not (out / "dataset" / "metadata.jsonl").exists():
         data.write_dataset(out / "dataset", training)
     running = start_training(out, out / "dataset", options)
