@@ -54,8 +54,8 @@ def build_parser():
         default="held out",
         help="development: to choose something by",
     )
-    add("--steps", type=int, default=600, help="of training, for each of the two models")
-    add("--clips", type=int, default=24, help="held-out clips of reach, and half as many of push")
+    add("--steps", type=int, default=500, help="of training, for each of the two models")
+    add("--clips", type=int, default=16, help="held-out clips of reach, and half as many of push")
     add("--failures", type=int, default=0, help="clips of bent pushes, which often miss, to train on too")
     add("--more", default="", help="further options of train_svd.py for both models")
     return parser
