@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import runpy
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -46,9 +47,10 @@ def start_server():
         forkserver.ensure_running()
 
 
-def run_forked(command, output, ignored):
+def run_forked(command, output, ignored, environment):
     """What `python SCRIPT ...` does, in a process of the server: stdout and stderr go into the file `output`."""
     assert "warm" in sys.modules
+    os.environ.update(environment)
     for number in ignored:
         signal.signal(number, signal.SIG_IGN)
     with open(output, "wb", buffering=0) as file:
@@ -62,14 +64,14 @@ def run_forked(command, output, ignored):
 class Launched:
     """A script at work in a process of the server: what the tests need of subprocess.Popen.
 
-    ignored: signals that the process ignores, as under nohup.
+    ignored: signals that the process ignores, as under nohup; environment: what it finds there beside ours.
     """
 
-    def __init__(self, script, *arguments, ignored=()):
+    def __init__(self, script, *arguments, ignored=(), environment=()):
         self.command, self.folder = [str(ROOT / script), *map(str, arguments)], tempfile.TemporaryDirectory()
         self.output = Path(self.folder.name, "output")
         start_server()
-        self.process = server.Process(target=run_forked, args=(self.command, str(self.output), ignored))
+        self.process = server.Process(target=run_forked, args=(self.command, str(self.output), ignored, environment))
         self.process.start()
 
     def poll(self):
@@ -91,6 +93,20 @@ class Launched:
         """(stdout and stderr together, None)."""
         self.wait(timeout)
         return self.output.read_text(errors="replace") if self.output.exists() else "", None
+
+
+def run_together(count, script, *arguments):
+    """Runs a script as torchrun does, in `count` processes."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
+    known = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    processes = [
+        Launched(script, *arguments, environment={**known, "RANK": str(rank), "LOCAL_RANK": str(rank)})
+        for rank in range(count)
+    ]
+    for process in processes:
+        output, _ = process.communicate()
+        assert process.returncode == 0, output
 
 
 def run(script, *arguments, ok=True, env=None, **options):

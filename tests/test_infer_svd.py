@@ -169,6 +169,7 @@ def test_what_an_image_loses_is_said_once_for_all_images_of_its_kind(tmp_path, c
     assert "deep.png: more than 8 bits" in printed and "pages.tif: an animation" not in printed
     assert "cut.tif and 1 more: an animation or a stack of pages" in printed
     assert "fits.png" not in printed and "opaque.png" not in printed and printed.count("warning: ") == 5
+    assert "the run goes on with --decode_chunk_size 4 --low_vram: " in printed
     fitting = [*flags, "--width", 64, "--height", 112]
     assert "tall.png" not in infer(capsys, *fitting)
 
@@ -653,9 +654,9 @@ def test_out_of_memory_within_the_fp32_encode_leaves_no_fp32_vae(words, picture,
     monkeypatch.setattr(common, "load_pipeline", load_half)
     monkeypatch.setattr(AutoencoderKLTemporalDecoder, "encode", encode_later)
     target = tmp_path / "set" / "first_seed0_motion127.mp4"
-    flags = ["--model_dir", TINY, "--input_image", picture, "--output_video", target.parent, *QUICK]
+    flags = ["--model_dir", TINY, "--input_image", picture, "--output_video", target.parent, *QUICK, "--num_frames", 2]
     assert "out of GPU memory: going on with --low_vram" in infer(capsys, *flags)
-    assert dtypes == [torch.float32] * 2 and len(common.read_video(target)) == 8
+    assert dtypes == [torch.float32] * 2 and len(common.read_video(target)) == 2
 
 
 def test_half_precision_uses_no_3d_convolution_and_gives_the_stock_frames(picture, monkeypatch):
@@ -664,7 +665,7 @@ def test_half_precision_uses_no_3d_convolution_and_gives_the_stock_frames(pictur
 
     def frames(pipe):
         pipe.set_progress_bar_config(disable=True)
-        options = {"width": 96, "height": 64, "num_frames": 4, "num_inference_steps": 1}
+        options = {"width": 48, "height": 32, "num_frames": 4, "num_inference_steps": 1}  # slow on a CPU
         return pipe(image, generator=torch.Generator().manual_seed(0), output_type="np", **options).frames[0]
 
     stock, ours = (common.load_pipeline(TINY, torch.float16)[0] for _ in range(2))
@@ -689,7 +690,11 @@ def test_single_token_shortcut_gives_the_same_bits():
 def test_dry_run_forecasts_1024x576_within_8_gib_from_the_configuration_alone(picture, tmp_path, capsys):
     printed = infer(capsys, "--model_dir", "stabilityai/stable-video-diffusion-img2vid-xt", "--input_image", picture,
         "--output_video", tmp_path / "set", "--num_videos_per_image", 3, "--low_vram", "--dry_run")  # fmt: skip
-    assert "3 clips of 25 frames, 1024x576" in printed and not (tmp_path / "set").exists()
+    assert (
+        "3 clips of 25 frames, 1024x576" in printed
+        and "time for 3 clips; an estimate" in printed
+        and not (tmp_path / "set").exists()
+    )
     assert 3 < float(printed.split(" GiB of GPU")[0].split()[-1]) < 7  # CUDA's own half a GiB comes on top
 
 

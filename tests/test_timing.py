@@ -1,11 +1,8 @@
-"""Estimates of time: the table of cards, and what both dry runs print of it."""
+"""Estimates of time: the table of cards, and what is printed of it."""
 
-import json
 from types import SimpleNamespace
 
 import pytest
-from conftest import TINY, moving_square, run, write_clip
-from PIL import Image
 
 from svd_parts import timing
 
@@ -14,22 +11,20 @@ def test_a_readable_time():
     assert [timing.readable(s) for s in (1.234, 42, 720, 9000)] == ["1.2 s", "42 s", "12 min", "2.5 h"]
 
 
-def test_the_dry_runs_end_with_time_for_every_card(tmp_path):
-    write_clip(tmp_path / "data" / "clip", moving_square(9))
-    flags = ["--pretrained_model_name", TINY, "--dataset_dir", tmp_path / "data", "--output_dir", tmp_path / "out"]
-    size = ["--width", 96, "--height", 64, "--num_frames", 8]
-    text = run(
-        "train_svd.py", *flags, *size, "--max_train_steps", 1000, "--num_validation_videos", 1, "--dry_run"
-    ).stdout
-    plan = json.loads(text.strip().split("\n")[-1])
-    assert set(plan["hours"]) == set(timing.CARDS) and all(hours >= 0 for hours in plan["hours"].values())
+def test_a_plan_gives_the_time_on_every_card(capsys):
+    options = SimpleNamespace(width=96, height=64, num_frames=8, train_batch_size=1, gradient_accumulation_steps=1,
+        max_train_steps=1000, validation_steps=500, validation_inference_steps=25, cache_latents=True)  # fmt: skip
+    plan, device = {"flops_per_step": 62.7e12, "peak_memory_gib": 17.4}, SimpleNamespace(type="cpu")
+    hours = timing.print_training_time(options, plan, 9, 1, "none", device)
+    text = capsys.readouterr().out
+    assert set(hours) == set(timing.CARDS) and hours["RTX 3090"] > hours["RTX 4090"] > hours["H100 80 GB"] > 0
     assert "time for 1000 steps, caching 9 frames and validating 1 clip included; an estimate" in text
     assert all(f"  {name}" in text for name in timing.CARDS) and " s a step, " in text
-    Image.new("RGB", (96, 64)).save(tmp_path / "a.png")
-    flags = ["--model_dir", TINY, "--input_image", tmp_path / "a.png", "--output_video", tmp_path / "x.mp4"]
-    text = run("infer_svd.py", *flags, *size, "--dry_run").stdout
-    assert "the run goes on with --decode_chunk_size 4 --low_vram: " in text
-    assert "time for 1 clip; an estimate from published rates, on no card measured:" in text
+    assert text.count("but 16 GiB are too few") == 1
+    timing.print_clip_time(100.0, 3, device)
+    text = capsys.readouterr().out
+    assert "time for 3 clips; an estimate from published rates, on no card measured:" in text
+    assert all(f"  {name}" in text for name in timing.CARDS) and text.count(" a clip, ") == len(timing.CARDS)
 
 
 def test_a_validation_takes_as_long_as_its_denoising_steps():

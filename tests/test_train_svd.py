@@ -5,7 +5,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import time
 import urllib.parse
@@ -14,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SIZE, TINY, Launched, moving_square, run, train_arguments, write_clip
+from conftest import SIZE, TINY, Launched, moving_square, run, run_together, train_arguments, write_clip
 from diffusers import StableVideoDiffusionPipeline
 from diffusers.optimization import SchedulerType
 from diffusers.training_utils import EMAModel
@@ -33,6 +32,7 @@ from svd_parts.metrics import METRICS
 from svd_parts.objective import training_loss
 from svd_parts.optimizers import OPTIMIZERS
 from svd_parts.samples import ClipDataset, load_clips
+from svd_parts.timing import CARDS
 from svd_parts.unet import DTYPES, RECOMPUTED, TRAINABLE, is_trained
 from svd_parts.validation import VALIDATION_SIGMAS
 from svd_parts.weights import SVD_XT_CONFIG
@@ -256,14 +256,10 @@ def test_two_processes_give_the_weights_of_one_with_twice_the_batch(dataset, tmp
     held_out = ["--num_validation_videos", "1"]
     run("train_svd.py", *train_arguments(dataset, tmp_path / "one"), "--max_train_steps", 3, "--train_batch_size", 2,
         *held_out)  # fmt: skip
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command += [str(ROOT / "train_svd.py"), *map(str, train_arguments(dataset, tmp_path / "two"))]
-    command += [*held_out, "--validation_steps", "1", "--logging_steps", "9"]  # one process validates, all log then
+    same_run = [*train_arguments(dataset, tmp_path / "two"), *held_out, "--checkpointing_steps", 2]
+    same_run += ["--validation_steps", 1, "--logging_steps", 9]  # one process validates, all log then
     for steps, more in ((2, []), (3, ["--resume_from_checkpoint", "latest"])):  # a resume works there too
-        done = subprocess.run([*command, "--max_train_steps", str(steps), "--checkpointing_steps", "2", *more],
-            env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=400)  # fmt: skip
-        assert done.returncode == 0, done.stdout
+        run_together(2, "train_svd.py", *same_run, "--max_train_steps", steps, *more)
     before, one, two = weights(TINY), weights(tmp_path / "one"), weights(tmp_path / "two")
     moved = sum((one[n].float() - before[n].float()).abs().sum() for n in one)
     apart = sum((one[n].float() - two[n].float()).abs().sum() for n in one)
@@ -282,6 +278,7 @@ def test_dry_run_meets_the_memory_and_flop_targets(tmp_path):
         "--output_dir", str(tmp_path / "out"), "--dry_run"]  # fmt: skip
     done = run("train_svd.py", *arguments)
     plan = json.loads(done.stdout.splitlines()[-1])
+    assert "time for 5000 steps" in done.stdout and set(plan["hours"]) == set(CARDS)
     assert plan["trainable_parameters"] == 630_881_958
     assert 10 < plan["peak_memory_gib"] <= 15 and 62e12 < plan["flops_per_step"] <= 63e12
     assert 0 < plan["validation_gib"] <= plan["training_gib"] == plan["peak_memory_gib"]
