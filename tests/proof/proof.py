@@ -62,7 +62,7 @@ def build_parser():
     add("--aimless", type=int, default=320, help="clips of aimless motion that the inverse dynamics learns from too")
     add("--layouts", type=int, default=128, help="to judge on")
     add("--seeds", type=int, default=5, help="policies of an arm")
-    add("--labellers", type=int, default=2, help="networks, averaged")
+    add("--labellers", type=int, default=5, help="networks, averaged")
     add("--label_steps", type=int, default=1000)
     add("--policy_steps", type=int, default=400)
     add("--action_model", type=Path, default=clips.ROOT / "actions" / "with", help="of make actions, for section 3")
