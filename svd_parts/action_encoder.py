@@ -96,7 +96,8 @@ def add_encoder(unet, count, generator=None):
 def follow_actions(unet, actions, keep=None):
     """While this lasts, the UNet's forward passes follow `actions`, (B, T, A), scaled. With None it works as the base.
 
-    keep: (B,), 0 where they are dropped. Recomputing activations is safe: a block is recomputed from the sums.
+    actions: an array or a tensor. keep: (B,), 0 where they are dropped. Recomputing
+    activations is safe: a block is recomputed from the sums.
     """
     if actions is None:
         yield

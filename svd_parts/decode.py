@@ -28,7 +28,6 @@ class Decoded:
 
     frames: int = 0
     errors: list = dataclasses.field(default_factory=list)  # messages about damaged pictures
-    log_is_cut: bool = False  # so messages may be missing
     notes: list = dataclasses.field(default_factory=list)
     said: str = ""  # ffmpeg's first error of any kind
     flaws: object = None  # `flaws.Flaws` of the frames
@@ -137,7 +136,10 @@ def read_ffmpeg(video, probe, options, threads, decoded):
         fcntl.fcntl(process.stdout, fcntl.F_SETPIPE_SZ, 1 << 20)
     announced = queue.Queue()  # (seconds or NOPTS, width, height) of each frame that will come, then None
 
+    log_is_cut = False  # so messages may be missing
+
     def read_log():
+        nonlocal log_is_cut
         stamp = "NOPTS"
         for line in process.stderr:  # a decoder's message may cut a line of showinfo in two
             line = line.decode("utf-8", "replace").rstrip()
@@ -146,7 +148,7 @@ def read_ffmpeg(video, probe, options, threads, decoded):
             if match := re.search(r"\bs:(\d+)x(\d+) i:", line):
                 announced.put((stamp, int(match[1]), int(match[2])))
             decoded.errors.extend(picture_errors([line], probe))
-            decoded.log_is_cut |= is_cut(line)
+            log_is_cut |= is_cut(line)
             decoded.said = decoded.said or line.partition("[error] ")[2]
         announced.put(None)
 
@@ -175,7 +177,7 @@ def read_ffmpeg(video, probe, options, threads, decoded):
             decoded.frames += 1
             yield last, cv2.cvtColor(frame, cv2.COLOR_RGB2BGR, dst=frame)  # ffmpeg's own BGR differs a little
         check_exit(process.wait())
-        if decoded.log_is_cut and not decoded.errors:
+        if log_is_cut and not decoded.errors:
             decoded.errors = find_damage(video, probe, options, threads)
     finally:
         process.kill()

@@ -323,7 +323,9 @@ def test_actions_train_with_everything_else(acted, tmp_path, more):
 def test_a_dry_run_counts_the_encoder(tmp_path, acted):
     plans = []
     for more in ([], ["--condition_on", "actions"]):
-        done = run("train_svd.py", *train_arguments(acted, tmp_path / "x"), "--dry_run", *more)
+        done = run("train_svd.py", *train_arguments(acted, tmp_path / "x"), "--max_train_steps", 1000,
+            "--num_validation_videos", 1, "--dry_run", *more)  # fmt: skip
+        assert "time for 1000 steps, caching 40 frames and validating 1 clip included; an estimate" in done.stdout
         plans.append(json.loads(done.stdout.splitlines()[-1]))
     unet = common.load_part(TINY, "unet", torch.float32)
     more = sum(p.numel() for p in encoders.add_encoder(unet, 7).parameters())  # most robot arms have 7

@@ -21,16 +21,8 @@ def test_a_line_with_a_message_in_its_middle_is_no_whole_one(line):
 
 @pytest.mark.parametrize("more", [LIBX264, ["-c:v", "libx265"], ["-c:v", "mpeg2video"], ["-c:v", "mjpeg"]])
 def test_all_lines_of_a_log_are_whole(tmp_path, more):
-    command = [
-        imageio_ffmpeg.get_ffmpeg_exe(),
-        "-v",
-        "level+info",
-        "-threads",
-        "1",
-        "-i",
-        make(tmp_path / "x.mkv", *more),
-    ]
-    command += ["-vf", "setsar=1,format=rgb24,showinfo=checksum=0", "-f", "null", "-"]
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), *"-v level+info -threads 1 -i".split(), make(tmp_path / "x.mkv", *more)]
+    command += "-vf setsar=1,format=rgb24,showinfo=checksum=0 -f null -".split()
     log = subprocess.run(command, stderr=subprocess.PIPE, check=True, text=True).stderr.splitlines()
     assert sum("] n:" in line for line in log) > 2
     assert not [line for line in log if is_cut(line)]

@@ -690,11 +690,8 @@ def test_single_token_shortcut_gives_the_same_bits():
 def test_dry_run_forecasts_1024x576_within_8_gib_from_the_configuration_alone(picture, tmp_path, capsys):
     printed = infer(capsys, "--model_dir", "stabilityai/stable-video-diffusion-img2vid-xt", "--input_image", picture,
         "--output_video", tmp_path / "set", "--num_videos_per_image", 3, "--low_vram", "--dry_run")  # fmt: skip
-    assert (
-        "3 clips of 25 frames, 1024x576" in printed
-        and "time for 3 clips; an estimate" in printed
-        and not (tmp_path / "set").exists()
-    )
+    assert "3 clips of 25 frames, 1024x576" in printed and not (tmp_path / "set").exists()
+    assert "time for 3 clips; an estimate from published rates, on no card measured:" in printed
     assert 3 < float(printed.split(" GiB of GPU")[0].split()[-1]) < 7  # CUDA's own half a GiB comes on top
 
 

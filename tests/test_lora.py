@@ -31,7 +31,8 @@ def adapted(dataset, tmp_path_factory):
     """A finished run with a LoRA, an average and validation."""
     output = tmp_path_factory.mktemp("lora") / "outputs"
     run("train_svd.py", *train_arguments(dataset, output), *LORA, "--lora_alpha", 8, "--max_train_steps", 6,
-        "--checkpointing_steps", 3, "--use_ema", "--num_validation_videos", 1)  # fmt: skip
+        "--checkpointing_steps", 3, "--use_ema", "--num_validation_videos", 1,
+        "--validation_inference_steps", 25)  # fmt: skip
     return output
 
 
@@ -46,7 +47,7 @@ def test_adapters_alone_are_trained_in_every_linear_layer_of_the_temporal_blocks
     assert {name.split(".lora_")[0] for name in trained} == expected
     assert state["settings"]["lora_rank"] == 4 and state["settings"]["lora_alpha"] == 8
     line = json.loads((adapted / "metrics.jsonl").read_text().splitlines()[-1])
-    assert line["validation_psnr_moving"] > 4 and (adapted / "best" / "ema.safetensors").exists()
+    assert line["validation_psnr_moving"] > 5 and (adapted / "best" / "ema.safetensors").exists()
 
 
 def test_merged_result_is_what_plain_peft_makes_of_base_and_adapter(adapted):

@@ -278,7 +278,8 @@ def test_dry_run_meets_the_memory_and_flop_targets(tmp_path):
         "--output_dir", str(tmp_path / "out"), "--dry_run"]  # fmt: skip
     done = run("train_svd.py", *arguments)
     plan = json.loads(done.stdout.splitlines()[-1])
-    assert "time for 5000 steps" in done.stdout and set(plan["hours"]) == set(CARDS)
+    assert "time for 5000 steps" in done.stdout and all(f"  {name}" in done.stdout for name in CARDS)
+    assert set(plan["hours"]) == set(CARDS) and all(hours >= 0 for hours in plan["hours"].values())
     assert plan["trainable_parameters"] == 630_881_958
     assert 10 < plan["peak_memory_gib"] <= 15 and 62e12 < plan["flops_per_step"] <= 63e12
     assert 0 < plan["validation_gib"] <= plan["training_gib"] == plan["peak_memory_gib"]

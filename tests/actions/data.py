@@ -14,6 +14,7 @@ import svd_common as common  # isort: skip  (first: it quiets OpenCV, which read
 import numpy as np
 import pybullet as p
 import render
+from paths import bend, read_paths
 
 FRAMES, FPS, SIZE = 8, 4, (96, 64)
 NAMES = ["fingertip.x", "fingertip.y", "fingertip.z"]  # metres
@@ -32,8 +33,8 @@ def render_clips(folder, task, seed, episodes, cameras=("front",)):
 def read_clips(videos, states, episodes):
     """(N, T, H, W, 3) uint8, and the fingertip's path (N, T, 3) in metres."""
     names = [f"episode_{i:06d}" for i in range(episodes)]
-    paths = [json.loads((states / "states" / f"{name}.json").read_text())["fingertip"] for name in names]
-    return np.stack([common.read_video(videos / VIDEOS / f"{name}.mp4") for name in names]), np.array(paths, np.float32)
+    frames = np.stack([common.read_video(videos / VIDEOS / f"{name}.mp4") for name in names])
+    return frames, read_paths(states, episodes).astype(np.float32)
 
 
 def write_dataset(folder, clips, with_actions=True):
@@ -89,12 +90,8 @@ def bent_pushes(folder, seed, episodes):
     Returns what `play_all` does: (N, T, H, W, 3) uint8, (N, T, 3).
     """
     render_clips(folder, "push", seed, episodes, cameras=())
-    bent, rng = [], np.random.default_rng(seed)
-    for episode in range(episodes):
-        state = json.loads((folder / "states" / f"episode_{episode:06d}.json").read_text())
-        aside = np.vstack([np.zeros(3), rng.normal(0, [0.05, 0.05, 0.005], (2, 3))])  # at frames 0, 4 and 7
-        moved = [np.interp(np.arange(FRAMES), [0, 4, FRAMES - 1], column) for column in aside.T]
-        bent.append(np.array(state["fingertip"]) + np.stack(moved, 1))
+    rng = np.random.default_rng(seed)
+    bent = [bend(path, [0.05, 0.05, 0.005], rng) for path in read_paths(folder, episodes)]
     return play_all(bent, seed, "push")
 
 

@@ -3,7 +3,6 @@
 All of it is tests/tiny/render.py's world: episode i of a seed is always the same layout.
 """
 
-import json
 import math
 import random
 import sys
@@ -33,12 +32,6 @@ def make_clips(folder, seed, episodes, pictures=None, cameras=("front",), task="
         args.seed, args.episodes, args.pictures, args.frames, args.cameras = seed, episodes, pictures, FRAMES, cameras
         args.workers = processes or args.workers
         render.main(args)
-
-
-def read_paths(folder, episodes):
-    """(N, T, 3): where the fingertip really is at each frame, in metres."""
-    states = [folder / "states" / f"episode_{i:06d}.json" for i in range(episodes)]
-    return np.array([json.loads(state.read_text())["fingertip"] for state in states])
 
 
 def read_clips(folder, episodes):

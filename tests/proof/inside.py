@@ -8,6 +8,7 @@ import json
 
 import clips
 import numpy as np
+from paths import bend
 
 import svd_common as common
 from svd_parts.files import write_file
@@ -69,14 +70,10 @@ def on_disc(firsts, lasts):
 def propose(answers, count, seed=0):
     """Answers of several policies (P, N, T, 3) -> (N * count, T, 3): mixtures of two of them, bent at random."""
     rng = np.random.default_rng(seed)
-    _, layouts, frames, _ = answers.shape
     paths = []
-    for layout in np.repeat(np.arange(layouts), count):
+    for layout in np.repeat(np.arange(answers.shape[1]), count):
         one, other = answers[rng.choice(len(answers), 2, replace=False), layout]
-        path = one + rng.uniform() * (other - one)
-        middle, end = rng.normal(0, [[0.02, 0.02, 0.004]], (2, 3))
-        bend = np.stack([np.interp(np.arange(frames), [0, 4, frames - 1], [0, m, e]) for m, e in zip(middle, end)], 1)
-        paths.append(path + bend)
+        paths.append(bend(one + rng.uniform() * (other - one), [0.02, 0.02, 0.004], rng))
     return np.array(paths)
 
 

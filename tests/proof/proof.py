@@ -23,6 +23,7 @@ import inside
 import learn
 import numpy as np
 from intervals import interval
+from paths import read_paths
 
 import svd_common as common
 from svd_parts.dataset import list_clips
@@ -87,7 +88,7 @@ def prepare(args):
     for name, (seed, count, pictures, cameras) in sets.items():
         task = "reach" if name == "aimless" else "push"
         clips.make_clips(out / name, seed, count, pictures, cameras, task, args.processes)
-        paths[name] = clips.read_paths(out / name, count)
+        paths[name] = read_paths(out / name, count)
         videos[name] = clips.read_clips(out / name if cameras else BUNDLED, count)
     for name in {"new", "more"} & set(sets):
         (out / f"{name}_first_frames").mkdir(exist_ok=True)
