@@ -69,7 +69,8 @@ def build_parser():
     add = parser.add_argument_group("in and out").add_argument
     add("--model_dir", required=True, help="a fine-tuned folder, a run's checkpoint-N, a base folder or a hub name")
     add("--base_model", metavar="FOLDER_OR_NAME", help="the base of a checkpoint, if it has moved since")
-    add("--lora", nargs="+", default=[], metavar="DIR", help="add these LoRAs: folders such as OUTPUT_DIR/lora")
+    several = {"nargs": "+", "action": "extend"}
+    add("--lora", **several, default=[], metavar="DIR", help="add these LoRAs: folders such as OUTPUT_DIR/lora")
     add("--lora_scale", type=number(float, -100, 100), help="strength of the LoRAs (default 1.0)")
     add("--input_image", required=True, help="an image, a folder of them, a prepared dataset or a quoted pattern")
     add("--output_video", required=True, help="the .mp4, .gif or .webp of one clip, or a folder for many")
@@ -86,7 +87,7 @@ def build_parser():
     add("--num_frames", type=number(int, 2), help="frames to make (default: what the model was trained at)")
     add("--fps", type=number(float, 1, 240), help="frames a second (default: the training data's, or 7)")
     buckets = "how much moves, 0..255; each of several makes a clip (default: the training data's, or 127)"
-    add("--motion_bucket_id", type=number(int, 0, 255), nargs="+", help=buckets)
+    add("--motion_bucket_id", type=number(int, 0, 255), **several, help=buckets)
     noise = "noise added to the image; with more, more moves and less of the image stays (default 0.02)"
     add("--noise_aug_strength", type=number(float, 0, 10), default=0.02, help=noise)
     add("--num_inference_steps", type=number(int, 1, 1000), default=25, help="denoising steps (default 25)")

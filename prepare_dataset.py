@@ -227,10 +227,11 @@ def build_parser():
     add("--min_frames", type=count, help="drop shorter clips (default: --clip_frames, or 1)")
     add("--min_motion", type=number(float, 0), default=0.0, help="drop stiller clips; %% of the longer side a second")
     add("--split_scenes", action="store_true", help="cut where the shot changes, so that no window crosses a cut")
-    patterns = {"nargs": "+", "default": [], "metavar": "PATTERN"}
-    add("--include", **patterns, help="take only these videos, as 'demo_*.mp4'; @FILE is a list of names, one a line")
-    add("--exclude", **patterns, help="leave these videos out; patterns and @FILE as for --include")
-    add("--camera", nargs="+", default=[], help="take only these cameras of a LeRobot dataset, by name or its end")
+    several = {"nargs": "+", "action": "extend", "default": []}
+    names = "take only these videos, as 'demo_*.mp4'; @FILE is a list of names, one a line"
+    add("--include", **several, metavar="PATTERN", help=names)
+    add("--exclude", **several, metavar="PATTERN", help="leave these videos out; patterns and @FILE as for --include")
+    add("--camera", **several, help="take only these cameras of a LeRobot dataset, by name or its end")
     acts = "the LeRobot column that goes into actions.npy, for train_svd.py --condition_on actions (default action)"
     add("--action_key", default="action", metavar="KEY", help=acts)
     add("--image_format", choices=("png", "jpg"), default="png", help="png is lossless; jpg (95) a quarter the time")

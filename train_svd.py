@@ -45,7 +45,7 @@ def build_parser():
     add("--output_dir", required=True, help="folder for the checkpoints and the fine-tuned pipeline")
     add("--push_to_hub", metavar="OWNER/NAME", help="upload the result to this repository; a new one is private")
     excluded = "leave these clips out: names, 'patterns*', or @FILE for a text file of names"
-    add("--exclude", nargs="+", default=[], metavar="CLIP", help=excluded)
+    add("--exclude", nargs="+", action="extend", default=[], metavar="CLIP", help=excluded)
     add("--num_frames", type=number(int, 2), default=25, help="frames in a training window (default 25)")
     add("--width", type=positive, default=512, help="pixels, a multiple of 64 for SVD (default 512)")
     add("--height", type=positive, default=320, help="pixels, a multiple of 64 for SVD (default 320)")

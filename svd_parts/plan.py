@@ -108,6 +108,8 @@ def print_clip_plan(settings, images, base):
     print(f"{needed:.1f} GiB of GPU memory in fp16, and about 0.5 GiB for CUDA itself")
     device, smaller = torch.device("cuda" if torch.cuda.is_available() else "cpu"), settings
     while smaller := smaller_memory(smaller, ""):
-        flags = f"--decode_chunk_size {smaller.decode_chunk_size}" + " --low_vram" * smaller.low_vram
-        print(f"  with less memory the run goes on with {flags}: {forecast_clip(base, smaller)[0]:.1f} GiB")
+        less, before = forecast_clip(base, smaller)[0], needed
+        if (needed := min(less, before)) < before:
+            flags = f"--decode_chunk_size {smaller.decode_chunk_size}" + " --low_vram" * smaller.low_vram
+            print(f"  with less memory the run goes on with {flags}: {less:.1f} GiB")
     print_clip_time(tflop * settings.num_segments, count, device)

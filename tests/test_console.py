@@ -7,6 +7,9 @@ import sys
 import pytest
 from conftest import ROOT, TINY, run
 
+import infer_svd
+import prepare_dataset
+import train_svd
 from svd_parts.console import Parser, check_launcher, number, progress_bar, run_script
 from svd_parts.files import UserError
 
@@ -45,6 +48,19 @@ def make_picture(folder):
 
     Image.new("RGB", (96, 64)).save(folder / "picture.png")
     return folder / "picture.png"
+
+
+@pytest.mark.parametrize("script", [prepare_dataset, train_svd, infer_svd])
+def test_an_option_of_several_values_that_is_given_twice_adds_up(script):
+    parser = script.build_parser()
+    lists = [action for action in parser._actions if action.nargs == "+"]
+    for action in parser._actions:
+        action.required = False
+    for action in lists:
+        flag, kind = action.option_strings[0], action.type or str
+        given = vars(parser.parse_args([flag, "1", "2", flag, "3"]))[action.dest]
+        assert given == [kind("1"), kind("2"), kind("3")], flag
+    assert lists
 
 
 @pytest.mark.parametrize("script", ["prepare_dataset.py", "train_svd.py", "infer_svd.py"])
