@@ -172,10 +172,10 @@ def describe_clip(directory, clip, video, probe, stride, options):
     else:  # the clip is shorter than the stride
         motion = clip_motion([common.read_image(path) for path in list_frames(clip.folder)], fps)
     episode = re.search(r"@(episode_\d+)", directory) if video.episodes or video.images else None
-    group = video.known.get("group") or video.group + (episode[1] if episode else "")
+    recording = video.group + (episode[1] if episode else "")
     return {
-        "directory": directory, "source": video.source, "group": group,
-        **{key: value for key, value in video.known.items() if key != "group"}, **lerobot_fields(video, group),
+        "directory": directory, "source": video.source, "group": recording,
+        **video.known, **lerobot_fields(video, recording),
         "fps": fps, "num_frames": len(clip.times), "width": clip.shape[1], "height": clip.shape[0],
         "start": round(clip.times[0], 3), "duration": round(clip.times[-1] - clip.times[0] + 1 / fps, 3),
         "holes": [round(hole, 3) for hole in holes],

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import svd_common as common
 from svd_parts.dataset import SYSTEM_FOLDERS, find_folders
-from svd_parts.files import UserError, count_kinds, counted, is_named, name_digest, natural_key, read_lines, unmatched
+from svd_parts.files import UserError, count_kinds, counted, is_named, name_digest, natural_key, unmatched
+from svd_parts.generated import is_comparison, known_fields
 from svd_parts.lerobot import is_depth, lerobot_match, read_episodes, read_lerobot
 from svd_parts.lerobot_images import find_image_videos
 
@@ -66,6 +67,10 @@ def find_videos(options):
     # A readable folder that was left out is one that was reached before. No file is reached twice.
     broken = [path for path in left_out if not (os.path.isdir(path) and os.access(path, os.R_OK))]
     files = [path for path in files if path not in left_out]
+    if comparisons := {path for path in files if is_comparison(path, root)}:
+        what = "of generated clips beside others, in side_by_side/"
+        print(f"left out: {counted(len(comparisons), 'comparison')} {what}")
+        files = [path for path in files if path not in comparisons]
     present, videos, unfinished = set(files), [describe_video(path, root) for path in broken], {}
     for path in files:
         is_named_so = os.path.splitext(path)[1].lower() in VIDEO_SUFFIXES and not is_still_webp(path)
@@ -98,9 +103,8 @@ def find_videos(options):
         cameras = sorted({video.camera for video in videos if video.camera})
         hint = f"; the cameras are {', '.join(cameras)}" if options.camera and cameras else ""
         raise UserError(f"--camera, --include and --exclude leave none of {counted(len(videos), 'video')}{hint}")
-    known = {folder: read_known(folder) for folder in {os.path.dirname(video.path) for video in chosen}}
     for video in chosen:
-        video.known = known[os.path.dirname(video.path)].get(os.path.basename(video.path), {})
+        video.known = known_fields(video.path, root)
         if match := lerobot_match(video.path):
             if "file" in match.groupdict():  # version 3: a file holds several episodes
                 place = match["camera"], int(match["chunk"]), int(match["file"])
@@ -149,23 +153,6 @@ def describe_left_out(paths, root):
     for suffix, advice in ADVICE.items():
         kinds = re.sub(rf"(\d+ {re.escape(suffix)})(?=,|$)", rf"\1 ({advice})", kinds)
     return f"left out, because they are not videos: {kinds}" if names else None
-
-
-def read_known(folder):
-    """{file name: {generated, task, source_image, group}} of clips by infer_svd.py, from metadata.jsonl beside them.
-
-    The group is the input image, so that two seeds of one image are held out together.
-    """
-    known, path = {}, Path(folder, "metadata.jsonl")
-    try:
-        for _, line in read_lines(path, "not a JSON object"):
-            if line.get("generated") is True and isinstance(line.get("file_name"), str):
-                fields = {key: line[key] for key in ("generated", "task", "source_image") if line.get(key)}
-                image = line.get("source_image_sha256") or line.get("source_image")
-                known[line["file_name"]] = {**fields, "group": f"image {image}"} if image else fields
-    except UserError as error:
-        print(f"warning: {error}; the videos beside it are prepared without its fields")
-    return known
 
 
 def is_still_webp(path):

@@ -80,13 +80,16 @@ def is_depth(video):
     return any(info.get(key) is True for key in ("is_depth_map", "video.is_depth_map"))
 
 
-def lerobot_fields(video, group):
-    """The fields of a LeRobot dataset that a clip's line in metadata.jsonl gets; {} for other videos."""
+def lerobot_fields(video, episode):
+    """The fields of a LeRobot dataset that a clip's line in metadata.jsonl gets; {} for other videos.
+
+    episode: a text that ends with its number, as `episode_000012`.
+    """
     if not video.lerobot:
         return {}
     known, tasks, videos = video.lerobot
     known = {**known, **({"video_info": videos[video.camera]} if video.camera in videos else {})}
-    episode = int(group.rpartition("_")[2])
+    episode = int(episode.rpartition("_")[2])
     task = tasks.get(episode) or ""
     task = "; ".join(map(str, task)) if isinstance(task, (list, tuple)) else str(task)
     return {"camera": video.camera, "episode_index": episode, **({"task": task} if task else {}), **known}

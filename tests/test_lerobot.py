@@ -126,6 +126,21 @@ def test_prepare_reads_the_set_and_knows_that_it_is_generated(made, tmp_path):
     ]
 
 
+def test_a_set_that_is_prepared_again_holds_out_all_seeds_of_an_image(made, tmp_path):
+    from svd_parts.dataset import list_clips
+    from svd_parts.samples import hold_out
+
+    for video_dir in (made, made / "videos"):
+        output = tmp_path / video_dir.name
+        run("prepare_dataset.py", "--video_dir", video_dir, "--output_dir", output)
+        clips = list_clips(output)
+        assert len(clips) == 4 and all(clip["generated"] for clip in clips)
+        for seed in range(4):
+            training, held_out = hold_out(clips, 1, seed)
+            images = [{clip["source_image"] for clip in side} for side in (training, held_out)]
+            assert len(training) == 2 and not images[0] & images[1], "two seeds of one image are on both sides"
+
+
 def test_a_killed_run_is_gone_on_with_and_added_clips_come_after(made, real, tmp_path, capsys):
     """Killed between a clip's record and the clip, with none of the set's own files written yet, or half."""
     folder, before = shutil.copytree(made, tmp_path / "set"), bytes_in(made)

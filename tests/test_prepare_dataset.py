@@ -1312,6 +1312,57 @@ def test_chosen_clips_of_a_generated_set_stay_generated_and_seeds_stay_together(
     assert len({line["group"] for line in lines.values()}) == 1
 
 
+def generated_set(folder, names):
+    """A set by infer_svd.py as far as preparing reads it: {name of a clip: its image}."""
+    lines = []
+    for name, image in names.items():
+        make(folder / name, "-frames:v", "9")
+        lines.append({"file_name": name, "generated": True, "source_image": image, "source_image_sha256": image * 9})
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def test_clips_in_subfolders_of_a_set_keep_their_image_and_comparisons_are_left_out(tmp_path):
+    from svd_parts.samples import hold_out
+
+    names = {f"{image}/x_seed{seed}_motion84.mp4": image for image in "ab" for seed in (0, 1)}
+    generated_set(tmp_path / "videos/set", names)
+    for name in ("a/x_seed0_motion84.mp4", "a/x_seed1_motion84.mp4"):
+        make(tmp_path / "videos/set/side_by_side" / name, "-frames:v", "9")
+    make(tmp_path / "videos/side_by_side/real.mp4", "-frames:v", "9")  # of no set
+    text, lines = prepare(tmp_path / "videos", tmp_path / "out")
+    assert "left out: 2 comparisons of generated clips beside others, in side_by_side/" in text
+    real = lines.pop("side_by_side/real.mp4")
+    assert "generated" not in real and set(lines) == {f"set/{name}" for name in names}
+    assert all(line["generated"] and line["source_image"] == names[source[4:]] for source, line in lines.items())
+    for seed in range(4):
+        training, held_out = hold_out([real, *lines.values()], 2, seed)
+        images = [{clip.get("source_image") for clip in side} for side in (training, held_out)]
+        assert not images[0] & images[1], "two seeds of one image are on both sides"
+    # Without the clips, nothing is left.
+    shutil.rmtree(tmp_path / "videos/set/a"), shutil.rmtree(tmp_path / "videos/set/b")
+    text = prepare(tmp_path / "videos/set", tmp_path / "out2", status=2)[0]
+    assert "left out: 2 comparisons" in text and "no video in it" in text
+
+
+def test_a_single_generated_clip_keeps_its_mark_and_another_json_file_is_nothing(tmp_path):
+    for name in ("one", "other", "odd"):
+        make(tmp_path / f"videos/{name}.mp4", "-frames:v", "9")
+    record = {"file_name": "one.mp4", "generated": True, "task": "push", "source_image": "a", "prompt": ["x"]}
+    (tmp_path / "videos/one.json").write_text(json.dumps(record))
+    (tmp_path / "videos/other.json").write_text(json.dumps(record))  # names another file
+    (tmp_path / "videos/odd.json").write_text("[1")
+    lines = prepare(tmp_path / "videos", tmp_path / "out")[1]
+    one = lines.pop("one.mp4")
+    assert (one["generated"], one["task"], one["source_image"], one["group"]) == (True, "push", "a", "image a")
+    assert len(lines) == 2 and not any("generated" in line for line in lines.values())
+
+
+def test_what_a_set_knows_is_looked_for_inside_video_dir_alone(tmp_path):
+    generated_set(tmp_path, {"videos/x.mp4": "a"})
+    assert "generated" not in prepare(tmp_path / "videos", tmp_path / "out")[1]["x.mp4"]
+    assert prepare(tmp_path, tmp_path.parent / f"{tmp_path.name}_out")[1]["videos/x.mp4"]["generated"]
+
+
 def test_deep_grey_is_named(tmp_path):
     make(tmp_path / "videos/depth.mkv", "-c:v", "ffv1", "-pix_fmt", "gray16le")
     assert "more than 8 bits a channel (gray16le) made 8" in prepare(tmp_path / "videos", tmp_path / "out")[0]
