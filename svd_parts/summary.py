@@ -2,9 +2,11 @@
 
 import collections
 import math
+import os
 import shlex
 
 from svd_parts.crop import describe_crops
+from svd_parts.dataset import clip_group
 from svd_parts.files import counted
 
 
@@ -72,10 +74,32 @@ def print_left_out(found, options):
             print(f"warning: {line}")
 
 
+FRAMES, HELD_OUT, MULTIPLE = 25, 4, 64  # what is advised for training; SVD takes sizes that are multiples of 64
+
+
 def print_next(options, records):
-    """Prints what to look at, and the command of the next step."""
-    frames = min(25, max(clip["num_frames"] for record in records for clip in record["clips"]))
-    size = f" --width {options.width} --height {options.height}" if options.width else ""
-    folder = shlex.quote(options.output_dir)
-    command = f"python train_svd.py --pretrained_model_name MODEL --dataset_dir {folder} --output_dir ./outputs"
-    print(f"look at {folder}/preview.jpg; next: {command} --num_frames {frames}{size} --num_validation_videos 4")
+    """Prints what to look at, and the command of the next step, which works as it is: only MODEL is to be filled in.
+
+    Where the command cannot be what one would expect, a line before it says why.
+    """
+    clips = [clip for record in records for clip in record["clips"]]
+    frames = min(FRAMES, max(clip["num_frames"] for clip in clips))
+    look = f"look at {shlex.quote(os.path.join(options.output_dir, 'preview.jpg'))}"
+    if frames < 2:
+        print(f"{look}; no clip has 2 frames, and train_svd.py needs clips of that many at least")
+        return
+    command = ["--dataset_dir", options.output_dir, "--output_dir", "./outputs", "--num_frames", str(frames)]
+    if options.width:
+        size = [max(1, round(side / MULTIPLE)) * MULTIPLE for side in (options.width, options.height)]
+        command += ["--width", str(size[0]), "--height", str(size[1])]
+        if size != [options.width, options.height]:
+            near = f"{size[0]}x{size[1]} is the nearest to {options.width}x{options.height}"
+            print(f"SVD is trained at multiples of {MULTIPLE}: {near}; train_svd.py fits the frames to it")
+    groups = collections.Counter(clip_group(clip) for clip in clips if clip["num_frames"] >= frames)
+    # Whole groups are held out, in a random order, and one of them must be left to train on.
+    if held_out := min(HELD_OUT, sum(groups.values()) - max(groups.values())):
+        command += ["--num_validation_videos", str(held_out)]
+    else:
+        print("nothing can be held out: all clips that training can use are of one recording, or of one image")
+    command = shlex.join(["python", "train_svd.py", "--pretrained_model_name", "MODEL", *command])
+    print(f"{look}; next: {command}")

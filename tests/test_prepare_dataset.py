@@ -5,6 +5,7 @@ import json
 import os
 import random
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -19,7 +20,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from conftest import moving_square
+from conftest import TINY, moving_square, run
 
 import svd_common
 from svd_parts.dataset import list_frames
@@ -790,6 +791,36 @@ def test_preview_keeps_the_aspect_ratio(tmp_path):
     for row, (width, height) in enumerate([(44, 78), (104, 78), (142, 1)]):
         red = sheet[80 * row : 80 * row + 80, :, 1] < 100
         assert abs(red.any(0).sum() - width) <= 2 and abs(red.any(1).sum() - height) <= 2, row
+
+
+@pytest.mark.parametrize(
+    "name, videos, options, ending",
+    [
+        ("out one", 1, "--width 64 --height 64 --clip_frames 8", "--num_frames 8 --width 64 --height 64"),
+        ("two", 2, "--width 70 --height 40 --clip_frames 8", "--width 64 --height 64 --num_validation_videos 3"),
+        ("three", 3, "--width 64 --height 64 --max_frames 3", "--num_frames 3 --width 64 --height 64 --num_valida"),
+    ],
+)
+def test_the_next_command_that_is_printed_works(tmp_path, name, videos, options, ending):
+    for number in range(videos):
+        make(tmp_path / f"videos/{number}.mp4")
+    text, _ = prepare(tmp_path / "videos", tmp_path / name, *options.split())
+    command = text.rpartition("next: ")[2].strip()
+    assert ending in command, text
+    python, *words = shlex.split(command.replace("MODEL", shlex.quote(str(TINY))))
+    assert python == "python"
+    steps = ["--max_train_steps", "1", "--validation_inference_steps", "1"]
+    done = run(*words, *steps, "--output_dir", tmp_path / "trained")
+    assert ("held out" in done.stdout) == (videos > 1)
+    if videos == 1:
+        assert "nothing can be held out" in text
+    assert ("64x64 is the nearest to 70x40" in text) == (videos == 2)
+
+
+def test_clips_of_one_frame_are_not_sent_to_training(tmp_path):
+    make(tmp_path / "videos/x.mp4")
+    text, _ = prepare(tmp_path / "videos", tmp_path / "out", "--max_frames", "1")
+    assert "no clip has 2 frames" in text and "next:" not in text
 
 
 # ------------------------------------------------------------------------------------- awkward files, and what is right
