@@ -30,7 +30,7 @@ from pathlib import Path
 import cv2
 
 from svd_parts.console import Parser, number, progress_bar, run_script
-from svd_parts.cuts import average_fps, cut_clips, place_episodes
+from svd_parts.cuts import average_fps, count_left_out, cut_clips, place_episodes
 from svd_parts.dataset import list_frames
 from svd_parts.decode import DecodeAgain, Decoded, find_damage, hear_opencv, read_ffmpeg, read_opencv
 from svd_parts.ffmpeg import Failure
@@ -61,7 +61,6 @@ class Run:
         self.huge_video, self.heard = threading.Lock(), heard
         self.bar = progress_bar("preparing", "frame")
         self.waiting, self.expected, self.begun = len(videos), 0, 0
-        self.found = []  # (frames, frames left out, (width, height)) of each video that was prepared now
         self.no_videos = {}  # {source: reason} of files that only looked like videos
         self.stop, self.lock = threading.Event(), threading.Lock()
 
@@ -143,8 +142,9 @@ def prepare_video(video, run, old):
         probe.problems.append(f"damaged: {[*find_damage(video, probe, options, 1), *decoded.errors][0]}")
     kept = average_fps(next(iter(clips.values())).times, probe.fps, options.fps)[0]
     probe.notes += dict.fromkeys([*decoded.notes, *decoded.flaws.notes(kept), *filter(None, [uneven])])
-    run.found.append((probe.total, max(0, probe.total - decoded.frames) if first_only else 0, probe.size))
     record = {"source": video.source, **stamp, "options": clip_options(options), "clips": [], "dropped": {}}
+    record["frames"], record["left_out"] = count_left_out(probe, episodes, options.fps, options.max_frames)
+    record["width"], record["height"] = probe.size
     for directory, clip in clips.items():
         line = describe_clip(directory, clip, video, probe, stride, options)
         line["decoder"] = decoder
@@ -334,7 +334,7 @@ def main(argv=None):
     paths = {source: Path(options.video_dir, source.partition("#")[0]) for source in records}
     gone = [source for source, path in paths.items() if not os.path.lexists(path)]
     whole = summarize(chosen, failures, {**unfinished, **run.no_videos}, twins, gone)
-    print_left_out(run.found, options)
+    print_left_out(chosen, options)
     if not any(record["clips"] for record in chosen):
         return 2 if chosen and not failures else int(not whole)
     print_next(options, records.values())

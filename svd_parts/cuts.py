@@ -100,6 +100,33 @@ def place_episodes(video, probe):
     return places
 
 
+def episode_at(time, episodes):
+    """The name of the episode that has the frame at `time` seconds, None between episodes; "" where there are none.
+
+    episodes: what `place_episodes` gives.
+    """
+    if episodes is None:
+        return ""
+    begin, end, episode = episodes[max(0, bisect.bisect(episodes, (time, math.inf)) - 1)]
+    return f"episode_{episode:06d}" if begin <= time < end else None
+
+
+def count_left_out(probe, episodes, fps, max_frames):
+    """(frames of the video at --fps, how many of them --max_frames leaves out), by the timestamps of its packets.
+
+    episodes: what `place_episodes` gives; --max_frames is for each of them.
+    """
+    times = probe.times or []
+    if len(times) < probe.total:  # a file without timestamps, or only its beginning was listed
+        times = [number / (probe.fps or 25) for number in range(probe.total)]
+    pairs, total, left_out = ((time, None) for time in times), 0, 0
+    for episode, part in itertools.groupby(pairs, lambda pair: episode_at(pair[0], episodes)):
+        if episode is not None:
+            count = sum(1 for _ in (resample(part, fps) if fps else part))
+            total, left_out = total + count, left_out + max(0, count - (max_frames or count))
+    return total, left_out
+
+
 def cut_clips(frames, video, episodes, options):
     """Yields (seconds, frame, names of its clips). A whole video is one clip. Windows of --clip_frames and shots of
     --split_scenes are called `name@0003`. A frame between LeRobot's episodes, or between windows, is of no clip.
@@ -107,14 +134,7 @@ def cut_clips(frames, video, episodes, options):
     frames: pairs (seconds, (H, W, 3) uint8). episodes: what `place_episodes` gives.
     """
     numbers = itertools.count()
-
-    def episode_of(pair):
-        if episodes is None:
-            return ""
-        begin, end, episode = episodes[max(0, bisect.bisect(episodes, (pair[0], math.inf)) - 1)]
-        return f"episode_{episode:06d}" if begin <= pair[0] < end else None
-
-    for episode, part in itertools.groupby(frames, episode_of):
+    for episode, part in itertools.groupby(frames, lambda pair: episode_at(pair[0], episodes)):
         if episode is None:
             continue
         part = resample(part, options.fps) if options.fps else part

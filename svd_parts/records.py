@@ -18,6 +18,9 @@ from svd_parts.files import UserError, fits, inside, natural_key, read_lines, wr
 # The fields of a record in .prepare/*.json and of each clip in it, with their types: somebody may have edited one.
 NUMBER = (int, float)
 RECORD = {"source": str, "size": int, "mtime_ns": int, "options": dict, "clips": list, "dropped": dict}
+# Of the video: its frames at --fps, how many --max_frames left out, its size in pixels. 0 in records without them.
+COUNTS = dict.fromkeys(("frames", "left_out", "width", "height"), 0)
+RECORD |= dict.fromkeys(COUNTS, int)
 CLIP = {"directory": str, "num_frames": int, "width": int, "height": int, "duration": NUMBER, "fps": NUMBER}
 CLIP |= {"motion": NUMBER, "motion_bucket_id": NUMBER, "problems": list, "notes": list}
 CLIP_OPTIONS = "max_frames width height fps clip_frames clip_stride min_frames min_motion split_scenes image_format"
@@ -35,7 +38,8 @@ def read_records(state):
     records = {}
     for path in state.glob("*.json"):
         with contextlib.suppress(ValueError, RecursionError, FileNotFoundError):
-            record = json.loads(path.read_text(encoding="utf-8"))
+            found = json.loads(path.read_text(encoding="utf-8"))
+            record = {**COUNTS, **found} if isinstance(found, dict) else found
             if fits(record, RECORD) and all(fits(clip, CLIP) for clip in record["clips"]):
                 for clip in record["clips"]:
                     if "/" in inside(clip["directory"], path):  # else a link could lead outside

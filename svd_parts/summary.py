@@ -9,6 +9,8 @@ from svd_parts.crop import describe_crops
 from svd_parts.dataset import clip_group
 from svd_parts.files import counted
 
+FRAMES, HELD_OUT, MULTIPLE = 25, 4, 64  # what is advised for training; SVD takes sizes that are multiples of 64
+
 
 def duration(seconds):
     """`45 seconds`, `3.2 minutes`, `1.50 hours`."""
@@ -63,18 +65,17 @@ def summarize(records, failures, unfinished, twins, gone):
     return not (failures or flawed)
 
 
-def print_left_out(found, options):
-    """Prints what --max_frames and the crop leave out. found: (frames, of these left out, (w, h)) of each new video."""
-    total, left = sum(frames for frames, _, _ in found), sum(out for _, out, _ in found)
-    if left and options.max_frames:
+def print_left_out(records, options):
+    """Prints what --max_frames and the crop leave out of the videos with these records."""
+    total, left = (sum(record[key] for record in records) for key in ("frames", "left_out"))
+    if left:
+        rate = f" at --fps {options.fps:g}" if options.fps else ""
         cure = "" if options.clip_frames else f"; --clip_frames {options.max_frames} cuts whole videos into clips"
-        print(f"--max_frames {options.max_frames}: {left:,} of {counted(total, 'frame')} left out{cure}")
+        print(f"--max_frames {options.max_frames}: {left:,} of {counted(total, 'frame')}{rate} left out{cure}")
     if options.width:
-        for line in describe_crops([size for _, _, size in found], options.width, options.height, 64, "video"):
+        sizes = [(record["width"], record["height"]) for record in records if record["width"]]
+        for line in describe_crops(sizes, options.width, options.height, MULTIPLE, "video"):
             print(f"warning: {line}")
-
-
-FRAMES, HELD_OUT, MULTIPLE = 25, 4, 64  # what is advised for training; SVD takes sizes that are multiples of 64
 
 
 def print_next(options, records):

@@ -719,7 +719,7 @@ def fake_pyarrow(folder, rows):
     return {**os.environ, "PYTHONPATH": str(folder)}
 
 
-def prepare_v3(folder, episodes, **options):
+def prepare_v3(folder, episodes, *flags, **options):
     """A LeRobot v3 file of 30 frames at 10 a second whose metadata names `episodes`: [(first second, end, frames)]."""
     lerobot_v3(folder / "videos")
     key, rows = "videos/observation.images.top/", []
@@ -728,7 +728,7 @@ def prepare_v3(folder, episodes, **options):
         row.update({} if length is None else {"length": length})
         rows.append({**row, key + "from_timestamp": start, key + "to_timestamp": end})
     (folder / "videos/meta/info.json").write_text('{"robot_type": "so100", "generated": true}')
-    text, _ = prepare(folder / "videos", folder / "out", env=fake_pyarrow(folder / "fake", rows), **options)
+    text, _ = prepare(folder / "videos", folder / "out", *flags, env=fake_pyarrow(folder / "fake", rows), **options)
     path = folder / "out/metadata.jsonl"
     lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     for line in lines:
@@ -1317,6 +1317,32 @@ def test_frames_that_max_frames_leaves_out_are_counted(tmp_path):
     make(tmp_path / "videos/x.mp4", *LIBX264, picture="testsrc2=s=96x64:r=25:d=8")
     text = prepare(tmp_path / "videos", tmp_path / "out", "--max_frames", "25")[0]
     assert "--max_frames 25: 175 of 200 frames left out; --clip_frames 25 cuts whole videos into clips" in text
+    again = ["--max_frames", "4", "--fps", "7"]
+    text = prepare(tmp_path / "videos", tmp_path / "out2", *again)[0]
+    assert "--max_frames 4: 52 of 56 frames at --fps 7 left out" in text
+    # A run that goes on counts what the runs before it left out, too, and says so again where it has nothing to do.
+    make(tmp_path / "videos/y.mp4", *LIBX264, picture="testsrc2=s=96x64:r=25:d=1")
+    for _ in range(2):
+        text = prepare(tmp_path / "videos", tmp_path / "out2", *again)[0]
+        assert "--max_frames 4: 55 of 63 frames at --fps 7 left out; --clip_frames 4 cuts" in text
+    assert (
+        "--max_frames 4: 3 of 7 frames" in prepare(tmp_path / "videos", tmp_path / "out2", *again, "--include", "y*")[0]
+    )
+    assert "left out" not in prepare(tmp_path / "videos", tmp_path / "out3", "--max_frames", "200")[0]
+
+
+def test_frames_that_max_frames_leaves_out_of_episodes_are_counted(tmp_path):
+    episodes = [(0, 0.8, None), (0.8, 2.1, None), (2.1, 3.0, None)]
+    text, groups = prepare_v3(tmp_path, episodes, "--max_frames", "9")
+    assert groups == {"episode_000000": 8, "episode_000001": 9, "episode_000002": 9}
+    assert "--max_frames 9: 4 of 30 frames left out; --clip_frames 9 cuts" in text
+
+
+def test_what_the_crop_loses_is_said_again_by_the_next_run(tmp_path):
+    make(tmp_path / "videos/x.mp4", picture="testsrc2=s=96x96:r=8:d=1")
+    for _ in range(2):
+        text = prepare(tmp_path / "videos", tmp_path / "out", "--width", "96", "--height", "48")[0]
+        assert "warning: 96x96 (1 video): some 50% of the picture is lost" in text
 
 
 def test_videos_of_any_name_are_read_and_the_rest_is_counted(tmp_path):
@@ -1452,6 +1478,7 @@ def test_a_lerobot_set_of_images_in_parquet_files_gives_a_clip_an_episode(versio
     read = [svd_common.read_image(path) for line in lines for path in list_frames(tmp_path / "out" / line["directory"])]
     assert np.array_equal(np.stack(read), frames)
     assert prepare_only(root, tmp_path / "out").returncode == 0
+    assert "--max_frames 3: 1 of 6 frames left out" in prepare(root, tmp_path / "short", "--max_frames", "3")[0]
 
 
 def test_a_folder_without_videos_says_what_is_in_it(tmp_path):
