@@ -14,6 +14,7 @@ import cv2
 import numpy as np
 
 import svd_common as common
+from svd_parts.console import Guarded
 from svd_parts.ffmpeg import check_exit, is_cut, picture_errors, run_ffmpeg, start_ffmpeg
 from svd_parts.probe import HDR, MIDDLE
 
@@ -65,7 +66,7 @@ def hear_opencv():
     """Gives a function that says how many bytes of errors the decoders of OpenCV, for all videos, have printed so far.
 
     That is the only sign of damage that they conceal. They print to the C library's standard output, which goes into a
-    file until the block ends.
+    file until the block ends. Python's own prints go to the real one.
     """
     libc = ctypes.CDLL(None if os.name == "posix" else "ucrtbase")
 
@@ -74,15 +75,17 @@ def hear_opencv():
         return os.fstat(file.fileno()).st_size
 
     sys.stdout.flush()
-    terminal = os.dup(1)
+    real = open(os.dup(1), "w", buffering=1, encoding=sys.stdout.encoding, errors="backslashreplace")
     with tempfile.TemporaryFile() as file:
         os.dup2(file.fileno(), 1)
         try:
-            yield heard
+            with contextlib.redirect_stdout(Guarded(real)):
+                yield heard
         finally:
             libc.fflush(None)
-            os.dup2(terminal, 1)
-            os.close(terminal)
+            os.dup2(real.fileno(), 1)
+            with contextlib.suppress(OSError):  # nobody reads it any more
+                real.close()
 
 
 def find_damage(video, probe, options, threads):

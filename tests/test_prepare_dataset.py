@@ -1,5 +1,6 @@
 """prepare_dataset.py on small files made here with imageio-ffmpeg's binary: each test launches the real script."""
 
+import contextlib
 import functools
 import json
 import os
@@ -60,6 +61,24 @@ def prepare_only(video_dir, output_dir, *options, **popen):
     command = [sys.executable, ROOT / "prepare_dataset.py", "--video_dir", video_dir, "--output_dir", output_dir]
     command += ["--num_workers", "2", *options]
     return subprocess.run(list(map(os.fspath, command)), capture_output=True, timeout=120, **popen)
+
+
+def prepare_on_terminal(video_dir, output_dir, *options, **popen):
+    """What a terminal shows of a run."""
+    import pty
+
+    screen, terminal = pty.openpty()
+    command = [sys.executable, ROOT / "prepare_dataset.py", "--video_dir", video_dir, "--output_dir", output_dir]
+    command = list(map(os.fspath, [*command, "--num_workers", "2", *options]))
+    process = subprocess.Popen(command, stdout=terminal, stderr=terminal, **popen)
+    os.close(terminal)
+    shown = b""
+    with contextlib.suppress(OSError):  # EIO: the last process has closed it
+        while data := os.read(screen, 1 << 16):
+            shown += data
+    os.close(screen)
+    assert process.wait(120) == 0, shown
+    return shown.decode()
 
 
 def read_lines(output_dir):
@@ -229,6 +248,25 @@ def test_a_log_file_gets_a_line_of_progress_now_and_then(tmp_path):
     command = [sys.executable, "-c", code, "--video_dir", tmp_path, "--output_dir", tmp_path.parent / "out"]
     lines = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stderr.split("\n")
     assert any(line.strip().startswith("preparing: 10 of 400 frames after 01:00") for line in lines), lines
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="has no pty")
+def test_a_warning_on_a_terminal_is_shown_and_is_no_damage(tmp_path):
+    """What OpenCV prints goes into a file while videos are prepared; what this program prints must not."""
+    lerobot_v2(tmp_path / "videos")
+    (tmp_path / "videos/meta").mkdir()
+    features = {"action": {"dtype": "float32", "shape": [2]}}
+    (tmp_path / "videos/meta/info.json").write_text(json.dumps({"features": features}))
+    (tmp_path / "without").mkdir()
+    (tmp_path / "without/sitecustomize.py").write_text("import sys; sys.modules['pyarrow'] = None")
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "without")}
+    text = prepare_on_terminal(tmp_path / "videos", tmp_path / "out", env=environment)
+    assert "get no actions: pip install pyarrow" in text and "kept: 4 clips of 4 videos" in text
+
+    code = "import os\nfrom svd_parts.decode import hear_opencv\nwith hear_opencv() as heard:\n    print('said')\n"
+    code += "    os.write(1, b'damage')\n    count = heard()\nprint(count)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "said\n6\n"  # bytes of "damage"
 
 
 def test_names_do_not_collide(tmp_path):
