@@ -3,7 +3,8 @@
     python prepare_dataset.py --video_dir ./videos --output_dir ./dataset --max_frames 25
 
 After a stop, run the same command again: it prepares the videos that are still missing. Exit status 0 means that every
-video is whole in the dataset. 1: some are not, and each is named with its reason. 2: nothing to do, or a wrong option.
+video is whole in the dataset, or dropped as the options say. 1: some are not, and each is named with its reason. 2: an
+option is wrong, or no video failed and the whole dataset holds no clip; one part of a --shard may be without clips.
 
 The way of one video: `find_videos` -> `probe_video` (ffmpeg lists its packets and shows its key frames) ->
 `read_opencv`, or `read_ffmpeg` where OpenCV is known to be wrong or misses frames -> `cut_clips` -> `FrameWriter`
@@ -335,9 +336,10 @@ def main(argv=None):
     gone = [source for source, path in paths.items() if not os.path.lexists(path)]
     whole = summarize(chosen, failures, {**unfinished, **run.no_videos}, twins, gone)
     print_left_out(chosen, options)
-    if not any(record["clips"] for record in chosen):
-        return 2 if chosen and not failures else int(not whole)
-    print_next(options, records.values())
+    if any(record["clips"] for record in records.values()):
+        print_next(options, records.values())
+    elif whole and not options.shard.name:  # the other parts may have clips
+        return 2
     return 0 if whole else 1
 
 

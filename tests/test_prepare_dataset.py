@@ -1211,6 +1211,18 @@ def test_a_shard_without_videos_says_so(tmp_path):
     assert sum("none of the videos falls to this part" in text for text in texts) == 1
 
 
+def test_what_keeps_no_clip_fails_only_where_the_whole_dataset_is_empty(tmp_path):
+    for number in range(6):
+        make(tmp_path / f"videos/{number}.mp4", "-frames:v", "20" if number == 3 else "2")
+    options = ["--min_frames", "9"]
+    texts = [prepare(tmp_path / "videos", tmp_path / "out", *options, "--shard", f"{n}/3")[0] for n in range(3)]
+    assert sum("kept: 0 clips of" in text for text in texts) == 2
+    text = prepare(tmp_path / "videos", tmp_path / "out", *options, "--include", "0.mp4")[0]
+    assert "kept: 0 clips of 1 video\n" in text and "dropped: 1" in text and "next: " in text
+    text = prepare(tmp_path / "videos", tmp_path / "out2", *options, "--include", "0.mp4", status=2)[0]
+    assert "kept: 0 clips of 1 video\n" in text and "next: " not in text
+
+
 # ------------------------------------------------------------------------------------------------- kills and crowds
 
 
