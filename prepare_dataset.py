@@ -60,7 +60,7 @@ class Run:
         self.readers = max(1, min(options.num_workers, len(videos)))
         self.encoders = ThreadPoolExecutor(options.num_workers)
         self.huge_video, self.heard = threading.Lock(), heard
-        self.bar = progress_bar("preparing", "frame")
+        self.bar = progress_bar("preparing", "frame", delay=0.1)  # so a run with nothing to do shows none
         self.waiting, self.expected, self.begun = len(videos), 0, 0
         self.no_videos = {}  # {source: reason} of files that only looked like videos
         self.stop, self.lock = threading.Event(), threading.Lock()

@@ -64,10 +64,14 @@ def prepare_only(video_dir, output_dir, *options, **popen):
 
 
 def prepare_on_terminal(video_dir, output_dir, *options, **popen):
-    """What a terminal shows of a run."""
+    """What a terminal of 120 columns shows of a run."""
+    import fcntl
     import pty
+    import struct
+    import termios
 
     screen, terminal = pty.openpty()
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("4H", 24, 120, 0, 0))
     command = [sys.executable, ROOT / "prepare_dataset.py", "--video_dir", video_dir, "--output_dir", output_dir]
     command = list(map(os.fspath, [*command, "--num_workers", "2", *options]))
     process = subprocess.Popen(command, stdout=terminal, stderr=terminal, **popen)
@@ -267,6 +271,14 @@ def test_a_warning_on_a_terminal_is_shown_and_is_no_damage(tmp_path):
     code += "    os.write(1, b'damage')\n    count = heard()\nprint(count)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout == "said\n6\n"  # bytes of "damage"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="has no pty")
+def test_a_terminal_shows_a_bar_only_where_there_is_something_to_do(tmp_path):
+    make(tmp_path / "videos/x.mp4", picture="testsrc2=s=640x480:d=4")
+    assert "preparing: " in prepare_on_terminal(tmp_path / "videos", tmp_path / "out")
+    text = prepare_on_terminal(tmp_path / "videos", tmp_path / "out")
+    assert text.startswith("kept: 1 clip of 1 video"), text
 
 
 def test_names_do_not_collide(tmp_path):
