@@ -215,32 +215,40 @@ def publish(video, record, old, run):
 
 def build_parser():
     parser = Parser(description=__doc__.split("\n\n")[0])
-    add, count = parser.add_argument, number(int, 1)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    count, cores = number(int, 1), len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    add = parser.add_argument_group("in and out").add_argument
     add("--video_dir", required=True, help="folder of videos, searched with its subfolders; never written to")
     add("--output_dir", required=True, help="the dataset's folder, a new one or one to continue")
-    add("--max_frames", type=count, help="frames to take from each video at most (default: all)")
-    add("--width", type=number(int, 16), help="pixels; with --height: cover this size, then crop the centre")
-    add("--height", type=number(int, 16), help="pixels")
-    add("--fps", type=number(float, 1e-5), help="frames a second to keep; a slower video keeps all its frames")
-    add("--clip_frames", type=count, help="cut each video into clips of this many frames")
-    add("--clip_stride", type=count, help="frames from one clip's start to the next (default: --clip_frames)")
-    add("--min_frames", type=count, help="drop shorter clips (default: --clip_frames, or 1)")
-    add("--min_motion", type=number(float, 0), default=0.0, help="drop stiller clips; %% of the longer side a second")
-    add("--split_scenes", action="store_true", help="cut where the shot changes, so that no window crosses a cut")
+    add("--overwrite", action="store_true", help="prepare again what changed since: videos or options")
+
+    add = parser.add_argument_group("which videos").add_argument
     several = {"nargs": "+", "action": "extend", "default": []}
     names = "take only these videos, as 'demo_*.mp4'; @FILE is a list of names, one a line"
     add("--include", **several, metavar="PATTERN", help=names)
     add("--exclude", **several, metavar="PATTERN", help="leave these videos out; patterns and @FILE as for --include")
     add("--camera", **several, help="take only these cameras of a LeRobot dataset, by name or its end")
+
+    add = parser.add_argument_group("which frames make a clip").add_argument
+    add("--max_frames", type=count, help="frames to take from each video at most (default: all)")
+    add("--fps", type=number(float, 1e-5), help="frames a second to keep; a slower video keeps all its frames")
+    add("--clip_frames", type=count, help="cut each video into clips of this many frames")
+    add("--clip_stride", type=count, help="frames from one clip's start to the next (default: --clip_frames)")
+    add("--split_scenes", action="store_true", help="cut where the shot changes, so that no window crosses a cut")
+    add("--min_frames", type=count, help="drop shorter clips (default: --clip_frames, or 1)")
+    add("--min_motion", type=number(float, 0), default=0.0, help="drop stiller clips; %% of the longer side a second")
+
+    add = parser.add_argument_group("what a clip holds").add_argument
+    add("--width", type=number(int, 16), help="pixels; with --height: cover this size, then crop the centre")
+    add("--height", type=number(int, 16), help="pixels")
+    add("--image_format", choices=("png", "jpg"), default="png", help="png is lossless; jpg (95) a quarter the time")
     acts = "the LeRobot column that goes into actions.npy, for train_svd.py --condition_on actions (default action)"
     add("--action_key", default="action", metavar="KEY", help=acts)
-    add("--image_format", choices=("png", "jpg"), default="png", help="png is lossless; jpg (95) a quarter the time")
-    add("--fast_png", action="store_true", help="insist on isal, which writes PNG in a third of the time")
+
+    add = parser.add_argument_group("speed, and several machines").add_argument
     add("--num_workers", type=count, default=cores, help="encoding threads (default: one a core, here %(default)s)")
+    add("--fast_png", action="store_true", help="insist on isal, which writes PNG in a third of the time")
     shard = "prepare part I of N, so that N machines share the work; I from 0 to N-1, or from 1 to N"
     add("--shard", metavar="I/N", type=parse_shard, default="0/1", help=shard)
-    add("--overwrite", action="store_true", help="prepare again what changed since: videos or options")
     return parser
 
 

@@ -63,6 +63,14 @@ def test_an_option_of_several_values_that_is_given_twice_adds_up(script):
     assert lists
 
 
+@pytest.mark.parametrize("script", [prepare_dataset, train_svd, infer_svd])
+def test_every_option_but_help_stands_in_a_group_of_the_help(script):
+    for group in script.build_parser()._action_groups:
+        ungrouped = group.title in ("positional arguments", "optional arguments", "options")  # argparse's own
+        flags = [action.dest for action in group._group_actions]
+        assert flags in ([], ["help"]) if ungrouped else 0 < len(flags) < 25, group.title
+
+
 @pytest.mark.parametrize("script", ["prepare_dataset.py", "train_svd.py", "infer_svd.py"])
 def test_help_and_mistakes_are_answered_without_torch(script, tmp_path):
     (tmp_path / "torch").mkdir()
