@@ -13,9 +13,9 @@ FRAMES, HELD_OUT, MULTIPLE = 25, 4, 64  # what is advised for training; SVD take
 
 
 def duration(seconds):
-    """`45 seconds`, `3.2 minutes`, `1.50 hours`."""
+    """`0.5 seconds`, `45 seconds`, `3.2 minutes`, `2.50 hours`."""
     if seconds < 120:
-        return counted(round(seconds), "second")
+        return counted(round(seconds), "second") if seconds >= 1 else f"{seconds:.1f} seconds"
     return f"{seconds / 60:.1f} minutes" if seconds < 7200 else f"{seconds / 3600:.2f} hours"
 
 

@@ -1369,6 +1369,9 @@ def test_black_bars_and_the_crop_are_named(tmp_path):
     make(tmp_path / "videos/bars.mp4", *LIBX264, *bars, picture="testsrc2=s=96x64:r=8:d=2")
     text = prepare(tmp_path / "videos", tmp_path / "out")[0]
     assert "bars.mp4: black bars: 33% of the height" in text
+    make(tmp_path / "sides/x.mp4", *LIBX264, "-vf", "pad=128:64:32:0:black", picture="testsrc2=s=96x64:r=8:d=2")
+    text = prepare(tmp_path / "sides", tmp_path / "out1")[0]  # on the left side alone
+    assert "x.mp4: black bars: 25% of the width" in text and "of the height" not in text
     text = prepare(tmp_path / "videos", tmp_path / "out2", "--width", "96", "--height", "48")[0]
     crop = "some 50% of the picture is lost to the crop to 96x48; --width 64 --height 64 would fit"
     assert f"96x96 (1 video): {crop}" in text
