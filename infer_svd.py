@@ -435,19 +435,24 @@ def choose_held_out(settings, images, clips, models):
 
     Returns the images that stay, and the names of those among them that were trained on.
     """
-    trained_on = find_trained_on(clips, settings.reference, [model.settings for model in models])
+    trained_on = find_trained_on(clips, [model.settings for model in models])
     seen = [image["image"] for image in images if image["image"] in trained_on]
     left = [image for image in images if image["image"] not in trained_on]
+    were = "was" if len(seen) == 1 else "were"
+    unknown = [str(model.name) for model in models if "trained_on" not in model.settings]
     if settings.held_out:
         if not left:
-            raise UserError(f"--held_out: all {len(images)} clips were trained on; give others, in their own dataset")
+            every = "the only clip was" if len(images) == 1 else f"all {len(images)} clips were"
+            raise UserError(f"--held_out: {every} trained on; give others, in their own dataset")
+        if len(unknown) == len(models):
+            print(f"--held_out leaves nothing out: {' and '.join(unknown)} names no clips that it was trained on")
         if seen:
-            print(f"--held_out: {len(seen)} of {len(images)} clips left out, which were trained on ({listed(seen)})")
+            print(f"--held_out: {len(seen)} of {len(images)} clips left out, which {were} trained on ({listed(seen)})")
         return left, []
     if seen:
         name = " or ".join(str(model.name) for model in models)
         cure = f"--held_out scores the other {len(left)} alone" if left else "score clips that were held out"
-        print(f"warning: {len(seen)} of these {counted(len(images), 'clip')} were trained on by {name}; {cure}")
+        print(f"warning: {len(seen)} of these {counted(len(images), 'clip')} {were} trained on by {name}; {cure}")
     return images, seen
 
 

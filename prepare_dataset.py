@@ -173,10 +173,11 @@ def describe_clip(directory, clip, video, probe, stride, options):
     else:  # the clip is shorter than the stride
         motion = clip_motion([common.read_image(path) for path in list_frames(clip.folder)], fps)
     episode = re.search(r"@(episode_\d+)", directory) if video.episodes or video.images else None
-    recording = video.group + (episode[1] if episode else "")
+    group = video.group + (episode[1] if episode else "")
     return {
-        "directory": directory, "source": video.source, "group": recording,
-        **video.known, **lerobot_fields(video, recording),
+        "directory": directory, "source": video.source, "group": group,
+        "recording": video.digest + (episode[0] if episode else ""),  # the same wherever and however it is prepared
+        **video.known, **lerobot_fields(video, group),
         "fps": fps, "num_frames": len(clip.times), "width": clip.shape[1], "height": clip.shape[0],
         "start": round(clip.times[0], 3), "duration": round(clip.times[-1] - clip.times[0] + 1 / fps, 3),
         "holes": [round(hole, 3) for hole in holes],

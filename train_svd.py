@@ -26,11 +26,11 @@ from pathlib import Path
 from svd_parts.checkpoints import checkpoints_of
 from svd_parts.console import Parser, check_launcher, number, run_script
 from svd_parts.dataset import DEFAULT_BUCKET, DEFAULT_FPS
-from svd_parts.files import UserError, counted, frozen, lock_file, pattern_names, printable, read_patterns, tidy
+from svd_parts.files import UserError, counted, frozen, listed, lock_file, pattern_names, printable, read_patterns, tidy
 from svd_parts.metrics import METRICS
 from svd_parts.optimizers import OPTIMIZERS
 from svd_parts.unet import DTYPES, RECOMPUTED, TRAINABLE, trained_layers
-from svd_parts.weights import PARTS, SETTINGS, encoders_fingerprint, weights_fingerprint
+from svd_parts.weights import PARTS, SETTINGS, encoders_fingerprint, read_settings, trained_marks, weights_fingerprint
 
 SCHEDULES = "linear cosine cosine_with_restarts polynomial constant constant_with_warmup".split()  # diffusers' names
 
@@ -221,16 +221,18 @@ def check_output_dir(options):
         raise UserError(f"--output_dir {output} already holds a run; give another, or --resume_from_checkpoint latest")
 
 
-def describe_run(options, base, clips, held_out, before, num_processes):
+def describe_run(options, base, clips, held_out, before, earlier, num_processes):
     """The settings that are saved with every checkpoint and with the result.
 
     before: the settings in the checkpoint that the run resumes; their training and held-out clips stay listed.
+    earlier: the settings of the training that made the base, or {}.
     """
     from svd_parts.hub import find_base_name
 
     name, local = options.pretrained_model_name, Path(options.pretrained_model_name).is_dir()
     fps, buckets = ([clip[key] for clip in clips] for key in ("fps", "motion_bucket_id"))
     trained_on, kept_out = ({clip["directory"]: clip.get("digest") for clip in side} for side in (clips, held_out))
+    recordings = {clip["recording"]: clip["directory"] for clip in clips if isinstance(clip.get("recording"), str)}
     versions = {"python": platform.python_version(), **{name: version(name) for name in ("torch", "diffusers")}}
     return {
         **options._asdict(),
@@ -242,12 +244,22 @@ def describe_run(options, base, clips, held_out, before, num_processes):
         "encoders_fingerprint": encoders_fingerprint(base),
         "trained_on": {**before.get("trained_on", {}), **trained_on},
         "held_out": {**(known_held_out(before) if not options.validation_dir else {}), **kept_out},
+        "marks": {**trained_marks(earlier), **before.get("marks", {}), **recordings},
         "num_clips": len(clips),
         "median_fps": statistics.median(fps),
         "median_motion_bucket_id": statistics.median(buckets),
         "motion_bucket_id_range": [min(buckets), max(buckets)],
         "versions": versions,
     }
+
+
+def warn_of_remembered(held_out, earlier, name):
+    """Warns of held-out clips that the base `name` was trained on. earlier: the settings of that training, or {}."""
+    from svd_parts.judging import find_trained_on
+
+    if seen := find_trained_on({clip["directory"]: clip for clip in held_out}, [earlier]):
+        what = f"{len(seen)} of the {counted(len(held_out), 'held-out clip')} ({listed(sorted(seen))})"
+        print(f"warning: {name} was trained on {what}; their scores show how well it remembers")
 
 
 def known_held_out(before):
@@ -257,6 +269,8 @@ def known_held_out(before):
 
 def main(argv=None):
     options = parse_args(argv)  # answers --help and mistakes before torch is loaded, which takes seconds
+    if os.environ.get("RANK", "0") != "0":
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # the first of several processes says it for all
     import cv2
     import torch
 
@@ -315,7 +329,9 @@ def train(options, device):
     add_digests([*clips, *held_out])
     warn_of_crop([*clips, *held_out], options.width, options.height, size_multiple(base))
     accelerator = build_accelerator(options, device)
-    settings = describe_run(options, base, clips, chosen[1], before, accelerator.num_processes)
+    earlier = read_settings(base / SETTINGS, "copy the folder again") if (base / SETTINGS).is_file() else {}
+    warn_of_remembered(held_out, earlier, options.pretrained_model_name)
+    settings = describe_run(options, base, clips, chosen[1], before, earlier, accelerator.num_processes)
     settings |= prepare_actions(options.condition_on, clips, held_out, before.get("actions"), base)
     frames = {clip["directory"]: clip_fingerprint(clip) for clip in clips}
     if saved:

@@ -132,7 +132,7 @@ MAY_DIFFER_ON_RESUME = frozenset(
 save_merged cache_latents cache_dir dataloader_num_workers logging_steps report_to compile dry_run exclude
 gradient_checkpointing gradient_accumulation_steps train_batch_size max_train_steps push_to_hub base_model_name versions
 step num_clips median_fps median_motion_bucket_id motion_bucket_id_range validation_dir validation_steps
-validation_inference_steps validation_metric trained_on held_out""".split()
+validation_inference_steps validation_metric trained_on held_out marks""".split()
 )
 
 

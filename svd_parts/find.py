@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import os
 import re
 import unicodedata
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import svd_common as common
 from svd_parts.dataset import SYSTEM_FOLDERS, find_folders
-from svd_parts.files import UserError, count_kinds, counted, is_named, name_digest, natural_key, unmatched
+from svd_parts.files import UserError, count_kinds, counted, is_named, name_digest, natural_key, quick_digest, unmatched
 from svd_parts.generated import is_comparison, known_fields
 from svd_parts.lerobot import is_depth, lerobot_match, read_episodes, read_lerobot
 from svd_parts.lerobot_images import find_image_videos
@@ -34,6 +35,10 @@ class Video:
     images: str = ""  # the column of the parquet file that holds the frames
     guessed: bool = False  # it begins like a video, though its name does not say so
     known: dict = dataclasses.field(default_factory=dict)  # of a generated clip: `generated`, task, group
+
+    @functools.cached_property
+    def digest(self):
+        return quick_digest(self.path)
 
 
 def directory_name(source):

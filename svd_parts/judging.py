@@ -7,28 +7,27 @@ import numpy as np
 
 import svd_common as common
 from svd_parts.dataset import add_digests, clip_group
-from svd_parts.files import write_file
+from svd_parts.files import counted, write_file
 from svd_parts.formats import FORMATS
 from svd_parts.metrics import table_metrics, video_metrics
 from svd_parts.page import real_clip
+from svd_parts.weights import trained_marks
 
 
-def find_trained_on(clips, folder, trainings):
-    """The names, as a set, of the real clips in `folder` that a model was trained on. clips: {name: clip}.
+def find_trained_on(clips, trainings):
+    """The names, as a set, of the real clips that a model was trained on. clips: {name: clip}.
 
-    trainings: the training_settings.json of each model, or {}. A clip counts if its frames were trained on, from any
-    dataset; or its name, from the same folder; or another clip of its recording, unless this clip was held out.
+    trainings: the training_settings.json of each model, or {}. A clip counts if its frames or its recording were
+    trained on, from any folder and at any size; or another clip of its group, unless this clip was held out.
     """
     trained_on = set()
-    if any(training.get("trained_on") for training in trainings):
+    if any(map(trained_marks, trainings)):
         add_digests(list(clips.values()))
     for training in trainings:
-        names, held_out = training.get("trained_on") or {}, training.get("held_out") or {}
-        same = Path(training.get("dataset_dir") or "").resolve() == Path(folder).resolve()
-        digests = set(names.values())
-        found = {n for n, clip in clips.items() if clip.get("digest") in digests or (same and n in names)}
+        marks, held_out = trained_marks(training), (training.get("held_out") or {}).values()
+        found = {n for n, clip in clips.items() if {clip.get("digest"), str(clip.get("recording"))} & marks.keys()}
         groups = {clip_group(clips[name]) for name in found}
-        kept_out = {n for n, clip in clips.items() if clip.get("digest") in held_out.values()} - found
+        kept_out = {n for n, clip in clips.items() if clip.get("digest") in held_out} - found
         trained_on |= {n for n, clip in clips.items() if clip_group(clip) in groups} - kept_out
     return trained_on
 
@@ -99,8 +98,10 @@ def print_table(table, count, seen=0):
     """Prints {label: {metric: {mean, low, high}}}, a row for each label. seen: how many of `count` were trained on."""
     names = table_metrics()
     if seen:
-        print(f"\n{seen} of the {count} real clips were trained on: the scores show how well the model remembers them")
-    print(f"\n{count} real clips, 95 % intervals" + "".join(f"  {heading:>20s}" for heading in names.values()))
+        what = f"{seen} of the {counted(count, 'real clip')} {'was' if seen == 1 else 'were'} trained on"
+        print(f"\n{what}: the scores show how well the model remembers them")
+    head = f"{counted(count, 'real clip')}, 95 % intervals"
+    print(f"\n{head}" + "".join(f"  {heading:>20s}" for heading in names.values()))
     for label, scores in table.items():
         cells = (scores.get(name) for name in names)
         texts = (f"{c['mean']:.2f} [{c['low']:.2f}, {c['high']:.2f}]" if c else "-" for c in cells)

@@ -11,6 +11,7 @@ from svd_parts.weights import (
     hub_errors,
     read_settings,
     safetensors_header,
+    trained_marks,
     weight_files,
     weights_fingerprint,
     write_tensors,
@@ -182,7 +183,7 @@ def check_adapters(model, options):
                 raise UserError(f"--lora {folder} is merged into --model_dir {model.name} already; leave it out")
             if shapes and found["base_fingerprint"] not in fingerprints_of(model):
                 print(f"warning: --lora {folder} was trained on another base than {model.name} ({known or 'unnamed'})")
-            settings = settings or found
+            settings = {**(settings or found), "marks": {**trained_marks(settings), **trained_marks(found)}}
             if found.get("actions"):  # the LoRA's folder holds their encoder
                 settings = {**settings, "actions": found["actions"]}
         elif known and known in SVD_NAMES and str(here) in SVD_NAMES and known != here:

@@ -305,7 +305,13 @@ def encoders_fingerprint(base):
 
 SETTINGS_EXAMPLE = {"width": 512, "height": 320, "num_frames": 14, "median_fps": 7, "median_motion_bucket_id": 127}
 SETTINGS_EXAMPLE |= {"motion_bucket_id_range": [0, 255], "pretrained_model_name": "", "base_fingerprint": ""}
-SETTINGS_EXAMPLE |= {"use_ema": False, "lora_rank": 0, "lora_alpha": 0, "trained_on": {}, "held_out": {}}
+SETTINGS_EXAMPLE |= {"use_ema": False, "lora_rank": 0, "lora_alpha": 0, "trained_on": {}, "held_out": {}, "marks": {}}
+
+
+def trained_marks(settings):
+    """{digest or recording: name} of the clips that a model and its base were trained on, from its settings."""
+    digests = {digest: name for name, digest in settings.get("trained_on", {}).items() if digest}
+    return {**settings.get("marks", {}), **digests}
 
 
 def read_settings(path, cure):

@@ -24,13 +24,15 @@ def test_what_was_trained_on_is_told_by_frames_names_and_recordings(tmp_path):
         write_clip(tmp_path / name, moving_square(3, seed=seed))
         clips[name] = {"directory": name, "frames": sorted((tmp_path / name).iterdir())}
     add_digests(list(clips.values()))
-    digests, here = {name: clip["digest"] for name, clip in clips.items()}, {"dataset_dir": str(tmp_path)}
-    assert find_trained_on(clips, tmp_path, [{}, {}]) == set()
-    assert find_trained_on(clips, tmp_path, [{"trained_on": {"x": digests["a"]}}]) == {"a"}
-    assert find_trained_on(clips, tmp_path, [{"trained_on": {"a": "0"}}]) == set()  # another dataset's first episode
-    assert find_trained_on(clips, tmp_path, [{"trained_on": {"a": "0"}, **here}]) == {"a"}  # prepared at another size
+    digests = {name: clip["digest"] for name, clip in clips.items()}
+    assert find_trained_on(clips, [{}, {}]) == set()
+    assert find_trained_on(clips, [{"trained_on": {"x": digests["a"]}}]) == {"a"}
+    assert find_trained_on(clips, [{"trained_on": {"a": "0"}}]) == set()  # another dataset's first episode
+    clips["a"]["recording"] = "1234"
+    assert find_trained_on(clips, [{"trained_on": {"a": "0"}, "marks": {"1234": "a"}}]) == {"a"}  # at another size
+    assert find_trained_on(clips, [{"marks": {digests["b"]: "old"}}]) == {"b"}  # by the base
     clips["b"]["group"] = clips["a"]["group"] = "video.mp4"
     settings = {"trained_on": {"a": digests["a"]}, "held_out": {"c": digests["c"]}}
-    assert find_trained_on(clips, tmp_path, [settings]) == {"a", "b"}
+    assert find_trained_on(clips, [settings]) == {"a", "b"}
     clips["c"]["group"] = "video.mp4"
-    assert find_trained_on(clips, tmp_path, [settings]) == {"a", "b"}  # c was held out
+    assert find_trained_on(clips, [settings]) == {"a", "b"}  # c was held out

@@ -8,9 +8,13 @@ import time
 
 import numpy as np
 import pytest
-from conftest import SIZE, TINY, Launched, run, train_arguments
+from conftest import SIZE, TINY, Launched, moving_square, run, train_arguments
 
+import infer_svd
 import svd_common as common
+from svd_parts.dataset import list_clips
+from svd_parts.judging import find_trained_on
+from svd_parts.lora import check_adapters
 from svd_parts.weights import CHECKPOINT_STATE
 
 peft = pytest.importorskip("peft")
@@ -148,6 +152,37 @@ def test_killed_lora_run_goes_on_to_the_same_weights_and_writes_the_adapter_alon
     assert files[0].read_bytes() == files[1].read_bytes()
     assert not (tmp_path / "killed" / "model_index.json").exists() and not (tmp_path / "killed" / "unet").exists()
     assert any(not re.search("temporal", name) for name in load_file(files[0]))  # --trainable all: the spatial ones too
+
+
+def test_what_the_base_and_each_lora_were_trained_on_is_known_wherever_it_was_prepared(tmp_path):
+    """A model is trained on A, a LoRA over it on B. A is then prepared again, elsewhere and at another size."""
+    for name, seeds in (("A", (0, 1)), ("B", (2, 3))):
+        for seed in seeds:
+            (tmp_path / "videos" / name).mkdir(parents=True, exist_ok=True)
+            common.write_video(tmp_path / "videos" / name / f"v{seed}.mp4", moving_square(8, seed=seed), 7)
+        run("prepare_dataset.py", "--video_dir", tmp_path / "videos" / name, "--output_dir", tmp_path / name)
+    run("prepare_dataset.py", "--video_dir", tmp_path / "videos" / "A", "--output_dir", tmp_path / "data" / "again",
+        "--width", 64, "--height", 64)  # fmt: skip
+    first, second = tmp_path / "first", tmp_path / "second"
+    run("train_svd.py", *train_arguments(tmp_path / "A", first), "--max_train_steps", 1)
+    done = run("train_svd.py", *train_arguments(tmp_path / "B", second, first), "--max_train_steps", 1, *LORA,
+        "--validation_dir", tmp_path / "A", "--num_validation_videos", 1)  # fmt: skip
+    assert f"warning: {first} was trained on 1 of the 1 held-out clip (v0)" in done.stdout
+
+    def known(model, reference, *flags):
+        args = infer_svd.parse_args([*map(str, ["--model_dir", model, "--input_image", reference, "--output_video",
+            tmp_path / "set", "--reference", reference, *flags])])  # fmt: skip
+        found = check_adapters(infer_svd.find_model(str(model), args), args)
+        return find_trained_on({clip["directory"]: clip for clip in list_clips(reference)}, [found.settings])
+
+    again, lora = tmp_path / "data" / "again", second / "lora"
+    assert known(first, again) == known(second, again) == known(second / "checkpoint-1", again) == {"v0", "v1"}
+    assert known(second, tmp_path / "B") == known(second / "checkpoint-1", tmp_path / "B") == {"v2", "v3"}
+    assert known(first, tmp_path / "B") == known(TINY, again) == set()
+    assert known(first, tmp_path / "B", "--lora", second) == known(TINY, tmp_path / "B", "--lora", lora) == {"v2", "v3"}
+    flags = ["--model_dir", TINY, "--input_image", again, "--reference", again, "--held_out", *SIZE]
+    done = run("infer_svd.py", *flags, "--num_inference_steps", 1, "--output_video", tmp_path / "set")
+    assert "--held_out leaves nothing out" in done.stdout
 
 
 def test_forecast_of_a_lora_fits_an_8_gb_card(tmp_path):
