@@ -35,7 +35,10 @@ class Guarded:
 
 
 def guard_output():
-    """Makes every later print safe, even where a standard stream was closed before the start (`>&-`)."""
+    """Makes every later print safe, even where a standard stream was closed before the start (`>&-`).
+
+    Each line goes out at once, to a log file, too: Python would keep 8 KB of them back, and a kill would lose these.
+    """
     for number in range(3):
         try:
             os.fstat(number)
@@ -46,7 +49,7 @@ def guard_output():
         if stream is None:
             stream = open(os.devnull, "w", encoding="utf-8")
         elif hasattr(stream, "reconfigure"):  # prints backslashes for what the terminal's encoding lacks
-            stream.reconfigure(errors="backslashreplace")
+            stream.reconfigure(errors="backslashreplace", line_buffering=True)
         setattr(sys, name, stream if isinstance(stream, Guarded) else Guarded(stream))
 
 

@@ -123,6 +123,17 @@ def test_nobody_hears_and_the_work_goes_on(closed, tmp_path):
     assert (tmp_path / "b").read_text() == "saved"  # and not what was printed
 
 
+def test_a_log_file_has_each_line_at_once(tmp_path):
+    body = "print('a line')\n    os.kill(os.getpid(), signal.SIGKILL)"
+    script = f"import os, signal\nfrom svd_parts.console import run_script\ndef main():\n    {body}\nrun_script(main)\n"
+    (tmp_path / "script.py").write_text(script)
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    with open(tmp_path / "log", "w") as log:
+        command = [sys.executable, tmp_path / "script.py"]
+        assert subprocess.run(command, stdout=log, env={**env, "PYTHONPATH": str(ROOT)}).returncode == -9
+    assert (tmp_path / "log").read_text() == "a line\n"
+
+
 def test_a_log_file_gets_a_line_now_and_then(capsys):
     bar = progress_bar("generating", "step", 400)
     bar.start_t -= 60
