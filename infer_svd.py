@@ -85,7 +85,7 @@ def build_parser():
     add("--width", type=pixels, help="pixels (default: what the model was trained at, or 1024)")
     add("--height", type=pixels, help="pixels (default: what the model was trained at, or 576)")
     add("--num_frames", type=number(int, 2), help="frames to make (default: what the model was trained at)")
-    add("--fps", type=number(float, 1, 240), help="frames a second (default: the training data's, or 7)")
+    add("--fps", type=number(float, 0.01, 240), help="frames a second (default: the training data's, or 7)")
     buckets = "how much moves, 0..255; each of several makes a clip (default: the training data's, or 127)"
     add("--motion_bucket_id", type=number(int, 0, 255), **several, help=buckets)
     noise = "noise added to the image; with more, more moves and less of the image stays (default 0.02)"

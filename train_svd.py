@@ -247,7 +247,7 @@ def describe_run(options, base, clips, held_out, before, earlier, num_processes)
         "marks": {**trained_marks(earlier), **before.get("marks", {}), **recordings},
         "num_clips": len(clips),
         "median_fps": statistics.median(fps),
-        "median_motion_bucket_id": statistics.median(buckets),
+        "median_motion_bucket_id": round(statistics.median(buckets)),  # infer_svd.py takes whole numbers
         "motion_bucket_id_range": [min(buckets), max(buckets)],
         "versions": versions,
     }

@@ -35,7 +35,14 @@ def print_training_plan(options, device):
     available = usable_memory(device) if device.type == "cuda" else 0
     mode = choose_checkpointing(options, folder, weight_dtype, available)
     plan = forecast(options, folder, mode, weight_dtype, count_flops=True)
-    clips = list_clips(options.dataset_dir) if Path(options.dataset_dir).is_dir() else ()
+    clips, held_out = [], options.num_validation_videos
+    if Path(options.dataset_dir).is_dir():
+        clips = list_clips(options.dataset_dir)
+    else:
+        print(f"--dataset_dir {options.dataset_dir}: no such folder, so its frames are not in these numbers")
+    if options.validation_dir and Path(options.validation_dir).is_dir():
+        validation = list_clips(options.validation_dir)[: options.num_validation_videos or None]
+        clips, held_out = [*clips, *validation], len(validation)
     frames = sum(len(clip["frames"]) for clip in clips)
     warn_of_crop(clips, options.width, options.height, size_multiple(folder))
     plan |= disk_space(options, folder, frames, plan)
@@ -58,10 +65,11 @@ def print_training_plan(options, device):
         print(f"{'fits' if fits else 'does not fit'} {torch.cuda.get_device_name()}: {available:.1f} GiB can be used")
         if not fits:
             print(advice(options, folder, weight_dtype, available))
-    held_out = options.num_validation_videos
-    if options.validation_dir and Path(options.validation_dir).is_dir():
-        held_out = len(list_clips(options.validation_dir)[: options.num_validation_videos or None])
-    plan["hours"] = print_training_time(options, plan, frames, held_out, mode, device)
+    peaks = {mode: plan["peak_memory_gib"]}
+    if device.type != "cuda" and options.gradient_checkpointing == "auto":  # each card takes the fastest that fits
+        others = (other for other in ("none", "transformers") if other != mode)
+        peaks = {**{m: forecast(options, folder, m, weight_dtype)["peak_memory_gib"] for m in others}, **peaks}
+    plan["hours"] = print_training_time(options, plan, frames, held_out, peaks, device)
     print(json.dumps(plan))
 
 

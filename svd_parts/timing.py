@@ -31,7 +31,10 @@ VAE_SLOWER = 2  # the VAE works in fp32: on tensor cores (TF32) at half the rate
 
 
 def training_tflop(options, plan, frames, clips, mode):
-    """The work in TFLOP of bf16: (a step, caching, all validations). The VAE's fp32 counts `VAE_SLOWER` times."""
+    """The work in TFLOP of bf16: (a step, caching, all validations). The VAE's fp32 counts `VAE_SLOWER` times.
+
+    mode: the --gradient_checkpointing of `plan`.
+    """
     area = options.width * options.height / (512 * 320)
     step = plan["flops_per_step"] / 1e12
     forward = step * FORWARD_SHARE[mode] / (options.train_batch_size * options.gradient_accumulation_steps)
@@ -79,17 +82,27 @@ def basis(device):
     return f"an estimate from {how}"
 
 
-def print_training_time(options, plan, frames, clips, mode, device):
-    """Prints seconds a step and the total time; returns {card: hours}. frames: to cache; clips: of a validation."""
+def print_training_time(options, plan, frames, clips, peaks, device):
+    """Prints seconds a step and the total time; returns {card: hours}. frames: to cache; clips: of a validation.
+
+    peaks: {--gradient_checkpointing: GiB}, the fastest first; the last one is that of `plan`. A card takes the first
+    that fits.
+    """
+    *_, mode = peaks
     step, cache, validation = training_tflop(options, plan, frames, clips, mode)
-    parts = f"caching {frames} frames" + (f" and validating {counted(clips, 'clip')}" if clips else "")
-    print(f"time for {options.max_train_steps} steps, {parts} included; {basis(device)}:")
+    steps = f"{options.max_train_steps} step" + "s" * (options.max_train_steps != 1)
+    parts = f"caching {counted(frames, 'frame')}" + (f" and validating {counted(clips, 'clip')}" if clips else "")
+    print(f"time for {steps}, {parts} included; {basis(device)}:")
     hours = {}
     for name, (rate, gib) in rates(device).items():
-        total = (step * options.max_train_steps + cache + validation) / rate
+        room = math.inf if gib is None else 0.95 * gib - 0.6
+        taken = next((other for other, peak in peaks.items() if peak <= room), mode)
+        seconds = step * FORWARD_SHARE[mode] / FORWARD_SHARE[taken] / rate
+        total = seconds * options.max_train_steps + (cache + validation) / rate
         hours[name] = round(total / 3600, 2)
-        fits = "" if gib is None or plan["peak_memory_gib"] <= 0.95 * gib - 0.6 else f", but {gib} GiB are too few"
-        print(f"  {name:18s} {step / rate:6.2f} s a step, {readable(total)}{fits}")
+        fits = "" if peaks[taken] <= room else f", but {gib} GiB are too few"
+        how = f" (gradient checkpointing {taken})" if taken != mode else ""
+        print(f"  {name:18s} {seconds:6.2f} s a step, {readable(total)}{how}{fits}")
     return hours
 
 

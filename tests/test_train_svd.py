@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import sys
@@ -21,6 +22,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+import infer_svd
 import svd_common as common
 import train_svd
 from svd_parts.checkpoints import checkpoint_step, checkpoints_of
@@ -276,7 +278,11 @@ def test_dry_run_meets_the_memory_and_flop_targets(tmp_path):
     """SVD-XT's published configuration, no weights, no GPU: the last line is one JSON object."""
     arguments = ["--pretrained_model_name", "stabilityai/stable-video-diffusion-img2vid-xt", "--dataset_dir", "none",
         "--output_dir", str(tmp_path / "out"), "--dry_run"]  # fmt: skip
-    done = run("train_svd.py", *arguments)
+    write_clip(tmp_path / "held out" / "clip0", moving_square(2, width=64))
+    done = run("train_svd.py", *arguments, "--validation_dir", tmp_path / "held out")
+    assert "--dataset_dir none: no such folder" in done.stdout
+    assert "caching 2 frames and validating 1 clip included" in done.stdout
+    assert "warning: 1 clip of 64x64 (clip0): some 40% of the picture is lost to the crop to 512x320" in done.stdout
     plan = json.loads(done.stdout.splitlines()[-1])
     assert "time for 5000 steps" in done.stdout and all(f"  {name}" in done.stdout for name in CARDS)
     assert set(plan["hours"]) == set(CARDS) and all(hours >= 0 for hours in plan["hours"].values())
@@ -372,6 +378,31 @@ def test_validation_scores_held_out_episodes_and_changes_nothing(dataset, tmp_pa
     assert json.loads((output / "earlier-1/best/training_state.json").read_text())["step"] == best
     assert json.loads((output / "best/training_state.json").read_text())["settings"]["seed"] == 3
     assert len(list((output / "validation").glob("*/*"))) == 2
+
+
+CROP = "warning: 2 clips of 96x64 (clip0, clip1): some 35% of the picture is lost to the crop to 64x64; "
+
+
+CROP = "warning: 2 clips of 96x64 (clip0, clip1): some 35% of the picture is lost to the crop to 64x64; "
+
+
+def test_the_next_command_is_one_that_infer_svd_takes(tmp_path):
+    """Half of all medians of whole numbers are none, and a time lapse has less than a frame a second."""
+    for number, bucket in enumerate((83, 86)):
+        write_clip(tmp_path / "a clip" / f"clip{number}", moving_square(8, seed=number))
+        line = {"directory": f"clip{number}", "fps": 0.5, "motion_bucket_id": bucket}
+        with open(tmp_path / "a clip" / "metadata.jsonl", "a") as file:
+            file.write(json.dumps(line) + "\n")
+    output = tmp_path / "a run"
+    done = run("train_svd.py", *train_arguments(tmp_path / "a clip", output), "--width", 64, "--max_train_steps", 1)
+    assert CROP in done.stdout
+    assert "fp32 on cpu" in done.stdout and "2 clips, 1 step, batch 1" in done.stdout
+    words = shlex.split(re.search(r"next: (.*)", done.stdout)[1])
+    args = infer_svd.parse_args(words[2:])
+    assert words[:2] == ["python", "infer_svd.py"] and (args.model_dir, args.fps) == (str(output), 0.5)
+    assert (
+        args.motion_bucket_id == [84] and "median motion_bucket_id 84: use these" in (output / "README.md").read_text()
+    )
 
 
 def test_a_resumed_run_holds_out_what_it_held_out_before(dataset, tmp_path):
