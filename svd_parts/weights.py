@@ -7,6 +7,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -24,14 +25,16 @@ SVD_XT_CONFIG = {  # as published; only fields that differ from the classes' def
 SVD_NAMES = [f"stabilityai/stable-video-diffusion-img2vid{kind}" for kind in ("", "-xt", "-xt-1-1")]
 CHECKPOINT_STATE = "training_state.json"  # every checkpoint of train_svd.py has this file
 SETTINGS = "training_settings.json"  # every result has this file: the settings of its training
-HUB_HELP = """{what}. Ways to get the weights:
-  1. accept the licence at https://huggingface.co/{name} , then: pip install -U huggingface_hub && hf auth login
-  2. in mainland China: export HF_ENDPOINT=https://hf-mirror.com HF_TOKEN=hf_... , then run the same command again
-  3. in mainland China, without an account: pip install modelscope, then
-     modelscope download AI-ModelScope/{short} --local-dir ./{short} --include "*.json" "*.fp16.safetensors"
-     and give ./{short} in place of the name (the same licence holds)
-  4. download the folder on another machine (hf download {name} --exclude "svd*.safetensors"), copy it here whole,
-     and give the folder's path in place of the name (infer_svd.py, for a checkpoint: as --base_model)"""
+ON_MODELSCOPE = dict(zip(SVD_NAMES, ("stable-video-diffusion-img2vid-fp16", "stable-video-diffusion-img2vid-xt")))
+WAYS_TO_GET_WEIGHTS = (
+    "accept the licence at https://huggingface.co/{name} , then: pip install -U huggingface_hub && hf auth login",
+    "in mainland China: export HF_ENDPOINT=https://hf-mirror.com HF_TOKEN=hf_... , then run the same command again",
+    """in mainland China, without an account: pip install modelscope, then
+     modelscope download AI-ModelScope/{short} --local-dir ./{short}{files}
+     and give ./{short} in place of the name (the same licence holds)""",
+    """download the folder on another machine (hf download {name} --exclude "svd*.safetensors"), copy it here whole,
+     and give the folder's path in place of the name (infer_svd.py, for a checkpoint: as --base_model)""",
+)
 AWAY = "the hub cannot be reached ({}), and the model is not in the cache: check the network, or set HTTPS_PROXY"
 NEEDED = (
     "give a whole diffusers folder of Stable Video Diffusion (model_index.json, unet/, vae/, ...): hf"
@@ -147,6 +150,15 @@ def download_model(name):
             return Path(DiffusionPipeline.download(name, variant="fp16", use_safetensors=True))
 
 
+def ways_to_get(name):
+    """The ways to get the weights of a model of the hub, numbered, as text. Only SVD's own are on ModelScope, too."""
+    short = ON_MODELSCOPE.get(str(name))
+    ways = (way for way in WAYS_TO_GET_WEIGHTS if short or "modelscope" not in way)
+    files = ' --include "*.json" "*.fp16.safetensors"' if name == SVD_NAMES[1] else ""  # it has three kinds of files
+    lines = (f"  {number}. {way.format(name=name, short=short, files=files)}" for number, way in enumerate(ways, 1))
+    return "Ways to get the weights:\n" + "\n".join(lines)
+
+
 @contextlib.contextmanager
 def hub_errors(name):
     """Turns an error of the hub into a `UserError` that says what to do. A full or read-only disk stays an `OSError`.
@@ -158,10 +170,12 @@ def hub_errors(name):
 
     logger, told = logging.getLogger("huggingface_hub.utils._http"), []
 
-    def once(_):
+    def once(record):
+        if not re.search("thrown while requesting|[Rr]etry", record.getMessage()):
+            return True
         if not told:
             print(f"{name}: no good answer from the hub; trying again for half a minute", file=sys.stderr, flush=True)
-        return told.append(True)  # None: the client's own line is not shown
+        return bool(told.append(True))  # False: the client's own line is not shown
 
     logger.addFilter(once)
     try:
@@ -171,16 +185,15 @@ def hub_errors(name):
             raise
         near = difflib.get_close_matches(str(name), SVD_NAMES, n=1, cutoff=0.8)
         unknown = "no folder here and no model of the hub, or a private one and no login"
-        gated = "the weights are gated: no login, or its licence is not accepted yet"
-        short = str(name).split("/")[-1]
-        away = AWAY.format(type(error).__name__)
+        gated = f"the weights are gated: no login, or its licence is not accepted yet. {ways_to_get(name)}"
+        away = f"{AWAY.format(type(error).__name__)}. {ways_to_get(name)}"
         for kind, text in (
-            (errors.GatedRepoError, HUB_HELP.format(name=name, what=gated, short=short)),
+            (errors.GatedRepoError, gated),
             (errors.RepositoryNotFoundError, unknown + (f"; is it {near[0]}?" if near else "")),
-            (errors.LocalEntryNotFoundError, HUB_HELP.format(name=name, what=away, short=short)),
+            (errors.LocalEntryNotFoundError, away),
             (errors.EntryNotFoundError, f"on the hub, but no diffusers pipeline; {NEEDED}"),
             (ValueError, "not usable from the hub ({})".format(str(error).partition("\n")[0])),
-            (Exception, HUB_HELP.format(name=name, what=away, short=short)),
+            (Exception, away),
         ):
             if isinstance(error, kind):
                 raise UserError(f"{name}: {text}") from None

@@ -4,6 +4,7 @@ import http.server
 import json
 import logging
 import os
+import re
 import shutil
 import threading
 
@@ -55,9 +56,28 @@ def test_a_weight_index_that_leads_outside_is_refused(tmp_path):
 def test_the_hubs_retries_are_told_in_one_line_and_the_first_cure_is_the_network(capsys):
     with pytest.raises(UserError, match="check the network, or set HTTPS_PROXY"), hub_errors("a/b"):
         for _ in range(5):
-            logging.getLogger("huggingface_hub.utils._http").warning("Retrying in 8s")
+            logging.getLogger("huggingface_hub.utils._http").warning("Retrying in 8s [Retry 1/5].")
         raise OSError
     assert capsys.readouterr().err == "a/b: no good answer from the hub; trying again for half a minute\n"
+
+
+def test_other_lines_of_the_hub_are_no_trouble(capsys, caplog):
+    with hub_errors("a/b"):
+        logging.getLogger("huggingface_hub.utils._http").warning("You are sending unauthenticated requests.")
+    assert "unauthenticated" in caplog.text and "no good answer" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name, folder", [
+    ("stabilityai/stable-video-diffusion-img2vid-xt", "stable-video-diffusion-img2vid-xt"),
+    ("stabilityai/stable-video-diffusion-img2vid", "stable-video-diffusion-img2vid-fp16"),
+    ("stabilityai/stable-video-diffusion-img2vid-xt-1-1", None), ("me/mine", None),
+])  # fmt: skip
+def test_modelscope_is_named_for_the_models_that_it_has(name, folder):
+    with pytest.raises(UserError) as error, hub_errors(name):
+        raise OSError
+    found = re.search(r"modelscope download AI-ModelScope/(\S+) --local-dir \./(\S+)", str(error.value))
+    assert (found and found.groups()) == (folder and (folder, folder))
+    assert re.findall(r"^  (\d)\.", str(error.value), re.M) == list("1234" if folder else "123")
 
 
 def test_what_is_no_pipeline_is_called_what_it_is(trained, tmp_path):
