@@ -17,6 +17,7 @@ import contextlib
 import gc
 import glob
 import os
+import shlex
 import shutil
 import sys
 import time
@@ -226,18 +227,22 @@ def find_images(given):
     path = Path(given)
     if path.is_dir():
         files, root = images_in(path), path
+        videos = any(file.suffix.lower() in VIDEO_SUFFIXES for file in path.iterdir())
+        if videos and not any(map(is_image, path.rglob("*"))):
+            raise UserError(f"--input_image {given} holds videos and no image; {first_frames_of(path)}")
         if has_clips(path):
             return {clip["directory"]: clip["frames"][0] for clip in list_clips(path)}
         say_left_out(file for file in path.iterdir() if not is_image(file) and file.is_file())
     elif glob.has_magic(given) and not path.exists():
         root, files = expand_pattern(path)
         say_left_out(file for file in files if not is_image(file))
-        files = [file for file in files if is_image(file)]
+        found, files = files, [file for file in files if is_image(file)]
         if not files:
-            raise UserError(f"--input_image {given}: no image matches")
+            videos = [file for file in found if file.suffix.lower() in VIDEO_SUFFIXES]
+            hint = f", but videos; {first_frames_of(videos[0].parent)}" if videos else ""
+            raise UserError(f"--input_image {given}: no image matches{hint}")
     elif path.suffix.lower() in VIDEO_SUFFIXES and path.exists():
-        cure = f"prepare_dataset.py --video_dir {path.parent} --include {path.name} gives its frames"
-        raise UserError(f"--input_image {given} is a video; {cure}, or: ffmpeg -i {path.name} -frames:v 1 first.png")
+        raise UserError(f"--input_image {given} is a video; {first_frames_of(path)}")
     else:
         return {path.stem: path}
     files.sort(key=natural_key)
@@ -246,6 +251,14 @@ def find_images(given):
     while twice := {name for name, count in Counter(names).items() if count > 1}:  # such as a.png, a.jpg and a.png.png
         names = [full if name in twice else name for name, full in zip(names, whole)]
     return dict(zip(names, files))
+
+
+def first_frames_of(path):
+    """Says how to get first frames out of the video `path`, or out of the videos of the folder `path`."""
+    folder, one = (path, "") if path.is_dir() else (path.parent, f" --include {shlex.quote(path.name)}")
+    where = f"--video_dir {shlex.quote(str(folder))}{one} --output_dir ./frames"
+    cure = f"python prepare_dataset.py {where} gives a dataset, which --input_image takes"
+    return cure + (f"; or: ffmpeg -i {shlex.quote(str(path))} -frames:v 1 first.png" if one else "")
 
 
 def expand_pattern(pattern):

@@ -128,7 +128,11 @@ class Parser(argparse.ArgumentParser):
         return f"unrecognized arguments: {flag}" + (f"; {hint}" if hint else "")
 
     def error(self, message):
-        message = re.sub(r"^argument ([^:]+): must ", r"\1 must ", message)  # said by `number`
+        if found := re.match(r"argument ([^:]+): must .* got (.*)", message):  # said by `number`
+            message = message[len("argument ") :].replace(": must", " must", 1)
+            if "," in found[2]:
+                several = self._option_string_actions[found[1]].nargs == "+"
+                message += "; give several with spaces between them" if several else "; give one number"
         self.exit(2, f"error: {message} (all options: python {self.prog} --help)\n")
 
 
@@ -142,8 +146,7 @@ def number(kind, least, most=math.inf):
         except ValueError:
             value = math.nan
         if not (least <= value <= most and value < math.inf):
-            spaces = "; give several with spaces between them" if "," in text else ""
-            raise argparse.ArgumentTypeError(f"must be {wanted}, got {text}{spaces}")
+            raise argparse.ArgumentTypeError(f"must be {wanted}, got {text}")
         return value
 
     return parse

@@ -192,5 +192,5 @@ def leave_out(chosen, patterns):
         raise UserError(f"--exclude {' '.join(pattern_names(patterns)[:5])}: no clip is left to train on")
     if patterns:
         total = sum(map(len, chosen))
-        print(f"--exclude: {total - sum(map(len, left))} of {total} clips left out")
+        print(f"--exclude: {total - sum(map(len, left))} of {counted(total, 'clip')} left out")
     return left

@@ -105,8 +105,9 @@ def describe(path):
         return "no such model folder (and not a hub name, which has the form owner/name)"
     if (path / CHECKPOINT_STATE).is_file():
         return "a checkpoint of train_svd.py, not a whole model; go on from it with --resume_from_checkpoint"
+    dataset = "a dataset ({}), not a model; give the --output_dir of its training, or a base model"
     if path.is_dir() and ((path / "metadata.jsonl").is_file() or (path / ".prepare").is_dir()):
-        return "a dataset (metadata.jsonl), not a model; give the --output_dir of its training, or a base model"
+        return dataset.format("metadata.jsonl")
     if path.name == "lora" and (path / "adapter_config.json").is_file():
         return LORA
     patterns = ("*", "snapshots/*", "*/snapshots/*")  # the last two: the hub's cache
@@ -116,6 +117,8 @@ def describe(path):
         return f"one part of a pipeline; give the whole folder, {path.parent}"
     for newest in sorted(path.glob("checkpoint-*"), key=lambda folder: natural_key(folder.name))[-1:]:
         return f"no finished diffusers pipeline here (model_index.json is missing); its newest checkpoint is {newest}"
+    for frame in (file for file in path.glob("*/*") if file.suffix.lower() in (".png", ".jpg", ".jpeg")):
+        return dataset.format(frame.relative_to(path))
     files = [path] if path.is_file() else [f for pattern in ("*", "*/*", "*/*/*") for f in sorted(path.glob(pattern))]
     weights = [file for file in files if file.suffix in (".safetensors", ".ckpt", ".pt", ".pth", ".bin")]
     if not weights:

@@ -3,7 +3,9 @@
 import hashlib
 import json
 import os
+import re
 import resource
+import shlex
 import shutil
 import signal
 import subprocess
@@ -792,7 +794,16 @@ def test_combinations_that_cannot_work_are_refused_before_the_model_is_loaded(
     assert "no image matches" in refused(image=tmp_path / "*.png")
     assert "no readable image" in refused(image=images / "*.jpg")
     common.write_video(tmp_path / "clip.mp4", moving_square(4), 7)
-    assert "is a video; prepare_dataset.py --video_dir" in refused(image=tmp_path / "clip.mp4")
+    (tmp_path / "my videos").mkdir()
+    common.write_video(tmp_path / "my videos" / "clip.mp4", moving_square(4), 7)
+    printed = refused(image=tmp_path / "my videos" / "clip.mp4")
+    prepare, ffmpeg = re.search(r"is a video; python (.*) gives a dataset.*; or: ffmpeg (.*)\n", printed).groups()
+    assert shlex.split(ffmpeg)[:2] == ["-i", str(tmp_path / "my videos" / "clip.mp4")]
+    run(*shlex.split(prepare)[:-1], tmp_path / "frames")
+    assert sorted(path.name for path in (tmp_path / "frames" / "clip").iterdir())[0] == "00000.png"
+    assert "holds videos and no image; python prepare_dataset.py" in refused(image=tmp_path / "my videos")
+    printed = refused(image=tmp_path / "my videos" / "*.mp4", target="x")
+    assert "no image matches, but videos; python prepare_dataset.py" in printed
     assert "SVD takes no text" in refused("--prompt", "a robot arm")
     assert "with spaces between them" in refused("--motion_bucket_id", "60,120,180")
     (tmp_path / "empty").mkdir()

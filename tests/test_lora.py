@@ -13,6 +13,7 @@ from conftest import SIZE, TINY, Launched, moving_square, run, train_arguments
 import infer_svd
 import svd_common as common
 from svd_parts.dataset import list_clips
+from svd_parts.files import umask
 from svd_parts.judging import find_trained_on
 from svd_parts.lora import check_adapters
 from svd_parts.weights import CHECKPOINT_STATE
@@ -52,6 +53,16 @@ def test_adapters_alone_are_trained_in_every_linear_layer_of_the_temporal_blocks
     assert state["settings"]["lora_rank"] == 4 and state["settings"]["lora_alpha"] == 8
     line = json.loads((adapted / "metrics.jsonl").read_text().splitlines()[-1])
     assert line["validation_psnr_moving"] > 5 and (adapted / "best" / "ema.safetensors").exists()
+
+
+def test_others_can_read_all_that_a_run_writes(adapted, dataset):
+    """Result, best/, checkpoints, LoRA, validation, pages and cache go by the umask: safetensors alone would not."""
+    mode = 0o666 & ~umask()
+    files = [path for folder in (adapted, dataset / ".cache") for path in folder.rglob("*") if path.is_file()]
+    kinds = {path.relative_to(adapted).parts[0] for path in files if path.is_relative_to(adapted)}
+    assert {"unet", "best", "checkpoint-6", "lora", "validation", "index.html"} <= kinds
+    assert any(".cache" in path.parts and path.suffix == ".safetensors" for path in files)
+    assert {path: oct(path.stat().st_mode & 0o777) for path in files} == {path: oct(mode) for path in files}
 
 
 def test_merged_result_is_what_plain_peft_makes_of_base_and_adapter(adapted):

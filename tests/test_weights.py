@@ -33,6 +33,12 @@ def test_a_dataset_is_called_a_dataset(tmp_path):
     (tmp_path / "metadata.jsonl").write_text("{}")
     with pytest.raises(UserError, match="a dataset .metadata.jsonl., not a model"):
         resolve_model(tmp_path)
+    frames = tmp_path / "frames"  # without metadata.jsonl, and trained on once
+    for name in (".cache/96x64/a.safetensors", "a/00000.png"):
+        (frames / name).parent.mkdir(parents=True)
+        (frames / name).write_bytes(b"")
+    with pytest.raises(UserError, match="a dataset .a/00000.png., not a model"):
+        resolve_model(frames)
 
 
 @pytest.mark.parametrize("name", ["../x", "/x", "a/../../x", "C:x", "\\\\host\\x", "..", "", None, 3, "a\0b"])
