@@ -8,7 +8,6 @@ import os
 import re
 import shutil
 import sys
-import tempfile
 import unicodedata
 from collections import Counter, namedtuple
 from pathlib import Path
@@ -311,13 +310,3 @@ def count_kinds(names):
     """Counts names of files by suffix, the most frequent first: `12 .json, 3 .zip, 1 without a suffix`."""
     counts = Counter(os.path.splitext(name)[1].lower() or "without a suffix" for name in names)
     return ", ".join(f"{count} {kind}" for kind, count in counts.most_common())
-
-
-def umask():
-    """The permissions that new files do not get. Reads them off a new file: `os.umask` would change them for a moment,
-    while other threads write."""
-    with tempfile.TemporaryDirectory() as folder:
-        descriptor = os.open(os.path.join(folder, "x"), os.O_CREAT | os.O_WRONLY, 0o666)
-        mode = os.fstat(descriptor).st_mode & 0o777
-        os.close(descriptor)
-    return 0o666 & ~mode

@@ -11,7 +11,7 @@ import re
 import sys
 from pathlib import Path
 
-from svd_parts.files import UserError, inside, natural_key, read_json, replacing, umask
+from svd_parts.files import UserError, inside, natural_key, read_json, replacing
 
 PARTS = ("unet", "vae", "image_encoder", "scheduler", "feature_extractor")
 MODEL_PARTS = PARTS[:3]
@@ -308,8 +308,10 @@ def write_tensors(path, tensors, metadata=None):
 
     try:
         with replacing(path) as aside:
+            aside.touch()
+            mode = aside.stat().st_mode & 0o777  # as of any new file here; safetensors lets only the owner read its own
             save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, aside, metadata)
-            os.chmod(aside, 0o666 & ~umask())  # safetensors lets only the owner read its files
+            os.chmod(aside, mode)
     except SafetensorError as error:
         raise OSError(errno.ENOSPC, f"cannot be written ({error})", str(path)) from error
 

@@ -1,6 +1,7 @@
 """LoRA: the adapters alone are trained, saved as peft's own, and the merged result is the base plus the adapter."""
 
 import json
+import os
 import re
 import shutil
 import signal
@@ -13,7 +14,6 @@ from conftest import SIZE, TINY, Launched, moving_square, run, train_arguments
 import infer_svd
 import svd_common as common
 from svd_parts.dataset import list_clips
-from svd_parts.files import umask
 from svd_parts.judging import find_trained_on
 from svd_parts.lora import check_adapters
 from svd_parts.weights import CHECKPOINT_STATE
@@ -57,7 +57,8 @@ def test_adapters_alone_are_trained_in_every_linear_layer_of_the_temporal_blocks
 
 def test_others_can_read_all_that_a_run_writes(adapted, dataset):
     """Result, best/, checkpoints, LoRA, validation, pages and cache go by the umask: safetensors alone would not."""
-    mode = 0o666 & ~umask()
+    os.umask(umask := os.umask(0))
+    mode = 0o666 & ~umask
     files = [path for folder in (adapted, dataset / ".cache") for path in folder.rglob("*") if path.is_file()]
     kinds = {path.relative_to(adapted).parts[0] for path in files if path.is_relative_to(adapted)}
     assert {"unet", "best", "checkpoint-6", "lora", "validation", "index.html"} <= kinds
