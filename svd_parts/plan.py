@@ -114,10 +114,12 @@ def print_clip_plan(settings, images, base):
     print(f"{counted(count, 'clip')} of {settings.num_frames} frames, {size}, {chunk} frames decoded at once")
     needed, tflop = forecast_clip(base, settings)
     print(f"{needed:.1f} GiB of GPU memory in fp16, and about 0.5 GiB for CUDA itself")
-    device, smaller = torch.device("cuda" if torch.cuda.is_available() else "cpu"), settings
+    modes, smaller = {"": needed}, settings
     while smaller := smaller_memory(smaller, ""):
-        less, before = forecast_clip(base, smaller)[0], needed
-        if (needed := min(less, before)) < before:
+        less = forecast_clip(base, smaller)[0]
+        if less < min(modes.values()):
             flags = f"--decode_chunk_size {smaller.decode_chunk_size}" + " --low_vram" * smaller.low_vram
+            modes[flags] = less
             print(f"  with less memory the run goes on with {flags}: {less:.1f} GiB")
-    print_clip_time(tflop * settings.num_segments, count, device)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    print_clip_time(tflop * settings.num_segments, count, modes, device)

@@ -76,6 +76,11 @@ def rates(device):
     return {name: (card.tflops * card.share, card.gib) for name, card in CARDS.items()}
 
 
+def usable(gib):
+    """The GiB of a card of `gib` that a run can use, without CUDA's own and fragments. None: unknown, so any number."""
+    return math.inf if gib is None else 0.95 * gib - 0.6
+
+
 def basis(device):
     """What the times are estimated from, as text."""
     how = "its measured matrix rate" if device.type == "cuda" else "published rates, on no card measured"
@@ -95,7 +100,7 @@ def print_training_time(options, plan, frames, clips, peaks, device):
     print(f"time for {steps}, {parts} included; {basis(device)}:")
     hours = {}
     for name, (rate, gib) in rates(device).items():
-        room = math.inf if gib is None else 0.95 * gib - 0.6
+        room = usable(gib)
         taken = next((other for other, peak in peaks.items() if peak <= room), mode)
         seconds = step * FORWARD_SHARE[mode] / FORWARD_SHARE[taken] / rate
         total = seconds * options.max_train_steps + (cache + validation) / rate
@@ -106,9 +111,14 @@ def print_training_time(options, plan, frames, clips, peaks, device):
     return hours
 
 
-def print_clip_time(tflop, count, device):
-    """Prints how long it takes to generate `count` clips of `tflop` TFLOP each."""
+def print_clip_time(tflop, count, modes, device):
+    """Prints how long it takes to generate `count` clips of `tflop` TFLOP each.
+
+    modes: {flags: GiB}, the largest first. A run on a card takes the first that fits.
+    """
     print(f"time for {counted(count, 'clip')}; {basis(device)}:")
-    for name, (rate, _) in rates(device).items():
-        each = readable(tflop / rate)
-        print(f"  {name:18s} {each} a clip" + (f", {readable(count * tflop / rate)} in all" if count > 1 else ""))
+    for name, (rate, gib) in rates(device).items():
+        text = f"{readable(tflop / rate)} a clip" + (f", {readable(count * tflop / rate)} in all" if count > 1 else "")
+        taken = next((flags for flags, peak in modes.items() if peak <= usable(gib)), None)
+        how = f"{gib} GiB are too few" if taken is None else f"with {taken}" if taken else ""
+        print(f"  {name:18s} {text}" + (f", {how}" if how else ""))

@@ -22,10 +22,12 @@ def test_a_plan_gives_the_time_on_every_card(capsys):
     assert "time for 1000 steps, caching 9 frames and validating 1 clip included; an estimate" in text
     assert all(f"  {name}" in text for name in timing.CARDS) and " s a step, " in text
     assert text.count("but 16 GiB are too few") == 1
-    timing.print_clip_time(100.0, 3, device)
+    timing.print_clip_time(100.0, 3, {"": 32.5, "--decode_chunk_size 8": 18.0, "--low_vram": 15.0}, device)
     text = capsys.readouterr().out
     assert "time for 3 clips; an estimate from published rates, on no card measured:" in text
     assert all(f"  {name}" in text for name in timing.CARDS) and text.count(" a clip, ") == len(timing.CARDS)
+    assert text.count(" in all, with --decode_chunk_size 8\n") == 2 and text.count(" in all\n") == 2
+    assert text.count(", 16 GiB are too few\n") == 1
 
 
 def test_each_card_takes_the_fastest_checkpointing_that_fits(capsys):

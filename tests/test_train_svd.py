@@ -333,6 +333,7 @@ def test_validation_scores_held_out_episodes_and_changes_nothing(dataset, tmp_pa
             lines = [
                 line for line in table if re.match(r"step \d+: PSNR moving [\d.]+ dB \(copied [\d.]+, base ", line)
             ]
+            assert all(re.search(r"; validated in [\d.]+ s", line) for line in lines)
             assert len(lines) == 3 and "best so far -> " in lines[0] and done.stdout.count("PSNR moving dB") == 1
             assert f"look at {tmp_path / name / 'index.html'}" in done.stdout
             assert f"best by PSNR moving: step {best_of(tmp_path / name)}, in " in done.stdout
