@@ -1,5 +1,6 @@
 """The pages of a generated set and of a training run: opened in a real browser, clicked, filtered and read."""
 
+import contextlib
 import json
 import os
 import re
@@ -36,42 +37,61 @@ return seen;
 })()"""
 
 
-def see(page, script, profile, query="", size="1300,2500"):
-    """What a script saw that did something in the page: its object `seen`. Chromium's protocol, over two pipes."""
-    flags, url = [*FLAGS.split(), f"--window-size={size}"], page.as_uri() + query
+@contextlib.contextmanager
+def opened(page, profile, query="", size=(1300, 2500), scheme="light", first=""):
+    """A page in the browser: the function that runs JavaScript in it. Speaks Chromium's protocol, over two pipes.
+
+    size: of the view in CSS pixels; below 701 a phone's. first: a script that runs before those of the page.
+    """
     to_browser, from_browser = os.pipe(), os.pipe()
     pipes = to_browser[0], from_browser[1]
     moved = "import os, sys; _, a, b, *c = sys.argv; os.dup2(int(a), 3); os.dup2(int(b), 4); os.execv(c[0], c)"
-    command = [sys.executable, "-c", moved, *map(str, pipes), BROWSER, *flags, f"--user-data-dir={profile}"]
-    process = subprocess.Popen([*command, url], pass_fds=pipes, stderr=subprocess.DEVNULL)
+    command = [sys.executable, "-c", moved, *map(str, pipes), BROWSER, *FLAGS.split(), f"--user-data-dir={profile}"]
+    process = subprocess.Popen([*command, "about:blank"], pass_fds=pipes, stderr=subprocess.DEVNULL)
     for pipe in pipes:
         os.close(pipe)
     killer = threading.Timer(60, process.kill)
     killer.start()
-    with open(to_browser[1], "wb", buffering=0) as out, open(from_browser[0], "rb") as answers:
+    try:
+        with open(to_browser[1], "wb", buffering=0) as out, open(from_browser[0], "rb") as answers:
 
-        def ask(method, session=None, **params):
-            message = {"id": 1, "method": method, "params": params, **({"sessionId": session} if session else {})}
-            out.write(json.dumps(message).encode() + b"\0")
-            while True:
-                text = b"".join(iter(lambda: answers.read(1), b"\0"))
-                if "id" in (answer := json.loads(text)):
-                    return answer["result"]
+            def ask(method, session=None, **params):
+                message = {"id": 1, "method": method, "params": params, **({"sessionId": session} if session else {})}
+                out.write(json.dumps(message).encode() + b"\0")
+                while True:
+                    text = b"".join(iter(lambda: answers.read(1).strip(b"\0"), b""))  # up to a 0 or the end
+                    if "id" in (answer := json.loads(text)):
+                        return answer.get("result", {})  # there is none while a page gives way to the next
 
-        targets = []
-        while not targets:
-            found = ask("Target.getTargets")["targetInfos"]
-            targets = [target["targetId"] for target in found if target["url"] == url]
-        session = ask("Target.attachToTarget", targetId=targets[0], flatten=True)["sessionId"]
-        loaded = "Boolean(document.title) && document.readyState === 'complete'"  # there is an empty page before it
-        while not ask("Runtime.evaluate", session, expression=loaded)["result"]["value"]:
-            pass
-        answer = ask("Runtime.evaluate", session, expression=SEEN % script, awaitPromise=True, returnByValue=True)
-        ask("Browser.close")
-    process.wait()
-    killer.cancel()
-    assert "exceptionDetails" not in answer, answer
-    return answer["result"]["value"]
+            def evaluate(expression):
+                answer = ask("Runtime.evaluate", session, expression=expression, awaitPromise=True, returnByValue=True)
+                assert "exceptionDetails" not in answer, answer
+                return answer.get("result", {}).get("value")
+
+            targets = []
+            while not targets:
+                found = ask("Target.getTargets")["targetInfos"]
+                targets = [target["targetId"] for target in found if target["url"] == "about:blank"]
+            session = ask("Target.attachToTarget", targetId=targets[0], flatten=True)["sessionId"]
+            view = {"width": size[0], "height": size[1], "deviceScaleFactor": 1, "mobile": size[0] < 701}
+            ask("Emulation.setDeviceMetricsOverride", session, **view)
+            ask("Emulation.setEmulatedMedia", session, features=[{"name": "prefers-color-scheme", "value": scheme}])
+            ask("Page.enable", session)
+            ask("Page.addScriptToEvaluateOnNewDocument", session, source=first)
+            ask("Page.navigate", session, url=page.as_uri() + query)
+            while not evaluate("Boolean(document.title) && document.readyState === 'complete'"):
+                pass
+            yield evaluate
+            ask("Browser.close")
+    finally:  # the pipes are closed, so the browser ends
+        process.wait()
+        killer.cancel()
+
+
+def see(page, script, profile, query="", **look):
+    """What a script saw that did something in the page: its object `seen`."""
+    with opened(page, profile, query, **look) as evaluate:
+        return evaluate(SEEN % script)
 
 
 def data_of(page):
@@ -311,7 +331,7 @@ def test_on_a_phone_the_filters_are_folded_and_a_chinese_browser_reads_chinese(c
       seen.words = [by_id("save-kept").textContent, by_id("order").textContent, document.documentElement.lang];
       seen.language = navigator.language;
     """
-    seen = see(clips / "index.html", script, tmp_path / "a", "?lang=zh-CN", "500,900")
+    seen = see(clips / "index.html", script, tmp_path / "a", "?lang=zh-CN", size=(500, 900))
     assert seen["words"] == ["保存 kept.txt", "从低到高", "zh"]
     assert not seen["filters"] and seen["overflow"] <= 0 and seen["columns"] in (2, 3)  # Chromium has at least 500
     seen = see(clips / "index.html", script, tmp_path / "b")
