@@ -5,7 +5,6 @@ import json
 import os
 import re
 import time
-from datetime import timedelta
 from pathlib import Path
 from urllib.parse import quote
 
@@ -62,7 +61,8 @@ def describe_settings(settings):
         "size": f"{settings['width']} x {settings['height']} x {settings['num_frames']}",
         "steps": f"{settings['max_train_steps']} x {settings['global_batch_size']}",
         "learning rate": f"{settings['learning_rate']:g}",
-        "trained": f"LoRA, rank {rank}" if rank else str(settings["trainable"]),
+        "trained": str(settings["trainable"]),
+        **({"LoRA rank": str(rank)} if rank else {}),
         "precision": "fp32" if settings["mixed_precision"] == "no" else str(settings["mixed_precision"]),
     }
 
@@ -73,9 +73,9 @@ def describe_time(lines, steps, best):
     if not timed:
         return {}
     last, usual = timed[-1], float(np.median([line["seconds_per_step"] for line in timed]))
-    left = last.get("seconds_left", (steps - last["step"]) * usual)
+    minutes, seconds = divmod(round(last.get("seconds_left", (steps - last["step"]) * usual)), 60)
     facts = {"a step": f"{usual:.3g} s"}
-    facts |= {"left": str(timedelta(seconds=round(left)))} if last["step"] < steps else {}
+    facts |= {"left": f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"} if last["step"] < steps else {}
     facts |= {"GPU memory": f"{last['peak_memory_gib']:g} GiB"} if last.get("peak_memory_gib") else {}
     return facts | ({"best step": str(best["step"])} if best else {})
 

@@ -15,7 +15,7 @@ from conftest import SIZE, TINY, moving_square, run, write_clip
 
 import svd_common as common
 from svd_parts.dataset import read_metadata
-from svd_parts.metrics import clip_measures
+from svd_parts.metrics import METRICS, clip_measures
 from svd_parts.page import write_page, write_run_page
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -108,6 +108,34 @@ def clips(tmp_path_factory):
     run("infer_svd.py", "--model_dir", TINY, "--input_image", root / "images", "--output_video", root / "set <1>",
         *SIZE, "--num_inference_steps", 1, "--motion_bucket_id", 60, 180)  # fmt: skip
     return root / "set <1>"
+
+
+@pytest.fixture(scope="module")
+def judged(tmp_path_factory):
+    """A set of four clips with real ones in `real` beside it, a compared model and scores."""
+    root = tmp_path_factory.mktemp("judged")
+    for seed, name in enumerate(("clip0", "clip1")):
+        write_clip(root / "real" / name, moving_square(9, seed=seed))
+    judge(root)
+    return root / "set"
+
+
+def judge(root):
+    run("infer_svd.py", "--model_dir", TINY, "--input_image", root / "real", "--output_video", root / "set", *SIZE,
+        "--num_inference_steps", 1, "--num_videos_per_image", 2, "--compare_with", TINY,
+        "--reference", root / "real")  # fmt: skip
+
+
+SETTINGS = {"pretrained_model_name": "/models/svd", "num_clips": 9, "held_out": {"a": "0"}, "width": 512,
+    "height": 320, "num_frames": 25, "max_train_steps": 40, "global_batch_size": 1, "learning_rate": 1e-5,
+    "trainable": "temporal", "mixed_precision": "no", "validation_metric": "psnr_moving"}  # fmt: skip
+
+
+def write_run(folder, lines, **settings):
+    """Writes metrics.jsonl and the page of a run."""
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    write_run_page(folder, {**SETTINGS, **settings})
+    return folder / "index.html"
 
 
 def test_measures_tell_blur_another_picture_and_flicker():
@@ -266,17 +294,12 @@ def test_no_page_of_another_maker_is_overwritten_and_none_is_needed(tmp_path, mo
 
 
 @needs_browser
-def test_a_page_shows_the_real_clip_the_compared_one_and_the_scores_and_plays_them_larger(tmp_path):
-    for seed, name in enumerate(("clip0", "clip1")):
-        write_clip(tmp_path / "real" / name, moving_square(9, seed=seed))
-    run("infer_svd.py", "--model_dir", TINY, "--input_image", tmp_path / "real", "--output_video", tmp_path / "set",
-        *SIZE, "--num_inference_steps", 1, "--num_videos_per_image", 2, "--compare_with", TINY,
-        "--reference", tmp_path / "real")  # fmt: skip
-    [first, *_] = clips = data_of(tmp_path / "set" / "index.html")["clips"]
-    metrics = json.loads((tmp_path / "set" / "metrics.json").read_text())
+def test_a_page_shows_the_real_clip_the_compared_one_and_the_scores_and_plays_them_larger(judged, tmp_path):
+    [first, *_] = clips = data_of(judged / "index.html")["clips"]
+    metrics = json.loads((judged / "metrics.json").read_text())
     scores = metrics["files"][first["name"]]["generated"]
     assert first["psnr_moving"] == scores["psnr_moving"] == first["compared"]["psnr_moving"]
-    assert common.read_video(tmp_path / "set" / first["real"]).shape == (8, 64, 96, 3)
+    assert common.read_video(judged / first["real"]).shape == (8, 64, 96, 3)
     assert (
         len({clip["real"] for clip in clips}) == 2
         and [clip["image"] for clip in clips] == ["clip0"] * 2 + ["clip1"] * 2
@@ -313,7 +336,7 @@ def test_a_page_shows_the_real_clip_the_compared_one_and_the_scores_and_plays_th
       seen.at = document.querySelector(".card.at .name").textContent;
       seen.more = by_id("count").textContent;
     """
-    seen = see(tmp_path / "set" / "index.html", script, tmp_path / "profile")
+    seen = see(judged / "index.html", script, tmp_path)
     assert seen["captions"] == ["input image", "real", "generated, seed 0", "compared model"]
     assert "PSNR moving dB" in seen["numbers"] and " / " in seen["numbers"] and "psnr_moving" in seen["sorts"]
     assert seen["groups"] == ["clip0", "clip1"] and seen["large"] == [True, 3, 1] and seen["paused"]  # 1: grouped
@@ -340,9 +363,6 @@ def test_on_a_phone_the_filters_are_folded_and_a_chinese_browser_reads_chinese(c
 
 @needs_browser
 def test_the_page_of_a_run_shows_settings_time_the_best_step_and_what_is_missing(tmp_path):
-    settings = {"pretrained_model_name": "/models/svd", "num_clips": 9, "held_out": {"a": "0"}, "width": 512,
-        "height": 320, "num_frames": 25, "max_train_steps": 40, "global_batch_size": 1, "learning_rate": 1e-5,
-        "trainable": "temporal", "mixed_precision": "no", "validation_metric": "psnr_moving"}  # fmt: skip
     lines = [{"step": step, "loss_v": 1 / step, "seconds_per_step": 2.5} for step in range(1, 31)]
     script = """
       seen.facts = by_id("facts").innerText;
@@ -351,14 +371,45 @@ def test_the_page_of_a_run_shows_settings_time_the_best_step_and_what_is_missing
     """
 
     def look(name):
-        (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-        write_run_page(tmp_path, settings)
-        return see(tmp_path / "index.html", script, tmp_path / name)
+        return see(write_run(tmp_path, lines, held_out=held_out), script, tmp_path / name)
 
+    held_out = {}
     seen = look("without")
     assert "--num_validation_videos 4" in seen["missing"] and not seen["best"]
     for fact in ("svd", "512 x 320 x 25", "40 x 1", "1e-05", "fp32", "2.5 s", "0:00:25"):
         assert fact in seen["facts"], seen["facts"]
     lines += [{"step": s, "validation_psnr_moving": value} for s, value in ((0, 1.0), (15, 9.0), (30, 8.0))]
+    held_out = {"a": "0"}
     seen = look("with")
     assert seen["missing"] is None and seen["best"] == 1 and data_of(tmp_path / "index.html")["best"]["step"] == 15
+
+
+# What a Chinese engineer leaves in English: options, names of files, of clips and of the model, units and terms.
+ALLOWED = r"--\w+|\w+\.(?:py|txt|json|jsonl|mp4)|side_by_side|clip\d|svd|PSNR|SSIM|dB|px|GiB|LoRA|bucket|fp32"
+TEXTS = """
+  document.querySelector(".pair")?.click();  // the larger view
+  const nodes = document.createNodeIterator(document.body, NodeFilter.SHOW_TEXT);
+  seen.texts = [...document.body.querySelectorAll("*")].flatMap((element) =>
+    ["title", "placeholder", "aria-label"].map((name) => element.getAttribute(name) || ""));
+  for (let node; node = nodes.nextNode();) if (!node.parentElement.closest("script, h1")) seen.texts.push(node.data);
+"""
+
+
+@needs_browser
+def test_in_chinese_no_english_word_is_left(judged, tmp_path):
+    line = {"step": 20, "loss_v": 0.5, "grad_norm": 1.0, "learning_rate": 1e-4, "peak_memory_gib": 20.5}
+    line |= {"seconds_per_step": 1.0, "seconds_left": 93784.0}
+    scores = {f"validation_{name}": 1.0 for name in [*METRICS, "loss_v_sigma_0.1", "copied_psnr"]}
+    runs = {
+        "validated": ([line, {"step": 20, **scores}], {"lora_rank": 4, "trainable": "temporal_attention"}),
+        "not validated": ([line], {"held_out": {}, "trainable": "all"}),
+    }
+    for name in runs:
+        (tmp_path / name / "validation" / "step-000020").mkdir(parents=True)
+    common.write_video(tmp_path / "validated" / "validation" / "step-000020" / "clip0.mp4", moving_square(4), 7)
+    pages = [write_run(tmp_path / name, lines, **settings) for name, (lines, settings) in runs.items()]
+    for number, page in enumerate([judged / "index.html", *pages]):
+        texts = see(page, TEXTS, tmp_path / f"browser{number}", "?lang=zh")["texts"]
+        assert "26:03:04" in texts or not number
+        left = {text for text in texts if re.search("[A-Za-z]{2}", re.sub(ALLOWED, "", text, flags=re.A))}
+        assert not left, (page, left)
