@@ -38,6 +38,7 @@ def write_run_page(output, settings=None):
     if settings:
         best = best_step(lines, settings["validation_metric"])
         run |= {"steps": settings["max_train_steps"], "updated": time.time(), "best": best}
+        run["held_out"] = bool(settings["held_out"])
         run["facts"] = describe_settings(settings) | describe_time(lines, settings["max_train_steps"], best)
     write_page(output / "index.html", run)
 
