@@ -8,6 +8,8 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -346,19 +348,90 @@ def test_a_page_shows_the_real_clip_the_compared_one_and_the_scores_and_plays_th
 
 
 @needs_browser
-def test_on_a_phone_the_filters_are_folded_and_a_chinese_browser_reads_chinese(clips, tmp_path):
+def test_on_a_phone_the_filters_are_folded_and_a_chinese_browser_reads_chinese(clips, judged, tmp_path):
     script = """
       seen.filters = document.querySelector("details").open;
-      seen.overflow = document.documentElement.scrollWidth - innerWidth;
       seen.columns = getComputedStyle(document.querySelector(".numbers")).gridTemplateColumns.split(" ").length;
       seen.words = [by_id("save-kept").textContent, by_id("order").textContent, document.documentElement.lang];
       seen.language = navigator.language;
+      seen.size = [innerWidth, document.documentElement.scrollWidth];
+      seen.outside = [...document.querySelectorAll(".card *")].filter((element) => element.getBoundingClientRect().right
+        > element.closest(".card").getBoundingClientRect().right).length;
     """
-    seen = see(clips / "index.html", script, tmp_path / "a", "?lang=zh-CN", size=(500, 900))
-    assert seen["words"] == ["保存 kept.txt", "从低到高", "zh"]
-    assert not seen["filters"] and seen["overflow"] <= 0 and seen["columns"] in (2, 3)  # Chromium has at least 500
-    seen = see(clips / "index.html", script, tmp_path / "b")
-    assert seen["filters"] and seen["words"][2] == ("zh" if seen["language"].startswith("zh") else "en")
+    chinese, english = ["保存 kept.txt", "从低到高", "zh"], ["Save kept.txt", "low to high", "en"]
+    for folder, query, words in ((clips, "zh-CN", chinese), (judged, "zh", chinese), (judged, "en", english)):
+        seen = see(folder / "index.html", script, tmp_path / query, f"?lang={query}", size=(390, 844))
+        assert seen["words"] == words
+        assert not seen["filters"] and seen["columns"] == 2 and seen["size"] == [390, 390] and not seen["outside"]
+    seen = see(clips / "index.html", script, tmp_path / "wide")
+    assert seen["filters"] and seen["columns"] == 3 and not seen["outside"]
+    assert seen["words"][2] == ("zh" if seen["language"].startswith("zh") else "en")
+
+
+@needs_browser
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_every_text_stands_out_in_the_light_and_in_the_dark_scheme(scheme, judged, tmp_path):
+    lines = [{"step": 20, "loss_v": 0.5}, {"step": 20, "validation_psnr": 9.0, "validation_copied_psnr": 8.0}]
+    script = """
+      const light = (color) => color.match(/[\\d.]+/g).slice(0, 3).map((level) => level / 255).map((level) =>
+        level > 0.03928 ? ((level + 0.055) / 1.055) ** 2.4 : level / 12.92) // as WCAG defines luminance and contrast
+        .reduce((sum, level, i) => sum + level * [0.2126, 0.7152, 0.0722][i], 0);
+      const back = (element) => {
+        const color = getComputedStyle(element).backgroundColor;
+        return color !== "rgba(0, 0, 0, 0)" || !element.parentElement ? color : back(element.parentElement);
+      };
+      by_id("tick-all")?.click();
+      seen.page = light(back(document.body));
+      seen.faint = [];
+      for (const element of document.querySelectorAll("body *")) {
+        if (![...element.childNodes].some((node) => node.nodeType === 3 && node.data.trim())) continue;
+        const style = getComputedStyle(element), of_svg = element.namespaceURI.endsWith("svg");
+        const [low, high] = [light(of_svg ? style.fill : style.color), light(back(element))].sort((a, b) => a - b);
+        if ((high + 0.05) / (low + 0.05) < 4.5) seen.faint.push(element.textContent);
+      }
+    """
+    for page in (judged / "index.html", write_run(tmp_path, lines)):
+        seen = see(page, script, tmp_path / f"browser {page.parent.name}", scheme=scheme)
+        assert not seen["faint"] and (seen["page"] > 0.8 if scheme == "light" else seen["page"] < 0.02)
+
+
+@needs_browser
+def test_a_long_name_is_shortened_in_the_middle_and_is_whole_on_hover(clips, tmp_path):
+    page, data = tmp_path / "index.html", data_of(clips / "index.html")
+    name = "videos__chunk-000__observation.images.front__episode_000192_seed0_motion126.mp4"
+    data["clips"][0]["name"] = name
+    write_page(page, data)
+    script = "seen.names = [...document.querySelectorAll('.card .name')].map((e) => [e.textContent, e.title]);"
+    names = see(page, script, tmp_path / "profile")["names"]
+    assert names[0] == ["videos__chunk-000__obs…92_seed0_motion126.mp4", name]
+    assert names[1] == [f"{NAMES[1]}.mp4"] * 2
+
+
+@needs_browser
+def test_the_page_of_a_run_reloads_itself_every_minute_until_the_run_has_ended(tmp_path, monkeypatch):
+    hurry = (
+        "const wait = setTimeout, waits = []; setTimeout = (act, time) => { waits.push(time); wait(act, time / 100); }"
+    )
+
+    def write(step):
+        return write_run(tmp_path, [{"step": step, "loss_v": 0.5}])
+
+    with opened(write(10), tmp_path / "profile", first=hurry) as evaluate:
+
+        def wait_for(step):
+            while not (evaluate("document.getElementById('count')?.textContent") or "").startswith(f"step {step},"):
+                pass
+
+        wait_for(10)
+        assert evaluate("waits") == [60000]
+        write(20)
+        wait_for(20)
+        write(40)  # the last step
+        wait_for(40)
+        assert evaluate("waits") == []
+    monkeypatch.setattr("svd_parts.page.time", SimpleNamespace(time=lambda: time.time() - 3601))  # a run that died
+    with opened(write(30), tmp_path / "profile", first=hurry) as evaluate:
+        assert evaluate("waits") == []
 
 
 @needs_browser
