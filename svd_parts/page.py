@@ -89,7 +89,9 @@ def write_clips_page(folder, records):
     measures = {name: [headings[name], METRICS[name].note] for name in headings if any(name in clip for clip in clips)}
     measures |= {name: [measure.title, measure.note] for name, measure in MEASURES.items()}
     measures["asked_motion_bucket_id"] = ["bucket asked", "the --motion_bucket_id that the clip was made with"]
-    write_page(folder / "index.html", {"title": folder.absolute().name, "clips": clips, "measures": measures})
+    files = [name for name in ("metrics.json", "side_by_side/") if (folder / name).exists()]
+    data = {"title": folder.absolute().name, "clips": clips, "measures": measures, "files": files}
+    write_page(folder / "index.html", data)
 
 
 def read_scores(folder):

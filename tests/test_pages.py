@@ -348,6 +348,14 @@ def test_a_page_shows_the_real_clip_the_compared_one_and_the_scores_and_plays_th
 
 
 @needs_browser
+def test_scores_and_videos_side_by_side_are_linked_where_they_exist(clips, judged, tmp_path):
+    assert data_of(clips / "index.html")["files"] == []
+    script = "seen.links = [...document.querySelectorAll('a')].map((link) => [link.textContent, link.href]);"
+    links = see(judged / "index.html", script, tmp_path)["links"]
+    assert links == [[name, f"{judged.as_uri()}/{name}"] for name in ("metrics.json", "side_by_side/")]
+
+
+@needs_browser
 def test_on_a_phone_the_filters_are_folded_and_a_chinese_browser_reads_chinese(clips, judged, tmp_path):
     script = """
       seen.filters = document.querySelector("details").open;
