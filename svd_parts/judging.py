@@ -61,10 +61,9 @@ def judge(settings, sets, real_clips, seen):
                     what = ("generated", "compared")[labels.index(label)]
                     files.setdefault(jobs[0]["name"], {})[what] = found
             videos = {"real": real, **videos}
-            kept = Path(settings.output_video) / real_clip(jobs[0]["sha256"])  # the page shows it
-            if not kept.exists():
-                kept.parent.mkdir(parents=True, exist_ok=True)
-                common.write_video(kept, real, settings.fps)
+            kept = Path(settings.output_video) / real_clip(jobs[0]["name"])  # the page shows it
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            common.write_video(kept, real, settings.fps)
         if len(videos) > 1:
             target = Path(settings.output_video) / "side_by_side" / f"{jobs[0]['title']}.mp4"
             target.parent.mkdir(parents=True, exist_ok=True)

@@ -120,12 +120,12 @@ def page_entry(folder, name, record, scores):
     if image == name:  # the clips of a LeRobot set are numbered, not named after their images
         image = "/".join(Path(str(record.get("source_image"))).with_suffix("").parts[-2:])
     entry |= {"first": first, "name": name, "url": as_url(Path(name)), "image": image}
-    for what, path in (("real", real_clip(record.get("source_image_sha256"))), ("other", Path(".compare", name))):
+    for what, path in (("real", real_clip(name)), ("other", Path(".compare", name))):
         if (folder / path).exists():
             entry[what] = as_url(path)
     return {**scores.get("generated", {}), **entry, "compared": scores.get("compared")}
 
 
-def real_clip(sha256):
-    """The path, inside a set, of the real clip that the page shows beside those of an image."""
-    return Path(".infer", "real", f"{sha256}.mp4")
+def real_clip(name):
+    """The path, inside a set, of the real clip that the page shows beside the clip `name`."""
+    return Path(".infer", "real", f"{name}.mp4")

@@ -302,10 +302,8 @@ def test_a_page_shows_the_real_clip_the_compared_one_and_the_scores_and_plays_th
     scores = metrics["files"][first["name"]]["generated"]
     assert first["psnr_moving"] == scores["psnr_moving"] == first["compared"]["psnr_moving"]
     assert common.read_video(judged / first["real"]).shape == (8, 64, 96, 3)
-    assert (
-        len({clip["real"] for clip in clips}) == 2
-        and [clip["image"] for clip in clips] == ["clip0"] * 2 + ["clip1"] * 2
-    )
+    assert len({(judged / clip["real"]).read_bytes() for clip in clips}) == 2
+    assert [clip["image"] for clip in clips] == ["clip0"] * 2 + ["clip1"] * 2
     script = """
       const key = (name, target = document.body) =>
         target.dispatchEvent(new KeyboardEvent("keydown", { key: name, bubbles: true, cancelable: true }));
@@ -353,6 +351,21 @@ def test_scores_and_videos_side_by_side_are_linked_where_they_exist(clips, judge
     script = "seen.links = [...document.querySelectorAll('a')].map((link) => [link.textContent, link.href]);"
     links = see(judged / "index.html", script, tmp_path)["links"]
     assert links == [[name, f"{judged.as_uri()}/{name}"] for name in ("metrics.json", "side_by_side/")]
+
+
+def test_each_clip_is_shown_beside_its_own_real_clip_of_the_last_scores(judged, tmp_path):
+    root, there = shutil.copytree(judged.parent, tmp_path / "copy"), moving_square(9)
+    back = there[[0, *range(8, 0, -1)]]  # another clip with the same first frame, and so with the same input image
+    shutil.rmtree(root / "real" / "clip0")
+    for name, frames in (("clip0", back), ("clip2", there)):
+        write_clip(root / "real" / name, frames)
+    judge(root)
+    shown = data_of(root / "set" / "index.html")["clips"]
+    films = {"clip0": back, "clip1": moving_square(9, seed=1), "clip2": there}
+    assert len(shown) == 6
+    for clip in shown:
+        real = common.read_video(root / "set" / clip["real"])
+        assert np.abs(real.astype(float) - films[clip["image"]][:8]).mean() < 3, clip["name"]
 
 
 @needs_browser
