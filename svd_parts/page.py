@@ -60,7 +60,7 @@ def describe_settings(settings):
         "clips": str(settings["num_clips"]),
         "held out": str(len(settings["held_out"])),
         "size": f"{settings['width']} x {settings['height']} x {settings['num_frames']}",
-        "steps": f"{settings['max_train_steps']} x {settings['global_batch_size']}",
+        "steps x batch": f"{settings['max_train_steps']} x {settings['global_batch_size']}",
         "learning rate": f"{settings['learning_rate']:g}",
         "trained": str(settings["trainable"]),
         **({"LoRA rank": str(rank)} if rank else {}),
