@@ -375,6 +375,9 @@ def test_on_a_phone_the_filters_are_folded_and_a_chinese_browser_reads_chinese(c
       seen.columns = getComputedStyle(document.querySelector(".numbers")).gridTemplateColumns.split(" ").length;
       seen.words = [by_id("save-kept").textContent, by_id("order").textContent, document.documentElement.lang];
       seen.language = navigator.language;
+      document.querySelector(".pair").click();
+      seen.scrolled = [by_id("larger").open, by_id("larger").scrollTop];
+      by_id("close").click();
       seen.size = [innerWidth, document.documentElement.scrollWidth];
       seen.outside = [...document.querySelectorAll(".card *")].filter((element) => element.getBoundingClientRect().right
         > element.closest(".card").getBoundingClientRect().right).length;
@@ -382,7 +385,7 @@ def test_on_a_phone_the_filters_are_folded_and_a_chinese_browser_reads_chinese(c
     chinese, english = ["保存 kept.txt", "从低到高", "zh"], ["Save kept.txt", "low to high", "en"]
     for folder, query, words in ((clips, "zh-CN", chinese), (judged, "zh", chinese), (judged, "en", english)):
         seen = see(folder / "index.html", script, tmp_path / query, f"?lang={query}", size=(390, 844))
-        assert seen["words"] == words
+        assert seen["words"] == words and seen["scrolled"] == [True, 0]
         assert not seen["filters"] and seen["columns"] == 2 and seen["size"] == [390, 390] and not seen["outside"]
     seen = see(clips / "index.html", script, tmp_path / "wide")
     assert seen["filters"] and seen["columns"] == 3 and not seen["outside"]
@@ -419,13 +422,17 @@ def test_every_text_stands_out_in_the_light_and_in_the_dark_scheme(scheme, judge
 @needs_browser
 def test_a_long_name_is_shortened_in_the_middle_and_is_whole_on_hover(clips, tmp_path):
     page, data = tmp_path / "index.html", data_of(clips / "index.html")
-    name = "videos__chunk-000__observation.images.front__episode_000192_seed0_motion126.mp4"
+    name, shown = (
+        "videos__chunk-000__front__episode_000192_seed0_motion126.mp4",
+        "videos__ch…e_000192_seed0_motion126.mp4",
+    )
+    script = "seen.names = [...document.querySelectorAll('main .name')].map((e) => [e.textContent, e.title]);"
     data["clips"][0]["name"] = name
     write_page(page, data)
-    script = "seen.names = [...document.querySelectorAll('.card .name')].map((e) => [e.textContent, e.title]);"
-    names = see(page, script, tmp_path / "profile")["names"]
-    assert names[0] == ["videos__chunk-000__obs…92_seed0_motion126.mp4", name]
-    assert names[1] == [f"{NAMES[1]}.mp4"] * 2
+    others = [[f"{other}.mp4"] * 2 for other in NAMES[1:]]
+    assert see(page, script, tmp_path / "set")["names"] == [[shown, name], *others]
+    write_page(page, {"title": "run", "lines": [], "metrics": {}, "videos": [{"step": "0", "name": name, "url": "x"}]})
+    assert see(page, script, tmp_path / "run")["names"] == [[shown, name]]
 
 
 @needs_browser
