@@ -46,8 +46,6 @@ from svd_parts.metrics import sharpness
 from svd_parts.shortcuts import avoid_conv3d, move_to_device, wrap_unet
 from svd_parts.weights import check_sizes, latent_factor, read_config, resolve_config, size_multiple
 
-VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".avi", ".webm", ".m4v", ".mpg", ".mpeg", ".ts", ".wmv", ".flv")
-
 # The command line after `resolve`: no size and no conditioning is None. It never changes. Where memory runs short,
 # `smaller_memory` makes new settings, with the reason in `fallback`.
 SETTINGS = "model_dir base_model lora lora_scale input_image actions output_video output_format task shard".split()
@@ -122,12 +120,15 @@ def parse_args(argv=None):
         parser.error(f"--min_guidance_scale {low:g} must not be over --max_guidance_scale {high:g}: guidance rises")
 
     output, suffix = Path(args.output_video).absolute(), Path(args.output_video).suffix.lower()
-    many = args.num_videos_per_image > 1 or len(args.motion_bucket_id or []) > 1 or args.compare_with or args.reference
     if is_file(output):
-        if args.output_format not in (None, suffix[1:]) or many:
-            parser.error(f"--output_video {output}: one file holds one clip in its own format; give a folder")
+        many = {"num_videos_per_image": args.num_videos_per_image > 1, "compare_with": args.compare_with}
+        many |= {"motion_bucket_id": len(args.motion_bucket_id or []) > 1, "reference": args.reference}
+        many |= {"output_format": args.output_format not in (None, suffix[1:])}
+        for flag in (flag for flag, given in many.items() if given):
+            why = f"one file holds one clip in its own format, which --{flag} does not fit"
+            parser.error(f"--output_video {output}: {why}; give a folder")
         args.output_format = suffix[1:]
-    elif suffix in (*common.IMAGE_SUFFIXES, *VIDEO_SUFFIXES) and not output.is_dir():
+    elif suffix in (*common.IMAGE_SUFFIXES, *common.VIDEO_SUFFIXES) and not output.is_dir():
         parser.error(f"--output_video must end in .mp4, .gif or .webp, or be a folder's name, got {output}")
     args.output_format = args.output_format or "mp4"
     if not args.lora and args.lora_scale is not None:
@@ -227,9 +228,10 @@ def find_images(given):
     path = Path(given)
     if path.is_dir():
         files, root = images_in(path), path
-        videos = any(file.suffix.lower() in VIDEO_SUFFIXES for file in path.iterdir())
-        if videos and not any(map(is_image, path.rglob("*"))):
-            raise UserError(f"--input_image {given} holds videos and no image; {first_frames_of(path)}")
+        if not files and not any(map(is_image, path.rglob("*"))):
+            if any(file.suffix.lower() in common.VIDEO_SUFFIXES for file in path.iterdir()):
+                raise UserError(f"--input_image {given} holds videos and no image; {first_frames_of(path)}")
+            raise UserError(f"--input_image {given} holds no image, and no folder of frames")
         if has_clips(path):
             return {clip["directory"]: clip["frames"][0] for clip in list_clips(path)}
         say_left_out(file for file in path.iterdir() if not is_image(file) and file.is_file())
@@ -238,10 +240,10 @@ def find_images(given):
         say_left_out(file for file in files if not is_image(file))
         found, files = files, [file for file in files if is_image(file)]
         if not files:
-            videos = [file for file in found if file.suffix.lower() in VIDEO_SUFFIXES]
+            videos = [file for file in found if file.suffix.lower() in common.VIDEO_SUFFIXES]
             hint = f", but videos; {first_frames_of(videos[0].parent)}" if videos else ""
             raise UserError(f"--input_image {given}: no image matches{hint}")
-    elif path.suffix.lower() in VIDEO_SUFFIXES and path.exists():
+    elif path.suffix.lower() in common.VIDEO_SUFFIXES and path.exists():
         raise UserError(f"--input_image {given} is a video; {first_frames_of(path)}")
     else:
         return {path.stem: path}
@@ -535,6 +537,7 @@ def wait_for_others():
 def main(argv=None):
     args = parse_args(argv)
     images, failed = list_images(args)
+    unreadable = len(failed)
     for text in failed:
         print(f"left out: {text}", file=sys.stderr)
     models = [find_model(name, args) for name in (args.model_dir, args.compare_with) if name]
@@ -577,8 +580,10 @@ def main(argv=None):
             sets[0].publisher.publish()  # so that the page shows the scores
         if made and not sets[0].single:
             print(f"look at {sets[0].folder / 'index.html'}: sort, compare and choose the clips")
-    for text in failed:
+    for text in failed[unreadable:]:
         print(f"left out: {text}", file=sys.stderr)
+    if unreadable:
+        print(f"left out: {counted(unreadable, 'image')}, named at the start", file=sys.stderr)
     if "TORCHELASTIC_RUN_ID" in os.environ:
         wait_for_others()
     return 1 if failed else 0

@@ -44,8 +44,10 @@ def build_parser():
     add("--dataset_dir", required=True, help="folder of clip folders, made by prepare_dataset.py")
     add("--output_dir", required=True, help="folder for the checkpoints and the fine-tuned pipeline")
     add("--push_to_hub", metavar="OWNER/NAME", help="upload the result to this repository; a new one is private")
-    excluded = "leave these clips out: names, 'patterns*', or @FILE for a text file of names"
-    add("--exclude", nargs="+", action="extend", default=[], metavar="CLIP", help=excluded)
+    several = {"nargs": "+", "action": "extend", "default": [], "metavar": "CLIP"}
+    names = "names, 'patterns*', or @FILE for a text file of names, such as a page's kept.txt"
+    add("--include", **several, help=f"train on these clips alone: {names}")
+    add("--exclude", **several, help="leave these clips out")
     add("--num_frames", type=number(int, 2), default=25, help="frames in a training window (default 25)")
     add("--width", type=positive, default=512, help="pixels, a multiple of 64 for SVD (default 512)")
     add("--height", type=positive, default=320, help="pixels, a multiple of 64 for SVD (default 320)")
@@ -155,7 +157,7 @@ def parse_args(argv=None):
         parser.error(f"--learning_rate must be over 1e-7, where polynomial ends, got {args.learning_rate}")
     if args.max_grad_norm is None:
         args.max_grad_norm = OPTIMIZERS[args.optimizer].max_grad_norm
-    args.exclude = read_patterns(args.exclude, "--exclude")
+    args.include, args.exclude = (read_patterns(getattr(args, n), f"--{n}") for n in ("include", "exclude"))
     if args.dry_run:  # a plan needs no package, no login and no output folder
         return frozen(args)
     needed = {"--optimizer": OPTIMIZERS[args.optimizer].package, "--report_to": args.report_to}
@@ -231,20 +233,20 @@ def describe_run(options, base, clips, held_out, before, earlier, num_processes)
 
     name, local = options.pretrained_model_name, Path(options.pretrained_model_name).is_dir()
     fps, buckets = ([clip[key] for clip in clips] for key in ("fps", "motion_bucket_id"))
-    trained_on, kept_out = ({clip["directory"]: clip.get("digest") for clip in side} for side in (clips, held_out))
-    recordings = {clip["recording"]: clip["directory"] for clip in clips if isinstance(clip.get("recording"), str)}
+    now, kept_out = trained_on(clips), {clip["directory"]: clip.get("digest") for clip in held_out}
     versions = {"python": platform.python_version(), **{name: version(name) for name in ("torch", "diffusers")}}
     return {
         **options._asdict(),
+        "include": pattern_names(options.include),
         "exclude": pattern_names(options.exclude),
         "global_batch_size": options.train_batch_size * options.gradient_accumulation_steps * num_processes,
         "pretrained_model_name": str(base.resolve()) if local else name,
         "base_model_name": find_base_name(options, base),
         "base_fingerprint": weights_fingerprint(base, "unet"),
         "encoders_fingerprint": encoders_fingerprint(base),
-        "trained_on": {**before.get("trained_on", {}), **trained_on},
+        "trained_on": {**before.get("trained_on", {}), **now["trained_on"]},
         "held_out": {**(known_held_out(before) if not options.validation_dir else {}), **kept_out},
-        "marks": {**trained_marks(earlier), **before.get("marks", {}), **recordings},
+        "marks": {**trained_marks(earlier), **before.get("marks", {}), **now["marks"]},
         "num_clips": len(clips),
         "median_fps": statistics.median(fps),
         "median_motion_bucket_id": round(statistics.median(buckets)),  # infer_svd.py takes whole numbers
@@ -253,13 +255,19 @@ def describe_run(options, base, clips, held_out, before, earlier, num_processes)
     }
 
 
-def warn_of_remembered(held_out, earlier, name):
-    """Warns of held-out clips that the base `name` was trained on. earlier: the settings of that training, or {}."""
+def trained_on(clips):
+    """{trained_on: {name: digest}, marks: {recording: name}}: what tells these clips, wherever they are prepared."""
+    recordings = {clip["recording"]: clip["directory"] for clip in clips if isinstance(clip.get("recording"), str)}
+    return {"trained_on": {clip["directory"]: clip.get("digest") for clip in clips}, "marks": recordings}
+
+
+def warn_of_remembered(held_out, training, who):
+    """Warns of held-out clips that a training used, by its settings. who: as in `this run trains on`."""
     from svd_parts.judging import find_trained_on
 
-    if seen := find_trained_on({clip["directory"]: clip for clip in held_out}, [earlier]):
+    if seen := find_trained_on({clip["directory"]: clip for clip in held_out}, [training]):
         what = f"{len(seen)} of the {counted(len(held_out), 'held-out clip')} ({listed(sorted(seen))})"
-        print(f"warning: {name} was trained on {what}; their scores show how well it remembers")
+        print(f"warning: {who} {what}; their scores show how well it remembers")
 
 
 def known_held_out(before):
@@ -307,7 +315,7 @@ def train(options, device):
     """
     from svd_parts.actions import prepare_actions
     from svd_parts.checkpoints import check_resume, find_checkpoint, put_aside_newer, put_aside_other_run
-    from svd_parts.dataset import add_digests, warn_of_crop
+    from svd_parts.dataset import warn_of_crop
     from svd_parts.hub import push_to_hub
     from svd_parts.latent_cache import load_frozen
     from svd_parts.log import start_trackers
@@ -326,12 +334,12 @@ def train(options, device):
     before = saved["settings"] if saved else {"validation_dir": None, "held_out": {}}
     chosen = choose_clips(options, known_held_out(before) if saved else None)
     clips, held_out = leave_out(chosen, options.exclude)
-    add_digests([*clips, *held_out])
     warn_of_crop([*clips, *held_out], options.width, options.height, size_multiple(base))
     accelerator = build_accelerator(options, device)
     earlier = read_settings(base / SETTINGS, "copy the folder again") if (base / SETTINGS).is_file() else {}
-    warn_of_remembered(held_out, earlier, options.pretrained_model_name)
+    warn_of_remembered(held_out, earlier, f"{options.pretrained_model_name} was trained on")
     settings = describe_run(options, base, clips, chosen[1], before, earlier, accelerator.num_processes)
+    warn_of_remembered(held_out, trained_on(clips), "this run trains on")
     settings |= prepare_actions(options.condition_on, clips, held_out, before.get("actions"), base)
     frames = {clip["directory"]: clip_fingerprint(clip) for clip in clips}
     if saved:
@@ -357,6 +365,8 @@ def train(options, device):
         scored = held_out if accelerator.is_main_process else []
         validation = Validation(options, base, scored, vae, decoder) if scored else None
         accelerator.print(describe_start(state, clips, held_out, checkpointing))
+        if saved:
+            accelerator.print(describe_resumed(folder, state))
         with saved_on_error(state):
             status = run_steps(state, dataset, pipe, vae, validation)
         if not status and accelerator.is_main_process:
@@ -385,6 +395,15 @@ def describe_start(state, clips, held_out, checkpointing):
     return f"{data}, {steps}; {trained}, {precision} on {device.type}, recomputed: {checkpointing}"
 
 
+def describe_resumed(folder, state):
+    """One line that says from which step a resumed run goes on."""
+    last = state.options.max_train_steps
+    if state.steps >= last:
+        steps = counted(last, "step")
+        return f"{folder} has all {steps} already: nothing is trained; a larger --max_train_steps trains on"
+    return f"going on from {folder}: step {state.steps} of {last}"
+
+
 def print_next(options, settings):
     """Prints where the result is, where to look at it, and the command that generates with it."""
     from svd_parts.checkpoints import read_best
@@ -399,21 +418,28 @@ def print_next(options, settings):
         model = ["--model_dir", options.pretrained_model_name, "--lora", str(output / "lora")]
     size = ["--width", str(options.width), "--height", str(options.height), "--num_frames", str(options.num_frames)]
     motion = ["--fps", f"{settings['median_fps']:g}", "--motion_bucket_id", f"{settings['median_motion_bucket_id']:g}"]
-    command = shlex.join(["python", "infer_svd.py", *model, *size, *motion])
+    actions = ["--actions", "ACTIONS.npy"] if options.condition_on else []
+    command = shlex.join(["python", "infer_svd.py", *model, *size, *motion, *actions])
     print(f"next: {command} --input_image IMAGE.png --output_video CLIP.mp4")
 
 
 def choose_clips(options, held_out_before):
     """(training clips, held-out clips). held_out_before: names that the resumed run held out; None for a new run."""
-    from svd_parts.samples import hold_out, load_clips
+    from svd_parts.dataset import add_digests
+    from svd_parts.files import is_named
+    from svd_parts.samples import hold_out, load_clips, take_included
 
     defaults = options.num_frames, options.fps, options.motion_bucket_id
     clips, folder = load_clips(options.dataset_dir, *defaults), options.validation_dir
+    clips = take_included(clips, options.include)
+    add_digests([clip for clip in clips if not is_named(options.exclude, clip["directory"])])
     if not folder:
         return hold_out(clips, options.num_validation_videos, options.seed, held_out_before)
     if not Path(folder).is_dir():
         raise UserError(f"--validation_dir {folder}: no such folder; make it with prepare_dataset.py")
-    return clips, load_clips(folder, *defaults)[: options.num_validation_videos or None]
+    held_out = load_clips(folder, *defaults)[: options.num_validation_videos or None]
+    add_digests([clip for clip in held_out if not is_named(options.exclude, clip["directory"])])
+    return clips, held_out
 
 
 def load_unet(options, base, device, actions=None):

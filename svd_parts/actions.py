@@ -19,9 +19,13 @@ def read_actions(path):
     try:
         if path.suffix.lower() == ".csv":
             lines = [line for line in path.read_text("utf-8-sig").splitlines() if line.strip()]
+            if not lines:
+                raise UserError(f"{path}: is empty; actions need a row for each frame")
             try:
                 actions = np.loadtxt(lines, delimiter=",", ndmin=2)
             except ValueError:  # the first line holds names
+                if len(lines) < 2:
+                    raise
                 actions = np.loadtxt(lines[1:], delimiter=",", ndmin=2)
         else:
             actions = np.load(path, allow_pickle=False)
@@ -31,7 +35,8 @@ def read_actions(path):
     except (OSError, ValueError, EOFError, TypeError) as error:
         raise UserError(f"{path}: no table of actions, .npy or .csv ({str(error).splitlines()[0][:100]})") from None
     if actions.ndim != 2 or not actions.size:
-        raise UserError(f"{path}: has the shape {actions.shape}; actions need a row for each frame, of A numbers each")
+        wanted = "a table with a row for each frame and a column for each number"
+        raise UserError(f"{path}: has the shape {actions.shape}; actions are {wanted}")
     if not np.isfinite(actions).all():
         row, column = np.argwhere(~np.isfinite(actions))[0]
         raise UserError(f"{path}: row {row}, column {column} is {actions[row, column]}; every action must be a number")
@@ -53,7 +58,8 @@ def add_actions_of_clips(clips):
         names = clip.get("action_names")
         kinds.setdefault((clip["actions"].shape[1], json.dumps(names)), clip["directory"])
     if len(kinds) > 1:
-        found = ["{} has {} ({})".format(name, *kind) for kind, name in kinds.items()]
+        columns = {kind: f"{kind[0]}" + (f" ({kind[1]})" if kind[1] != "null" else "") for kind in kinds}
+        found = [f"{name} has {columns[kind]}" for kind, name in kinds.items()]
         raise UserError(f"the actions of all clips must have the same columns: {listed(found)}; --exclude the others")
 
 

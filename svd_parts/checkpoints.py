@@ -104,6 +104,9 @@ def find_checkpoint(options):
         return None, None
     if given != "latest":
         folder = Path(given) if Path(given).is_dir() else output / given  # `checkpoint-500` alone: of this run
+        if not folder.is_dir():
+            there = listed([each.name for each in checkpoints_of(output)]) or "no checkpoint"
+            raise UserError(f"--resume_from_checkpoint {given}: no such folder; in {output} there is {there}")
         return folder, read_checkpoint(folder)
     for folder in reversed(checkpoints_of(output)):
         try:
@@ -129,7 +132,7 @@ def put_aside_newer(options, folder, step):
 # Settings that may differ when a run is resumed: they do not change the trained weights.
 MAY_DIFFER_ON_RESUME = frozenset(
     """output_dir dataset_dir pretrained_model_name resume_from_checkpoint checkpointing_steps checkpoints_total_limit
-save_merged cache_latents cache_dir dataloader_num_workers logging_steps report_to compile dry_run exclude
+save_merged cache_latents cache_dir dataloader_num_workers logging_steps report_to compile dry_run include exclude
 gradient_checkpointing gradient_accumulation_steps train_batch_size max_train_steps push_to_hub base_model_name versions
 step num_clips median_fps median_motion_bucket_id motion_bucket_id_range validation_dir validation_steps
 validation_inference_steps validation_metric trained_on held_out marks""".split()

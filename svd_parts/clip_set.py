@@ -185,10 +185,22 @@ class ClipSet:
         for name in () if self.records else ours:
             if (self.folder / name).exists():
                 raise UserError(f"{self.folder / name} is not of a set that was made here; give another --output_video")
+        if settings.reference and self.records:
+            self.refuse_other_scores(settings)
         for record in self.records.values():
             if not is_of_format(record, settings.output_format):
                 what = f"a set of {record['output_format']}, not of {settings.output_format}"
                 raise UserError(f"{self.folder}: {what}; give another --output_video")
+
+    def refuse_other_scores(self, settings):
+        """Raises `UserError` where the folder's metrics.json has the scores of other models or real clips."""
+        path = self.folder / "metrics.json"
+        scored = read_json(path, "move it away").get("settings") if path.is_file() else None
+        for flag in ("model_dir", "compare_with", "reference") if isinstance(scored, dict) else ():
+            before, now = scored.get(flag), getattr(settings, flag)
+            if before and now and Path(before).resolve() != Path(now).resolve():
+                cure = "give another --output_video, or move that file away"
+                raise UserError(f"{path} has the scores of --{flag} {before}; {cure}")
 
     def plan(self, settings):
         """Reads which clips are there and sets `todo`; writes nothing. Raises `UserError` where the set is not ours."""

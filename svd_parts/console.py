@@ -146,7 +146,8 @@ def number(kind, least, most=math.inf):
         except ValueError:
             value = math.nan
         if not (least <= value <= most and value < math.inf):
-            raise argparse.ArgumentTypeError(f"must be {wanted}, got {text}")
+            whole = "a whole number, " if kind is int and math.isnan(value) and "," not in text else ""
+            raise argparse.ArgumentTypeError(f"must be {whole}{wanted}, got {text}")
         return value
 
     return parse

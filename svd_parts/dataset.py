@@ -190,7 +190,13 @@ def list_clips(dataset_dir):
     for text in warnings:
         print(f"warning: {text}", file=sys.stderr)
     if not clips:
-        raise UserError(f"{root}: holds no folder of frames; expected <video>/00000.png, from prepare_dataset.py")
+        what = f"{root}: holds no folder of frames; expected <video>/00000.png, from prepare_dataset.py"
+        suffixes = {Path(name).suffix.lower() for name in found["."]}
+        if suffixes & set(common.IMAGE_SUFFIXES):
+            what = f"{root} is the folder of one clip; give the folder above it, {Path(os.path.abspath(root)).parent}"
+        elif suffixes & set(common.VIDEO_SUFFIXES):
+            what += f" --video_dir {root}, for it holds videos"
+        raise UserError(what)
     return clips
 
 
@@ -240,3 +246,23 @@ def clip_group(clip):
     source = str(clip.get("group") or clip.get("source") or clip["directory"])
     episode = re.match(r"(.*?)videos/(chunk-\d+)/[^/]+/(episode_\d+)", source)
     return "/".join(episode.groups()) if episode else source
+
+
+def group_clips(clips):
+    """{group: its clips}. Clips of one episode or recording, or with the same frames (copies), are of one group."""
+    parents, marks = {}, []
+
+    def root(mark):
+        while parents.setdefault(mark, mark) != mark:
+            mark = parents[mark]
+        return mark
+
+    for clip in clips:
+        known = (("recording", clip.get("recording")), ("digest", clip.get("digest")))
+        marks.append([("episode", clip_group(clip)), *(mark for mark in known if isinstance(mark[1], str))])
+        for mark in marks[-1]:
+            parents[root(mark)] = root(marks[-1][0])
+    groups = {}
+    for clip, (episode, *_) in zip(clips, marks):
+        groups.setdefault(root(episode), []).append(clip)
+    return groups

@@ -50,7 +50,7 @@ class Log:
             lines = [line for line in read_metrics(options.output_dir) if line["step"] <= state.steps and state.steps]
             write_file(self.path, "".join(json.dumps(line) + "\n" for line in lines))
             write_run_page(self.path.parent, state.settings)
-        self.page_written = time.monotonic()
+        self.page_written, self.shown, self.seconds_per_step = time.monotonic(), {}, 0.0
         known = (line.get("seconds_of_validation") for line in reversed(lines))
         self.seconds_of_validation = next(filter(None, known), 0.0)
         self.progress = progress_bar("training", "step", options.max_train_steps, left=False, initial=state.steps,
@@ -92,18 +92,26 @@ class Log:
         line["data_wait_share"] = round(self.waited / elapsed, 4)
         line["seconds_left"] = round(self.seconds_left(step, elapsed / (step - self.step)))
         shown = {"loss": f"{means['loss_v']:.4f}", "lr": f"{line['learning_rate']:.1e}"}
+        self.shown, self.seconds_per_step = shown, elapsed / (step - self.step)
         if self.accelerator.device.type == "cuda":
             line["peak_memory_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
             line["peak_reserved_gib"] = round(torch.cuda.max_memory_reserved() / 2**30, 2)
             shown["mem"] = f"{line['peak_memory_gib']:.1f}G"
         self.append(line)
-        self.progress.set_postfix({**shown, "left": tqdm.format_interval(line["seconds_left"])}, refresh=False)
+        self.show_left(line["seconds_left"])
         self.start(step)
 
-    def seconds_left(self, step, seconds_per_step):
-        """Seconds until the run ends, if each further validation takes as long as the last one did."""
+    def show_left(self, seconds):
+        self.progress.set_postfix({**self.shown, "left": tqdm.format_interval(seconds)}, refresh=False)
+
+    def seconds_left(self, step, seconds_per_step, validated=False):
+        """Seconds until the run ends, if each further validation takes as long as the last one did.
+
+        validated: whether the validation of this step is over.
+        """
         last, every = self.state.options.max_train_steps, self.state.options.validation_steps
-        validations = last // every - (step - 1) // every + bool(last % every)  # includes that of this step
+        first = step + validated
+        validations = last // every - (first - 1) // every + bool(last % every and first <= last)
         return (last - step) * seconds_per_step + validations * self.seconds_of_validation
 
     def append(self, line):
@@ -123,6 +131,8 @@ class Log:
         self.seconds_of_validation = round(seconds, 1)
         scores = {f"validation_{name}": value for name, value in metrics.items()}
         self.append({"step": self.state.steps, **scores, "seconds_of_validation": self.seconds_of_validation})
+        if self.shown:  # not before the first step
+            self.show_left(self.seconds_left(self.state.steps, self.seconds_per_step, validated=True))
         self.send_videos()
         write_run_page(self.path.parent, self.state.settings)
 

@@ -204,5 +204,6 @@ def without_paths(settings):
         value = public.get(name)
         if isinstance(value, str) and (Path(value).is_absolute() or Path(value).exists()):
             public[name] = Path(value).name or Path(value).resolve().name
-    public["exclude"] = [Path(name).name if Path(name).is_absolute() else name for name in public.get("exclude", [])]
+    for option in ("include", "exclude"):
+        public[option] = [Path(name).name if Path(name).is_absolute() else name for name in public.get(option, [])]
     return public

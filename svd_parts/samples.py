@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 
 import svd_common as common
-from svd_parts.dataset import clip_group, list_clips
+from svd_parts.dataset import group_clips, list_clips
 from svd_parts.files import UserError, counted, is_named, listed, pattern_names, unmatched
 from svd_parts.latent_cache import errors_naming, read_cached
 from svd_parts.objective import random_generator, sample_sigmas, shuffled
@@ -147,6 +147,7 @@ def load_clips(dataset_dir, num_frames, fps, motion_bucket_id):
 def hold_out(clips, num_validation_videos, seed, known=None):
     """Holds out whole episodes, so that no camera of an episode is on both sides: (training clips, held-out clips).
 
+    Clips of one recording, or with the same frames, count as one episode, whatever their names: see `group_clips`.
     known: the names that the resumed run held out; they stay held out, even if clips were added or removed since.
     Raises `UserError` if no episode would be left to train on.
     """
@@ -157,27 +158,38 @@ def hold_out(clips, num_validation_videos, seed, known=None):
             what = listed(list(known))
             print(f"warning: the clips that this run held out are gone ({what}); nothing is validated any more")
         return clips_of_other_groups(clips, validation), validation
-    groups = {}
-    for clip in clips:
-        groups.setdefault(clip_group(clip), []).append(clip)
+    groups = group_clips(clips)
     names = list(groups)
     drawn = [names[place] for place in shuffled(len(names), seed, "held out")]
     before = itertools.accumulate((len(groups[name]) for name in drawn), initial=0)
     held_out = {name for name, videos in zip(drawn, before) if videos < num_validation_videos}
     if len(held_out) == len(groups):
-        raise UserError(f"--num_validation_videos {num_validation_videos}: no episode would be left to train on")
+        most = len(clips) - max(map(len, groups.values()))
+        what = f"{counted(len(clips), 'clip')} of {counted(len(groups), 'episode')}"
+        cure = f"at most {most} can be held out" if most else "give held-out clips as --validation_dir"
+        why = f"no episode would be left to train on ({what}; {cure})"
+        raise UserError(f"--num_validation_videos {num_validation_videos}: {why}")
     validation = [clip for name in names if name in held_out for clip in groups[name]][:num_validation_videos]
     return clips_of_other_groups(clips, validation), validation
 
 
 def clips_of_other_groups(clips, held_out):
     """The clips that share no episode with `held_out`. Prints how many clips are then on neither side."""
-    groups = {clip_group(clip) for clip in held_out}
-    training = [clip for clip in clips if clip_group(clip) not in groups]
+    names = {clip["directory"] for clip in held_out}
+    groups = group_clips(clips).values()
+    shared = {clip["directory"] for group in groups for clip in group if any(c["directory"] in names for c in group)}
+    training = [clip for clip in clips if clip["directory"] not in shared]
     if unused := len(clips) - len(training) - len(held_out):
         what = f"not used: {counted(unused, 'more clip')} of the held-out episodes"
         print(f"{what}; --num_validation_videos {unused + len(held_out)} would validate with all of them")
     return training
+
+
+def take_included(clips, patterns):
+    """The clips that --include names; all, where it is not given. Prints how many are left out, and unknown names."""
+    included = [clip for clip in clips if not patterns or is_named(patterns, clip["directory"])]
+    report_choice("--include", patterns, clips, included)
+    return included
 
 
 def leave_out(chosen, patterns):
@@ -186,11 +198,16 @@ def leave_out(chosen, patterns):
     This comes after `hold_out`, so that --exclude moves no other clip from one side to the other.
     """
     left = [[clip for clip in clips if not is_named(patterns, clip["directory"])] for clips in chosen]
-    for name in unmatched(patterns, [(clip["directory"],) for clips in chosen for clip in clips]):
-        print(f"warning: --exclude {name}: no clip of this run has that name")
-    if not left[0]:
-        raise UserError(f"--exclude {' '.join(pattern_names(patterns)[:5])}: no clip is left to train on")
-    if patterns:
-        total = sum(map(len, chosen))
-        print(f"--exclude: {total - sum(map(len, left))} of {counted(total, 'clip')} left out")
+    report_choice("--exclude", patterns, [*chosen[0], *chosen[1]], left[0], len(left[1]))
     return left
+
+
+def report_choice(flag, patterns, clips, left, held_out=0):
+    """Prints what a choice of clips by `flag` leaves out. left: to train on. Raises `UserError` if none are."""
+    if not patterns:
+        return
+    for name in unmatched(patterns, [(clip["directory"],) for clip in clips]):
+        print(f"warning: {flag} {name}: no clip of this run has that name")
+    if not left:
+        raise UserError(f"{flag} {' '.join(pattern_names(patterns)[:5])}: no clip is left to train on")
+    print(f"{flag}: {len(clips) - len(left) - held_out} of {counted(len(clips), 'clip')} left out")

@@ -100,6 +100,7 @@ def test_the_command_line_s_errors_are_one_line_with_the_nearest_option(capsys):
     parser.add_argument("--width", type=number(int, 1))
     assert "--fps must be 1..240, got 7,5; give several with spaces between them" in said("--fps", "7,5")
     assert "--width must be at least 1, got 1,2; give one number" in said("--width", "1,2")
+    assert "--width must be a whole number, at least 1, got eight" in said("--width", "eight")
     assert "unrecognized arguments: b.png c.png; quote a pattern" in said("b.png", "c.png")
     assert "--fps must be 1..240, got 60,120; give several with spaces between them" in said("--fps", "60,120")
     assert "got nan" in said("--fps", "nan")

@@ -755,6 +755,11 @@ def test_scores_of_clips_that_were_trained_on_are_called_so_and_left_out_by_held
     assert "2 of the 3 real clips were trained on" in printed
     metrics = json.loads((tmp_path / "all/metrics.json").read_text())
     assert metrics["trained_on"] == ["other_clip0", "other_clip1"]
+    arguments[1] = other = shutil.copytree(model, tmp_path / "other model")
+    printed = infer(capsys, *arguments, tmp_path / "all", "--motion_bucket_id", 99, ok=False)
+    assert f"metrics.json has the scores of --model_dir {model}; give another" in printed
+    assert json.loads((tmp_path / "all/metrics.json").read_text()) == metrics and other.is_dir()
+    arguments[1] = model
     printed = infer(capsys, *arguments, tmp_path / "new", "--held_out")
     assert "--held_out: 2 of 3 clips left out" in printed and "warning" not in printed
     metrics = json.loads((tmp_path / "new/metrics.json").read_text())
@@ -786,7 +791,8 @@ def test_combinations_that_cannot_work_are_refused_before_the_model_is_loaded(
 
     assert "give a folder" in refused("--num_videos_per_image", 2, target="v.mp4")
     assert "give a folder" in refused("--motion_bucket_id", 1, 2, target="v.mp4")
-    assert "give a folder" in refused("--compare_with", TINY, target="v.mp4")
+    printed = refused("--compare_with", TINY, target="v.mp4")
+    assert "give a folder" in printed and "which --compare_with does not fit" in printed
     assert "give a folder" in refused("--output_format", "frames", target="v.mp4")
     assert "need a folder" in refused(image=images / "image?.png", target="v.mp4")
     assert "must end in .mp4" in refused(target="v.avi")
@@ -807,7 +813,7 @@ def test_combinations_that_cannot_work_are_refused_before_the_model_is_loaded(
     assert "SVD takes no text" in refused("--prompt", "a robot arm")
     assert "with spaces between them" in refused("--motion_bucket_id", "60,120,180")
     (tmp_path / "empty").mkdir()
-    assert "no folder of frames" in refused(image=tmp_path / "empty")
+    assert "holds no image, and no folder of frames" in refused(image=tmp_path / "empty")
     assert "--num_segments must be" in refused("--num_segments", 0)
     assert "--reference" in refused("--reference", tmp_path / "nothing")
     long = Path(shutil.copy(picture, tmp_path / ("\u957f" * 80 + ".png")))

@@ -17,6 +17,7 @@ def test_the_time_left_includes_the_validations_that_are_still_to_come(tmp_path)
     assert log.seconds_left(1, 2.0) == 18 + 300  # steps 4, 8 and 10
     assert log.seconds_left(4, 2.0) == 12 + 300  # a step's line is written before its validation
     assert log.seconds_left(10, 2.0) == 100
+    assert log.seconds_left(4, 2.0, validated=True) == 12 + 200 and log.seconds_left(10, 2.0, validated=True) == 0
     resumed = Log(argparse.Namespace(options=options, settings={}, steps=3, accelerator=Accelerator(cpu=True)))
     assert resumed.seconds_of_validation == 100
 

@@ -2,9 +2,11 @@
 
 import json
 
+import pytest
 from conftest import moving_square, write_clip
 
-from svd_parts.files import read_patterns
+from svd_parts.dataset import group_clips
+from svd_parts.files import UserError, read_patterns
 from svd_parts.samples import hold_out, leave_out, load_clips
 
 
@@ -42,6 +44,27 @@ def test_all_cameras_of_an_episode_fall_on_one_side(capsys):
     assert "not used: 1 more clip of the held-out episodes" in capsys.readouterr().out
     known = {clip["directory"]: "digest" for clip in held_out}
     assert hold_out(clips, num_validation_videos=3, seed=0, known=known) == (training, held_out)
+
+
+def test_copies_of_a_clip_and_clips_of_one_recording_fall_on_one_side():
+    """A dataset in which each video is there twice, under two names: a copy's frames and recording are the same."""
+    clips = [
+        {"directory": f"{folder}/{number}", "recording": f"r{number // 2}", "digest": f"d{number}"}
+        for folder in "ab"
+        for number in range(8)
+    ]
+    assert [len(group) for group in group_clips(clips).values()] == [4, 4, 4, 4]
+    for seed in range(5):
+        training, held_out = hold_out(clips, num_validation_videos=3, seed=seed)
+        sides = [{clip["recording"] for clip in side} for side in (training, held_out)]
+        assert len(training) == 12 and len(held_out) == 3 and not sides[0] & sides[1]
+    for clip in clips:
+        del clip["recording"]
+    assert [len(group) for group in group_clips(clips).values()] == [2] * 8
+    with pytest.raises(UserError, match="no episode would be left to train on .16 clips of 8 episodes; at most 14 can"):
+        hold_out(clips, num_validation_videos=15, seed=0)
+    with pytest.raises(UserError, match="1 clip of 1 episode; give held-out clips as --validation_dir"):
+        hold_out(clips[:1], num_validation_videos=1, seed=0)
 
 
 def test_generated_and_unknown_clips_are_counted(tmp_path, capsys):

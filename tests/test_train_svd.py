@@ -406,6 +406,26 @@ def test_the_next_command_is_one_that_infer_svd_takes(tmp_path):
     )
 
 
+def test_a_run_says_what_it_takes_where_it_goes_on_and_that_it_remembers_what_is_held_out(dataset, tmp_path):
+    copy = shutil.copytree(dataset, tmp_path / "copy", ignore=shutil.ignore_patterns(".cache"))
+    (tmp_path / "kept.txt").write_text("clip0\nclip2\nclip9\n")
+    arguments = [*train_arguments(dataset, tmp_path / "out"), "--include", f"@{tmp_path / 'kept.txt'}",
+        "--validation_dir", copy, "--num_validation_videos", 1, "--max_train_steps"]  # fmt: skip
+    done = run("train_svd.py", *arguments, 1).stdout
+    assert "--include: 1 of 3 clips left out" in done and "--include clip9: no clip of this run has that name" in done
+    assert "2 clips and 1 held out" in done
+    assert "warning: this run trains on 1 of the 1 held-out clip (clip0); their scores show how well" in done
+    again = run("train_svd.py", *arguments, 1, "--resume_from_checkpoint", "latest").stdout
+    first = tmp_path / "out" / "checkpoint-1"
+    assert f"{first} has all 1 step already: nothing is trained; a larger --max_train_steps trains on" in again
+    further = run("train_svd.py", *arguments, 2, "--resume_from_checkpoint", "latest").stdout
+    assert f"going on from {first}: step 1 of 2" in further
+    wrong = run("train_svd.py", *arguments, 2, "--resume_from_checkpoint", "checkpoint-9", ok=False).stdout
+    assert "checkpoint-9: no such folder; in" in wrong and "there is checkpoint-1, checkpoint-2" in wrong
+    clip = run("train_svd.py", *train_arguments(dataset / "clip0", tmp_path / "x"), ok=False).stdout
+    assert f"{dataset / 'clip0'} is the folder of one clip; give the folder above it, {dataset}" in clip
+
+
 def test_a_resumed_run_holds_out_what_it_held_out_before(dataset, tmp_path):
     clips = tmp_path / "clips"
     shutil.copytree(dataset, clips, ignore=shutil.ignore_patterns(".cache"))
