@@ -85,6 +85,8 @@ def write_clips_page(folder, records):
     """Writes index.html of a generated set. records: {name: record} of the clips that are there."""
     scores = read_scores(folder)
     clips = [page_entry(folder, name, record, scores.get(name, {})) for name, record in records.items()]
+    for clip, model in zip(clips, name_models(list(records.values()))):
+        clip["model"] = model
     headings = table_metrics()
     measures = {name: [headings[name], METRICS[name].note] for name in headings if any(name in clip for clip in clips)}
     measures |= {name: [measure.title, measure.note] for name, measure in MEASURES.items()}
@@ -92,6 +94,29 @@ def write_clips_page(folder, records):
     files = [name for name in ("metrics.json", "side_by_side/") if (folder / name).exists()]
     data = {"title": folder.absolute().name, "clips": clips, "measures": measures, "files": files}
     write_page(folder / "index.html", data)
+
+
+def name_models(records):
+    """[name, step] of the model of each record where several models made the clips; None for each where one made all.
+
+    Some digits of the weights tell apart two models that lay in one folder, one after the other.
+    """
+    plain = [[model_name(record), record.get("trained_step")] for record in records]
+    weights = [str(record.get("model_fingerprint") or model) for record, model in zip(records, plain)]
+    models = {found: model for found, model in reversed(list(zip(weights, plain)))}  # as the first clip spells it
+    if len(models) < 2:
+        return [None] * len(records)
+    names = list(models.values())
+    named = {found: [f"{name} ({found[:8]})" if names.count([name, step]) > 1 else name, step]
+        for found, (name, step) in models.items()}  # fmt: skip
+    return [named[found] for found in weights]
+
+
+def model_name(record):
+    """The folder or hub name of a clip's model, and the LoRAs that were laid over it."""
+    scale = record.get("lora_scale", 1)
+    parts = [record.get("model_dir"), *(record.get("lora") or [])]
+    return " + ".join(map(str, parts)) + (f" x {scale}" if scale != 1 else "")
 
 
 def read_scores(folder):

@@ -18,7 +18,7 @@ from conftest import SIZE, TINY, moving_square, run, write_clip
 import svd_common as common
 from svd_parts.dataset import read_metadata
 from svd_parts.metrics import METRICS, clip_measures
-from svd_parts.page import write_page, write_run_page
+from svd_parts.page import write_clips_page, write_page, write_run_page
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 FLAGS = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
@@ -343,6 +343,40 @@ def test_a_page_shows_the_real_clip_the_compared_one_and_the_scores_and_plays_th
     assert seen["stepped"] == [0.14] * 3 and seen["rate"] == [0.5] * 3 and seen["kept"] == "4 of 4 clips shown, 1 kept"
     assert "clip0_seed1" in seen["next"] and seen["open"] is False
     assert "clip1_seed0" in seen["at"] and seen["more"] == "4 of 4 clips shown, 2 kept"
+
+
+@needs_browser
+def test_a_set_of_several_models_shows_the_model_of_each_clip_and_is_searched_and_grouped_by_it(judged, tmp_path):
+    base = json.loads((judged / "metadata.jsonl").read_text().splitlines()[0])
+    assert base["model_fingerprint"] and {clip["model"] for clip in data_of(judged / "index.html")["clips"]} == {None}
+    script = """
+      seen.models = [...document.querySelectorAll(".card .model")].map((element) => element.textContent);
+      seen.choice = [by_id("text").placeholder, Boolean(by_id("by-model"))];
+      by_id("by-model")?.click();
+      seen.groups = [...document.querySelectorAll(".grid h2")].map((element) => element.textContent);
+      by_id("grouped").click();
+      seen.both = document.querySelectorAll(".grid h2").length;
+      enter("text", "STEP 500");
+      seen.found = names();
+      document.querySelector(".card .pair video").click();
+      seen.large = by_id("larger").querySelector(".model").textContent;
+    """
+    one = see(judged / "index.html", script.replace("STEP 500", ""), tmp_path / "one")
+    assert (one["models"], one["choice"], one["groups"], one["large"]) == ([], ["name contains", False], [], "")
+    names, lora = [clip["name"] for clip in data_of(judged / "index.html")["clips"]], {"lora": ["style", "hand"]}
+    made = [("out", 500, "aaaaaaaaaaaa", {}), ("./out", 500, "aaaaaaaaaaaa", {}), ("out", 500, "bbbbbbbbbbbb", {}),
+        ("owner/base", None, "cccccccccccc", {**lora, "lora_scale": 0.8})]  # fmt: skip
+    records = {
+        name: {**base, "model_dir": folder, "trained_step": step, "model_fingerprint": weights, **more}
+        for name, (folder, step, weights, more) in zip(names, made)
+    }
+    shutil.copytree(judged, tmp_path / "set")
+    write_clips_page(tmp_path / "set", records)
+    several = see(tmp_path / "set" / "index.html", script, tmp_path / "several")
+    titles = ["out (aaaaaaaa), step 500", "out (bbbbbbbb), step 500", "owner/base + style + hand x 0.8"]
+    assert several["models"] == [titles[0], *titles] and several["choice"] == ["name or model contains", True]
+    assert several["groups"] == titles and several["both"] == 3
+    assert several["found"] == names[:3] and several["large"] == titles[0]
 
 
 @needs_browser
