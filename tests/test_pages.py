@@ -283,6 +283,36 @@ def test_the_page_of_a_run_shows_losses_scores_and_videos(tmp_path):
     assert "model 35" in seen["at"] and "at step 15" in seen["at"]
 
 
+@needs_browser
+def test_the_labels_of_a_chart_have_a_true_zero_and_stay_inside_it(tmp_path):
+    ranges = {
+        "direction": [-0.3, 0.05, 0.0],  # from -0.3 in steps of 0.1, a sum passes 0 at -2.8e-17
+        "direction_of_the_flow": [-0.35, 0.55, 0.0],
+        "tiny": [-3.4e-18, 2e-17, 0.0],
+        "huge": [-3e12, 4e12, 0.0],
+        "close": [20.008, 20.019, 20.01],
+        "equal": [1.0, 1 + 2**-52, 1.0],
+        "long": [-99999.8, -99998.1, -99999.0],
+    }
+    lines = [
+        {"step": s, **{f"validation_{name}": values[s // 10] for name, values in ranges.items()}} for s in (0, 10, 20)
+    ]
+    script = """
+      for (const chart of document.querySelectorAll("#validation .chart")) {
+        const texts = [...chart.querySelectorAll("svg text")], boxes = texts.map((text) => text.getBBox());
+        seen[chart.querySelector("b").textContent] = [
+          texts.filter((text) => text.matches(".tick")).map((text) => text.textContent),
+          boxes.every((box) => box.x >= 0 && box.x + box.width <= 440)];
+      }
+    """
+    seen = see(write_run(tmp_path, lines), script, tmp_path / "profile")
+    assert len(seen) == len(ranges)
+    for name, (ticks, inside) in seen.items():
+        assert inside and 2 <= len(ticks) <= 6 and len(set(ticks)) == len(ticks), (name, ticks)
+        assert ("0" in ticks) == (name not in ("close", "equal", "long")), (name, ticks)
+    assert seen["direction"][0] == ["-0.3", "-0.2", "-0.1", "0"] and "20.015" in seen["close"][0]
+
+
 def test_no_page_of_another_maker_is_overwritten_and_none_is_needed(tmp_path, monkeypatch):
     page = tmp_path / "index.html"
     write_page(page, {"title": "</script><b>", "clips": []})
