@@ -4,11 +4,13 @@ import contextlib
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -229,6 +231,29 @@ def test_kept_clips_are_prepared_by_their_list(clips, tmp_path, capsys):
     assert "--include @nothing.txt: no such file" in printed and "one a line" in printed
     kept.write_text("")
     assert "leave none of 4 videos" in prepare(tmp_path / "none", "--include", f"@{kept}", ok=False)[1]
+
+
+@needs_browser
+def test_the_command_below_the_clips_takes_the_kept_ones(clips, tmp_path, monkeypatch):
+    script = "seen.next = by_id('next').textContent; seen.all = document.querySelector('main').innerText;"
+    (tmp_path / "kept.txt").write_text(f"{NAMES[0]}.mp4\n", "utf-8")
+    python, *command = shlex.split(see(clips / "index.html", script, tmp_path / "absolute")["next"])
+    assert python == "python" and str(clips) in command
+    run(*command, "--width", 96, "--height", 64, cwd=tmp_path)
+    assert [record["source"] for record in read_metadata(tmp_path / "chosen").values()] == [f"{NAMES[0]}.mp4"]
+    monkeypatch.chdir(tmp_path)
+    record = {"motion_bucket_id": 127, "num_frames": 8, "width": 96, "height": 64}
+    prepare = "python prepare_dataset.py --video_dir {} --output_dir ./chosen --include @kept.txt"
+    for folder, more, wanted in (
+        ("clips", {"file_name": "a.mp4"}, prepare.format("./clips")),
+        ("all/my $et", {"file_name": "a.mp4", "output_format": "lerobot"}, prepare.format("'./all/my $et'")),
+        ("it's", {"directory": "a"}, """python train_svd.py --dataset_dir './it'"'"'s' --include @kept.txt ..."""),
+    ):
+        (tmp_path / folder).mkdir(parents=True)
+        write_clips_page(Path(folder), {"a": {**record, **more}})
+        for language, lerobot in (("en", "it numbers the episodes anew"), ("zh", "重新编号")):
+            seen = see(tmp_path / folder / "index.html", script, tmp_path / language, f"?lang={language}")
+            assert seen["next"] == wanted and (lerobot in seen["all"]) == ("output_format" in more)
 
 
 @needs_browser
@@ -557,6 +582,7 @@ def test_the_page_of_a_run_shows_settings_time_the_best_step_and_what_is_missing
 
 # What a Chinese engineer leaves in English: options, names of files, of clips and of the model, units and terms.
 ALLOWED = r"--\w+|\w+\.(?:py|txt|json|jsonl|mp4)|side_by_side|clip\d|svd|PSNR|SSIM|dB|px|GiB|LoRA|bucket|fp32"
+ALLOWED += r"|LeRobot|^python \w+\.py [^\u4e00-\u9fff]*$"  # and a whole command
 TEXTS = """
   document.querySelector(".pair")?.click();  // the larger view
   const nodes = document.createNodeIterator(document.body, NodeFilter.SHOW_TEXT);
@@ -581,8 +607,14 @@ def test_in_chinese_no_english_word_is_left(judged, tmp_path):
         (tmp_path / name / "validation" / "step-000020").mkdir(parents=True)
     common.write_video(tmp_path / "validated" / "validation" / "step-000020" / "clip0.mp4", moving_square(4), 7)
     pages = [write_run(tmp_path / name, lines, **settings) for name, (lines, settings) in runs.items()]
+    shutil.copytree(judged, tmp_path / "set")
+    data = data_of(judged / "index.html")
+    for place, clip in enumerate(data["clips"]):
+        clip["model"] = [f"clip{place}", place or None]
+    write_page(tmp_path / "set" / "index.html", {**data, "lerobot": True})
+    pages.append(tmp_path / "set" / "index.html")
     for number, page in enumerate([judged / "index.html", *pages]):
         texts = see(page, TEXTS, tmp_path / f"browser{number}", "?lang=zh")["texts"]
-        assert "26:03:04" in texts or number in (0, 4)
+        assert "26:03:04" in texts or number in (0, 4, 5)
         left = {text for text in texts if re.search("[A-Za-z]{2}", re.sub(ALLOWED, "", text, flags=re.A))}
         assert not left, (page, left)
