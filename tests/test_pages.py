@@ -254,6 +254,7 @@ def test_the_command_below_the_clips_takes_the_kept_ones(clips, tmp_path, monkey
         for language, lerobot in (("en", "it numbers the episodes anew"), ("zh", "重新编号")):
             seen = see(tmp_path / folder / "index.html", script, tmp_path / language, f"?lang={language}")
             assert seen["next"] == wanted and (lerobot in seen["all"]) == ("output_format" in more)
+            assert "Two numbers" not in seen["all"]
 
 
 @needs_browser
@@ -364,6 +365,7 @@ def test_a_page_shows_the_real_clip_the_compared_one_and_the_scores_and_plays_th
         target.dispatchEvent(new KeyboardEvent("keydown", { key: name, bubbles: true, cancelable: true }));
       seen.captions = [...document.querySelectorAll(".card figcaption")].slice(0, 4).map((e) => e.textContent);
       seen.numbers = document.querySelector(".card .numbers").textContent;
+      seen.two = by_id("two").innerText;
       seen.sorts = [...by_id("sort").options].map((option) => option.value);
       by_id("grouped").click();
       seen.groups = [...document.querySelectorAll(".grid h2")].map((element) => element.textContent);
@@ -393,6 +395,7 @@ def test_a_page_shows_the_real_clip_the_compared_one_and_the_scores_and_plays_th
     """
     seen = see(judged / "index.html", script, tmp_path)
     assert seen["captions"] == ["input image", "real", "generated, seed 0", "compared model"]
+    assert seen["two"] == "Two numbers on a card: generated / compared model"
     assert "PSNR moving dB" in seen["numbers"] and " / " in seen["numbers"] and "psnr_moving" in seen["sorts"]
     assert seen["groups"] == ["clip0", "clip1"] and seen["large"] == [True, 3, 1] and seen["paused"]  # 1: grouped
     assert seen["stepped"] == [0.14] * 3 and seen["rate"] == [0.5] * 3 and seen["kept"] == "4 of 4 clips shown, 1 kept"
