@@ -432,7 +432,7 @@ def test_a_set_of_several_models_shows_the_model_of_each_clip_and_is_searched_an
     write_clips_page(tmp_path / "set", records)
     several = see(tmp_path / "set" / "index.html", script, tmp_path / "several")
     titles = ["out (aaaaaaaa), step 500", "out (bbbbbbbb), step 500", "owner/base + style + hand x 0.8"]
-    assert several["models"] == [titles[0], *titles] and several["choice"] == ["name or model contains", True]
+    assert several["models"] == [titles[0], *titles] and several["choice"] == ["name or model", True]
     assert several["groups"] == titles and several["both"] == 3
     assert several["found"] == names[:3] and several["large"] == titles[0]
 
