@@ -44,7 +44,7 @@ from svd_parts.lerobot_images import probe_images, read_images
 from svd_parts.metrics import clip_motion, motion_bucket, motion_stride
 from svd_parts.probe import check_file, opencv_is_right, probe_video
 from svd_parts.records import clip_options, dump_line, earlier_records, still_holds, write_tables
-from svd_parts.summary import print_left_out, print_next, summarize
+from svd_parts.summary import print_left_out, print_next, print_staying, summarize
 
 # One video: decode, cut, write, publish
 
@@ -324,7 +324,7 @@ def main(argv=None):
     options = parse_args(argv)
     cv2.setNumThreads(1)  # the threads of this program take the cores
     videos, unfinished = find_videos(options)
-    twins = find_twins(videos)
+    twins, chosen = find_twins(videos), {video.source for video in videos}
     videos = [video for video in videos if options.shard.holds(video.source)]
     if not videos:
         print("--shard {}/{}: none of the videos falls to this part".format(*options.shard))
@@ -340,11 +340,13 @@ def main(argv=None):
         with hear_opencv() as heard:
             run, failures = run_all(videos, dict(old), options, heard)
         records = write_tables(output, old)
-    chosen = [records[video.source] for video in videos if video.source in records]
+    mine = [records[video.source] for video in videos if video.source in records]
     paths = {source: Path(options.video_dir, source.partition("#")[0]) for source in records}
     gone = [source for source, path in paths.items() if not os.path.lexists(path)]
-    whole = summarize(chosen, failures, {**unfinished, **run.no_videos}, twins, gone)
-    print_left_out(chosen, options)
+    others = [record for source, record in records.items() if source not in chosen and source not in gone]
+    whole = summarize(mine, failures, {**unfinished, **run.no_videos}, twins, gone)
+    print_staying("in the dataset, though not chosen now", others, output)
+    print_left_out(mine, options)
     if any(record["clips"] for record in records.values()):
         print_next(options, records.values())
     elif whole and not options.shard.name:  # the other parts may have clips

@@ -7,7 +7,7 @@ import shlex
 
 from svd_parts.crop import describe_crops
 from svd_parts.dataset import clip_group
-from svd_parts.files import counted
+from svd_parts.files import counted, listed, natural_key
 
 FRAMES, HELD_OUT, MULTIPLE = 25, 4, 64  # what is advised for training; SVD takes sizes that are multiples of 64
 
@@ -36,14 +36,28 @@ def print_totals(records):
         print(f"  {title}: {values[0]:g} to {values[-1]:g}; 10 % / median / 90 %: {low:g} / {middle:g} / {high:g}")
 
 
+def shown(name):
+    """A video's name on one line: a name may hold a line break."""
+    return name if name.isprintable() else ascii(name)
+
+
+def print_staying(title, records, output):
+    """Prints in one line which clips of these records are in the dataset `output` all the same: training takes them."""
+    there = {r["source"]: sum((output / clip["directory"]).is_dir() for clip in r["clips"]) for r in records}
+    if names := [shown(name) for name in sorted(there, key=natural_key) if there[name]]:
+        total = sum(there.values())
+        count = f"{counted(total, 'clip')} of {counted(len(names), 'video')} ({listed(names)})"
+        stay = "it stays; delete its folder" if total == 1 else "they stay; delete their folders"
+        print(f"{title}: {count}: {stay}, or give another --output_dir")
+
+
 def print_reasons(title, reasons, most=math.inf):
     """Prints a line for each of `{name: reason}`. More than `most` reasons that end in the same words share a line."""
     if reasons:
         print(f"{title}: {len(reasons)}")
     groups = {}
     for name, reason in reasons.items():
-        name = name if name.isprintable() else ascii(name)  # a name may hold a line break
-        groups.setdefault(reason.rpartition(", ")[2], []).append(f"{name}: {reason}")
+        groups.setdefault(reason.rpartition(", ")[2], []).append(f"{shown(name)}: {reason}")
     for what, rows in groups.items():
         for row in rows if len(rows) <= most else [f"{len(rows)} clips {what}, such as {rows[0]}"]:
             print(f"  {row}")

@@ -702,6 +702,25 @@ def test_include_exclude(tmp_path):
     assert "leave none" in prepare(tmp_path / "videos", tmp_path / "out2", "--include", "z*", status=2)[0]
 
 
+def test_clips_that_are_no_longer_chosen_are_named_while_they_stay(tmp_path):
+    for number in range(9):
+        make(tmp_path / f"videos/{number}.mp4", "-frames:v", "2")
+    videos, out, title = tmp_path / "videos", tmp_path / "out", "in the dataset, though not chosen now: "
+    (tmp_path / "kept.txt").write_text("0.mp4\n1.mp4\n")
+    assert title not in prepare(videos, out, "--include", f"@{tmp_path / 'kept.txt'}")[0]
+    (tmp_path / "kept.txt").write_text("1.mp4\n2.mp4\n")
+    text, lines = prepare(videos, out, "--include", f"@{tmp_path / 'kept.txt'}")
+    cure = "it stays; delete its folder, or give another --output_dir\n"
+    assert f"{title}1 clip of 1 video (0.mp4): {cure}" in text and len(lines) == 3
+    assert f"{title}1 clip of 1 video (0.mp4): {cure}" in prepare(videos, out, "--exclude", "0.mp4", "--overwrite")[0]
+    names = "0.mp4, 1.mp4, 2.mp4, 3.mp4, 4.mp4 and 3 more"
+    assert f"{title}8 clips of 8 videos ({names}): they stay; delete" in prepare(videos, out, "--include", "8.mp4")[0]
+    for part in ("0/2", "1/2"):  # the other part's videos are chosen
+        assert title not in prepare(videos, out, "--shard", part)[0]
+    shutil.rmtree(out / "0")
+    assert title not in prepare(videos, out, "--exclude", "0.mp4")[0]
+
+
 def lerobot_v2(folder):
     for camera in ("observation.images.top", "observation.images.wrist"):
         for episode in (0, 1):
