@@ -44,7 +44,7 @@ from svd_parts.lerobot_images import probe_images, read_images
 from svd_parts.metrics import clip_motion, motion_bucket, motion_stride
 from svd_parts.probe import check_file, opencv_is_right, probe_video
 from svd_parts.records import clip_options, dump_line, earlier_records, still_holds, write_tables
-from svd_parts.summary import print_left_out, print_next, print_staying, summarize
+from svd_parts.summary import file_of, print_left_out, print_next, print_same_content, print_staying, summarize
 
 # One video: decode, cut, write, publish
 
@@ -341,11 +341,12 @@ def main(argv=None):
             run, failures = run_all(videos, dict(old), options, heard)
         records = write_tables(output, old)
     mine = [records[video.source] for video in videos if video.source in records]
-    paths = {source: Path(options.video_dir, source.partition("#")[0]) for source in records}
+    paths = {source: Path(options.video_dir, file_of(source)) for source in records}
     gone = [source for source, path in paths.items() if not os.path.lexists(path)]
     others = [record for source, record in records.items() if source not in chosen and source not in gone]
     whole = summarize(mine, failures, {**unfinished, **run.no_videos}, twins, gone)
     print_staying("in the dataset, though not chosen now", others, output)
+    print_same_content(records.values(), output)
     print_left_out(mine, options)
     if any(record["clips"] for record in records.values()):
         print_next(options, records.values())

@@ -41,14 +41,40 @@ def shown(name):
     return name if name.isprintable() else ascii(name)
 
 
+def file_of(source):
+    """The file that a source names: a camera of a LeRobot set may be a column of it, as in `a.parquet#front`."""
+    file, column, _ = source.partition(".parquet#")
+    return f"{file}.parquet" if column else source
+
+
+def clips_there(record, output):
+    """The clips of a record whose folders are in the dataset: somebody may have deleted one."""
+    return [clip for clip in record["clips"] if (output / clip["directory"]).is_dir()]
+
+
 def print_staying(title, records, output):
     """Prints in one line which clips of these records are in the dataset `output` all the same: training takes them."""
-    there = {r["source"]: sum((output / clip["directory"]).is_dir() for clip in r["clips"]) for r in records}
+    there = {record["source"]: len(clips_there(record, output)) for record in records}
     if names := [shown(name) for name in sorted(there, key=natural_key) if there[name]]:
         total = sum(there.values())
         count = f"{counted(total, 'clip')} of {counted(len(names), 'video')} ({listed(names)})"
         stay = "it stays; delete its folder" if total == 1 else "they stay; delete their folders"
         print(f"{title}: {count}: {stay}, or give another --output_dir")
+
+
+def print_same_content(records, output):
+    """Prints in one line which videos of the dataset `output` are copies: their clips name the same `recording`."""
+    first, pairs = {}, []  # {recording: the first video that has it}
+    for record in sorted(records, key=lambda record: natural_key(record["source"])):
+        source, clips = record["source"], clips_there(record, output)
+        for recording in {str(clip["recording"]).partition("@")[0] for clip in clips if clip.get("recording")}:
+            other = first.setdefault(recording, source)
+            if file_of(other) != file_of(source):  # two cameras in one parquet file are no copies
+                pairs.append(f"{shown(other)} and {shown(source)}")
+    if pairs:
+        more = f" (and {counted(len(pairs) - 1, 'more pair')})" if len(pairs) > 1 else ""
+        cure = "training holds them out together; train_svd.py --exclude CLIP leaves one out"
+        print(f"the same content: {pairs[0]}{more}; {cure}")
 
 
 def print_reasons(title, reasons, most=math.inf):

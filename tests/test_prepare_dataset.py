@@ -721,6 +721,24 @@ def test_clips_that_are_no_longer_chosen_are_named_while_they_stay(tmp_path):
     assert title not in prepare(videos, out, "--exclude", "0.mp4")[0]
 
 
+def test_files_with_the_same_content_are_named_once(tmp_path):
+    videos, said = tmp_path / "all/videos", "the same content: "
+    for number in range(3):
+        make(videos / f"{number}.mp4", "-frames:v", "9", picture=f"testsrc2=s={96 + 16 * number}x64")
+    assert said not in prepare(videos, tmp_path / "out", "--clip_frames", "3")[0]
+    (videos / "b").mkdir()
+    shutil.copy(videos / "0.mp4", videos / "b/copy#1.mp4")
+    cure = "; training holds them out together; train_svd.py --exclude CLIP leaves one out\n"
+    text = prepare(videos, tmp_path / "out", "--clip_frames", "3")[0]
+    assert f"{said}0.mp4 and b/copy#1.mp4{cure}" in text and "any more" not in text
+    shutil.rmtree(videos / "b")
+    text = prepare(tmp_path / "all", tmp_path / "out", "--clip_frames", "3")[0]
+    assert f"{said}0.mp4 and b/copy#1.mp4 (and 3 more pairs){cure}" in text and text.count(said) == 1
+    for folder in (tmp_path / "out").glob("[0-9b]*"):
+        shutil.rmtree(folder)
+    assert said not in prepare(tmp_path / "all", tmp_path / "out", "--clip_frames", "3")[0]
+
+
 def lerobot_v2(folder):
     for camera in ("observation.images.top", "observation.images.wrist"):
         for episode in (0, 1):

@@ -5,7 +5,7 @@ from conftest import moving_square, write_clip
 from PIL import Image, ImageDraw
 
 from svd_parts.records import SHOWN, write_preview
-from svd_parts.summary import duration, print_totals
+from svd_parts.summary import duration, print_same_content, print_totals
 
 
 def clip(number, **fields):
@@ -44,6 +44,17 @@ def test_the_totals_say_how_the_clips_are_spread(capsys):
     print_totals([{"clips": [clip(0, num_frames=1, duration=200.0)]}])
     text = capsys.readouterr().out
     assert text.startswith("kept: 1 clip of 1 video, 1 frame, 3.3 minutes\n  size: 96x64\n  fps: 5 to 5;")
+
+
+def test_two_cameras_in_one_parquet_file_are_no_copies(tmp_path, capsys):
+    sources, records = ("a.parquet#front", "a.parquet#wrist", "b.parquet#front"), []
+    for number, source in enumerate(sources):
+        (tmp_path / f"clip{number}").mkdir()
+        records.append({"source": source, "clips": [clip(number, recording="ab@episode_000001")]})
+    print_same_content(records[:2], tmp_path)
+    assert not capsys.readouterr().out
+    print_same_content(records, tmp_path)
+    assert "the same content: a.parquet#front and b.parquet#front; training" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("more", [0, 3])
