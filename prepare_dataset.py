@@ -39,7 +39,7 @@ from svd_parts.files import UserError, counted, frozen, lock_shard, parse_shard,
 from svd_parts.find import find_twins, find_videos
 from svd_parts.frame_writer import FrameWriter, has_isal
 from svd_parts.lerobot import lerobot_fields
-from svd_parts.lerobot_actions import write_actions
+from svd_parts.lerobot_actions import print_actions, write_actions
 from svd_parts.lerobot_images import probe_images, read_images
 from svd_parts.metrics import clip_motion, motion_bucket, motion_stride
 from svd_parts.probe import check_file, opencv_is_right, probe_video
@@ -347,6 +347,7 @@ def main(argv=None):
     whole = summarize(mine, failures, {**unfinished, **run.no_videos}, twins, gone)
     print_staying("in the dataset, though not chosen now", others, output)
     print_same_content(records.values(), output)
+    print_actions(videos, records, output, options.action_key)
     print_left_out(mine, options)
     if any(record["clips"] for record in records.values()):
         print_next(options, records.values())

@@ -1,21 +1,32 @@
 """Reads the actions of a LeRobot dataset, versions 2.1 and 3.0, at the times of a clip's frames."""
 
+import contextlib
 import functools
 import importlib.util
+import os
 from pathlib import Path
 
 import numpy as np
 
+from svd_parts.actions import read_actions
 from svd_parts.ffmpeg import Failure
-from svd_parts.files import UserError, read_json
+from svd_parts.files import UserError, counted, read_json
 from svd_parts.lerobot import lerobot_match, read_episodes
 
 ACTIONS_FILE = "actions.npy"
 
 
+def root_of(video):
+    """The folder of the LeRobot dataset that a video is of, with a slash at its end; "" for any other video."""
+    if video.images:
+        return video.path.replace(os.sep, "/").rpartition("/data/")[0] + "/"
+    match = lerobot_match(video.path)
+    return match["root"] if match else ""
+
+
 @functools.cache
-def action_feature(root, key):
-    """What meta/info.json says of the column `key`: {"shape", "names", ...}; None for a dataset without actions.
+def find_feature(root, key):
+    """What meta/info.json says of the column `key`, {"shape", "names", ...}, and why the clips get no actions, or "".
 
     Raises `UserError` where --action_key names no column, or one that is no row of numbers.
     """
@@ -23,12 +34,16 @@ def action_feature(root, key):
     feature = (read_json(info, "repair it").get("features") or {}).get(key) if info.is_file() else None
     if feature is None and key != "action":
         raise UserError(f"--action_key {key}: {info} has no such feature")
-    if feature and (len(feature.get("shape") or []) != 1 or feature.get("dtype") in ("video", "image", "string")):
+    if not feature:
+        return None, f"{info} names no column {key}"
+    if len(feature.get("shape") or []) != 1 or feature.get("dtype") in ("video", "image", "string"):
         raise UserError(f"--action_key {key}: {info} says that this is no row of numbers")
-    if feature and importlib.util.find_spec("pyarrow") is None:
+    if importlib.util.find_spec("pyarrow") is None:
         print(f"warning: the clips of {root} get no actions: pip install pyarrow, which reads them")
-        return None
-    return feature
+        return None, "pip install pyarrow, which reads them"
+    if not any(Path(root, "data").rglob("*.parquet")):
+        return None, f"no .parquet in {Path(root, 'data')}"
+    return feature, ""
 
 
 @functools.lru_cache(maxsize=4)
@@ -51,7 +66,7 @@ def actions_at(root, episode, times, key, early=0.0):
     Returns None where the dataset has no actions. Raises `UserError` where it should have some and they are not there.
     early: by how many frames `times` begin before the first frame.
     """
-    feature = action_feature(root, key)
+    feature, _ = find_feature(root, key)
     if feature is None:
         return None
     path = next(Path(root, "data").glob(f"chunk-*/episode_{episode:06d}.parquet"), None)  # version 2
@@ -94,3 +109,29 @@ def write_actions(clip, line, video, places, key):
     if found is not None:
         np.save(clip.folder / ACTIONS_FILE, found[0])
         line["action_names"] = found[1]
+
+
+def print_actions(videos, records, output, key):
+    """Prints in one line how many clips of LeRobot datasets have actions, and why the others have none."""
+    clips = {}  # {a clip's file of actions: its video}
+    for video in filter(root_of, videos):
+        found = records[video.source]["clips"] if video.source in records else []
+        clips.update({output / clip["directory"] / ACTIONS_FILE: video for clip in found})
+    have = [path for path in clips if path.is_file()]
+    without = sorted(clips.keys() - have)
+    why = why_without(clips[without[0]], key) if without else ""
+    if not have:
+        return print(f"actions: none of {counted(len(clips), 'clip')} ({why})") if clips else None
+    columns = ""
+    with contextlib.suppress(UserError):  # somebody put another file there: training says what is wrong with it
+        columns = ", " + counted(read_actions(have[0]).shape[1], "column")
+    rest = f"; the others have none ({why}), and training needs them for all" if why else ""
+    use = "train_svd.py --condition_on actions uses them"
+    print(f"actions: {len(have)} of {counted(len(clips), 'clip')}{columns}{rest or '; ' + use}")
+
+
+def why_without(video, key):
+    """Why a clip of this video has no actions."""
+    images = "of cameras that are images in parquet files they are not read" if video.images else ""
+    older = "prepared before they were there: another --output_dir gets them"
+    return find_feature(root_of(video), key)[1] or images or older

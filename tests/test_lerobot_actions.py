@@ -97,9 +97,11 @@ def test_preparing_carries_the_actions_of_the_frames_that_it_keeps(version, tmp_
         ("slow", ["--fps", 5], [range(0, 20, 2)]),
         ("cut", ["--clip_frames", 8], [range(8), range(8, 16)]),
     ):
-        run("prepare_dataset.py", "--video_dir", root, "--output_dir", tmp_path / name, *more)
+        done = run("prepare_dataset.py", "--video_dir", root, "--output_dir", tmp_path / name, *more)
         lines = [json.loads(line) for line in (tmp_path / name / "metadata.jsonl").read_text().splitlines()]
         assert len(lines) == 2 * len(kept)
+        count = f"{len(lines)} of {len(lines)} clips, 3 columns"
+        assert f"\nactions: {count}; train_svd.py --condition_on actions uses them\n" in done.stdout
         for place, line in enumerate(lines):
             rows = np.load(tmp_path / name / line["directory"] / "actions.npy")
             expected = rows_of(line["episode_index"])[list(kept[place % len(kept)])]
@@ -109,6 +111,36 @@ def test_preparing_carries_the_actions_of_the_frames_that_it_keeps(version, tmp_
         "prepare_dataset.py", "--video_dir", root, "--output_dir", tmp_path / "x", "--action_key", "no", ok=False
     )
     assert "has no such feature" in done.stdout
+
+
+def test_clips_without_actions_are_counted_with_the_reason(tmp_path):
+    root, camera, out = tmp_path / "videos/set", "observation.images.front", tmp_path / "out"
+    for episode in range(2):
+        path = root / "videos" / "chunk-000" / camera / f"episode_{episode:06d}.mp4"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        common.write_video(path, moving_square(20, seed=episode), 10)
+    (root / "meta").mkdir()
+    info = root / "meta" / "info.json"
+
+    def said(output, *more):
+        done = run("prepare_dataset.py", "--video_dir", tmp_path / "videos", "--output_dir", output, *more)
+        return [line for line in done.stdout.splitlines() if line.startswith("actions: ")]
+
+    info.write_text(json.dumps({"codebase_version": "v2.1", "features": {}}))
+    assert said(out) == [f"actions: none of 2 clips ({info} names no column action)"]
+    features = {"action": {"dtype": "float32", "shape": [3], "names": NAMES}}
+    info.write_text(json.dumps({"codebase_version": "v2.1", "features": features}))
+    assert said(out) == [f"actions: none of 2 clips (no .parquet in {root / 'data'})"]
+    for episode in range(2):
+        write_table(root / "data" / "chunk-000" / f"episode_{episode:06d}.parquet", [episode])
+    why = "prepared before they were there: another --output_dir gets them"
+    assert said(out) == [f"actions: none of 2 clips ({why})"]
+    np.save(out / min(path.name for path in out.glob("*episode_*")) / "actions.npy", rows_of(0))
+    [line] = said(out)
+    assert line == f"actions: 1 of 2 clips, 3 columns; the others have none ({why}), and training needs them for all"
+    assert said(tmp_path / "new") == ["actions: 2 of 2 clips, 3 columns; train_svd.py --condition_on actions uses them"]
+    common.write_video(tmp_path / "videos" / "plain.mp4", moving_square(4), 10)
+    assert not said(tmp_path / "plain", "--include", "plain.mp4")
 
 
 @pytest.mark.parametrize("key", ["is_depth_map", "video.is_depth_map"])

@@ -1560,6 +1560,7 @@ def test_a_lerobot_set_of_images_in_parquet_files_gives_a_clip_an_episode(versio
     feature = {"dtype": "image", "shape": [64, 96, 3]}
     (root / "meta").mkdir(parents=True)
     info = {"codebase_version": version, "fps": 10, "robot_type": "arm", "features": {"observation.image": feature}}
+    info["features"]["action"] = {"dtype": "float32", "shape": [2]}
     (root / "meta/info.json").write_text(json.dumps(info))
     (root / "meta/episodes.jsonl").write_text(
         "".join(f'{{"episode_index": {e}, "tasks": ["task {e}"]}}\n' for e in (0, 1))
@@ -1574,6 +1575,7 @@ def test_a_lerobot_set_of_images_in_parquet_files_gives_a_clip_an_episode(versio
         row += len(rows)
     done = prepare_only(root, tmp_path / "out")
     assert done.returncode == 0, done.stdout + done.stderr
+    assert b"actions: none of 2 clips (of cameras that are images in parquet files they are not read)" in done.stdout
     lines = [json.loads(line) for line in (tmp_path / "out/metadata.jsonl").read_text().splitlines()]
     assert [(line["num_frames"], line["fps"], line["task"], line["episode_index"]) for line in lines] == [
         (4, 10, "task 0", 0), (2, 10, "task 1", 1)]  # fmt: skip
