@@ -43,7 +43,7 @@ from svd_parts.lerobot_actions import print_actions, write_actions
 from svd_parts.lerobot_images import probe_images, read_images
 from svd_parts.metrics import clip_motion, motion_bucket, motion_stride
 from svd_parts.probe import check_file, opencv_is_right, probe_video
-from svd_parts.records import clip_options, dump_line, earlier_records, still_holds, write_tables
+from svd_parts.records import clip_options, dump_line, earlier_records, is_current, still_holds, write_tables
 from svd_parts.summary import file_of, print_left_out, print_next, print_same_content, print_staying, summarize
 
 # One video: decode, cut, write, publish
@@ -63,6 +63,7 @@ class Run:
         self.bar = progress_bar("preparing", "frame", delay=0.1)  # so a run with nothing to do shows none
         self.waiting, self.expected, self.begun = len(videos), 0, 0
         self.no_videos = {}  # {source: reason} of files that only looked like videos
+        self.again = []  # the videos whose record still holds, while a folder of it does not
         self.stop, self.lock = threading.Event(), threading.Lock()
 
     def expect(self, frames):
@@ -159,6 +160,8 @@ def prepare_video(video, run, old):
         else:
             record["clips"].append(line)
     publish(video, record, old, run)
+    if old and is_current(old, stamp, options):
+        run.again.append(video.source)
     return record
 
 
@@ -344,7 +347,7 @@ def main(argv=None):
     paths = {source: Path(options.video_dir, file_of(source)) for source in records}
     gone = [source for source, path in paths.items() if not os.path.lexists(path)]
     others = [record for source, record in records.items() if source not in chosen and source not in gone]
-    whole = summarize(mine, failures, {**unfinished, **run.no_videos}, twins, gone)
+    whole = summarize(mine, failures, {**unfinished, **run.no_videos}, twins, gone, run.again)
     print_staying("in the dataset, though not chosen now", others, output)
     print_same_content(records.values(), output)
     print_actions(videos, records, output, options.action_key)

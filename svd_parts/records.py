@@ -61,6 +61,12 @@ def earlier_records(output, options):
     return records
 
 
+def is_current(record, stamp, options):
+    """Whether a record is of the video's file as it is now, and of these options."""
+    same = all(record[key] == value for key, value in stamp.items())
+    return same and record["options"] == clip_options(options)
+
+
 def still_holds(record, stamp, output, options):
     """Whether an earlier run's record of a video still holds. stamp: {"size", "mtime_ns"} of the video's file now.
 
@@ -69,7 +75,7 @@ def still_holds(record, stamp, output, options):
     changed = any(record[key] != value for key, value in stamp.items())
     if changed and not options.overwrite:
         raise Failure("changed since it was prepared, the dataset holds its old frames: --overwrite renews them")
-    if not changed and record["options"] == clip_options(options) and is_complete(record, output):
+    if is_current(record, stamp, options) and is_complete(record, output):
         return True
     for clip in record["clips"]:
         refuse_others(output / clip["directory"], clip["num_frames"], "action_names" in clip)

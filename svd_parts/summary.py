@@ -47,6 +47,11 @@ def file_of(source):
     return f"{file}.parquet" if column else source
 
 
+def videos_of(names):
+    """`2 videos (a.mp4, b.mp4)`: how many there are, and the names of the first of them."""
+    return f"{counted(len(names), 'video')} ({listed([shown(name) for name in sorted(names, key=natural_key)])})"
+
+
 def clips_there(record, output):
     """The clips of a record whose folders are in the dataset: somebody may have deleted one."""
     return [clip for clip in record["clips"] if (output / clip["directory"]).is_dir()]
@@ -55,9 +60,9 @@ def clips_there(record, output):
 def print_staying(title, records, output):
     """Prints in one line which clips of these records are in the dataset `output` all the same: training takes them."""
     there = {record["source"]: len(clips_there(record, output)) for record in records}
-    if names := [shown(name) for name in sorted(there, key=natural_key) if there[name]]:
+    if names := [name for name in there if there[name]]:
         total = sum(there.values())
-        count = f"{counted(total, 'clip')} of {counted(len(names), 'video')} ({listed(names)})"
+        count = f"{counted(total, 'clip')} of {videos_of(names)}"
         stay = "it stays; delete its folder" if total == 1 else "they stay; delete their folders"
         print(f"{title}: {count}: {stay}, or give another --output_dir")
 
@@ -89,9 +94,14 @@ def print_reasons(title, reasons, most=math.inf):
             print(f"  {row}")
 
 
-def summarize(records, failures, unfinished, twins, gone):
-    """Prints what was kept, what was left out and why. Returns whether every video is whole in the dataset."""
+def summarize(records, failures, unfinished, twins, gone, again):
+    """Prints what was kept, what was left out and why. Returns whether every video is whole in the dataset.
+
+    again: the videos whose clips were made already, and now again.
+    """
     print_totals(records)
+    if again:
+        print(f"made again, because a folder of it was missing or not whole: {videos_of(again)}")
     first = {record["source"]: record["clips"][0] for record in records if record["clips"]}
     flawed = {source: "; ".join(clip["problems"]) for source, clip in first.items() if clip["problems"]}
     noted = {source: "; ".join(clip["notes"]) for source, clip in first.items() if clip["notes"]}

@@ -414,6 +414,22 @@ def test_second_run_does_only_what_is_missing(tmp_path):
     assert len(os.listdir(tmp_path / "out/y")) == 25
 
 
+def test_what_is_made_again_is_named(tmp_path):
+    for number in range(7):
+        make(tmp_path / f"videos/{number}.mp4", "-frames:v", "3")
+    said = "made again, because a folder of it was missing or not whole: "
+    assert said not in prepare(tmp_path / "videos", tmp_path / "out")[0]
+    shutil.rmtree(tmp_path / "out/3")
+    assert f"{said}1 video (3.mp4)\n" in prepare(tmp_path / "videos", tmp_path / "out")[0]
+    for number in range(7):
+        (tmp_path / f"out/{number}/00001.png").unlink()
+    text = prepare(tmp_path / "videos", tmp_path / "out")[0]
+    assert f"{said}7 videos (0.mp4, 1.mp4, 2.mp4, 3.mp4, 4.mp4 and 2 more)\n" in text
+    make(tmp_path / "videos/0.mp4", "-frames:v", "2")
+    for options in (["--overwrite"], [], ["--overwrite", "--fps", "5"]):  # changed, as it was, other options
+        assert said not in prepare(tmp_path / "videos", tmp_path / "out", *options)[0]
+
+
 def test_changed_source_is_named_then_redone(tmp_path):
     make(tmp_path / "videos/x.mp4")
     prepare(tmp_path / "videos", tmp_path / "out")
