@@ -44,7 +44,15 @@ from svd_parts.lerobot_images import probe_images, read_images
 from svd_parts.metrics import clip_motion, motion_bucket, motion_stride
 from svd_parts.probe import check_file, opencv_is_right, probe_video
 from svd_parts.records import clip_options, dump_line, earlier_records, is_current, still_holds, write_tables
-from svd_parts.summary import file_of, print_left_out, print_next, print_same_content, print_staying, summarize
+from svd_parts.summary import (
+    file_of,
+    print_left_out,
+    print_next,
+    print_same_content,
+    print_status,
+    print_staying,
+    summarize,
+)
 
 # One video: decode, cut, write, publish
 
@@ -347,16 +355,16 @@ def main(argv=None):
     paths = {source: Path(options.video_dir, file_of(source)) for source in records}
     gone = [source for source, path in paths.items() if not os.path.lexists(path)]
     others = [record for source, record in records.items() if source not in chosen and source not in gone]
-    whole = summarize(mine, failures, {**unfinished, **run.no_videos}, twins, gone, run.again)
+    broken = summarize(mine, failures, {**unfinished, **run.no_videos}, twins, gone, run.again)
     print_staying("in the dataset, though not chosen now", others, output)
     print_same_content(records.values(), output)
     print_actions(videos, records, output, options.action_key)
     print_left_out(mine, options)
-    if any(record["clips"] for record in records.values()):
+    has_clips = any(record["clips"] for record in records.values())
+    status = print_status(broken, empty=not has_clips and not options.shard.name)  # the other parts may have clips
+    if has_clips:
         print_next(options, records.values())
-    elif whole and not options.shard.name:  # the other parts may have clips
-        return 2
-    return 0 if whole else 1
+    return status
 
 
 if __name__ == "__main__":

@@ -95,7 +95,7 @@ def print_reasons(title, reasons, most=math.inf):
 
 
 def summarize(records, failures, unfinished, twins, gone, again):
-    """Prints what was kept, what was left out and why. Returns whether every video is whole in the dataset.
+    """Prints what was kept, what was left out and why. Returns how many videos are not whole in the dataset.
 
     again: the videos whose clips were made already, and now again.
     """
@@ -112,7 +112,20 @@ def summarize(records, failures, unfinished, twins, gone, again):
     print_reasons("left out", unfinished)
     print_reasons("dropped", {name: why for record in records for name, why in record["dropped"].items()}, most=3)
     print_reasons("not kept", failures)
-    return not (failures or flawed)
+    return len({*failures, *flawed})
+
+
+def print_status(broken, empty):
+    """Prints why the run ends with another exit status than 0, and returns the status.
+
+    broken: how many videos are not whole in the dataset. empty: whether the whole dataset holds no clip.
+    """
+    if broken:
+        are = "is" if broken == 1 else "are"
+        print(f"exit status 1: {counted(broken, 'video')} {are} not whole in the dataset, see above")
+    elif empty:
+        print("exit status 2: the dataset holds no clip, see above")
+    return 1 if broken else 2 * empty
 
 
 def print_left_out(records, options):

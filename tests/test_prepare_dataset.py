@@ -1276,6 +1276,23 @@ def test_a_shard_without_videos_says_so(tmp_path):
     assert sum("none of the videos falls to this part" in text for text in texts) == 1
 
 
+def test_an_exit_status_that_is_not_0_is_explained_before_the_next_command(tmp_path):
+    for number in range(2):
+        make(tmp_path / f"videos/{number}.mp4", "-frames:v", "9")
+    assert "exit status" not in prepare(tmp_path / "videos", tmp_path / "out")[0]
+    (tmp_path / "videos/bad.mp4").write_bytes(b"no video")
+    text = prepare(tmp_path / "videos", tmp_path / "out", status=1)[0]
+    why, after = text.rstrip().rsplit("\n", 1)
+    assert why.endswith("\nexit status 1: 1 video is not whole in the dataset, see above") and after.startswith(
+        "look at"
+    )
+    (tmp_path / "videos/worse.mp4").write_bytes(b"no video")
+    text = prepare(tmp_path / "videos", tmp_path / "out2", "--min_frames", "10", status=1)[0]
+    assert text.endswith("\nexit status 1: 2 videos are not whole in the dataset, see above\n")
+    text = prepare(tmp_path / "videos", tmp_path / "out2", "--min_frames", "10", "--include", "0.mp4", status=2)[0]
+    assert text.endswith("\nexit status 2: the dataset holds no clip, see above\n")
+
+
 def test_what_keeps_no_clip_fails_only_where_the_whole_dataset_is_empty(tmp_path):
     for number in range(6):
         make(tmp_path / f"videos/{number}.mp4", "-frames:v", "20" if number == 3 else "2")
