@@ -44,15 +44,7 @@ from svd_parts.lerobot_images import probe_images, read_images
 from svd_parts.metrics import clip_motion, motion_bucket, motion_stride
 from svd_parts.probe import check_file, opencv_is_right, probe_video
 from svd_parts.records import clip_options, dump_line, earlier_records, is_current, still_holds, write_tables
-from svd_parts.summary import (
-    file_of,
-    print_left_out,
-    print_next,
-    print_same_content,
-    print_status,
-    print_staying,
-    summarize,
-)
+from svd_parts.summary import print_left_out, print_next, print_others, print_status, summarize
 
 # One video: decode, cut, write, publish
 
@@ -335,7 +327,7 @@ def main(argv=None):
     options = parse_args(argv)
     cv2.setNumThreads(1)  # the threads of this program take the cores
     videos, unfinished = find_videos(options)
-    twins, chosen = find_twins(videos), {video.source for video in videos}
+    twins, chosen = find_twins(videos), {*unfinished, *(video.source for video in videos)}
     videos = [video for video in videos if options.shard.holds(video.source)]
     if not videos:
         print("--shard {}/{}: none of the videos falls to this part".format(*options.shard))
@@ -352,12 +344,8 @@ def main(argv=None):
             run, failures = run_all(videos, dict(old), options, heard)
         records = write_tables(output, old)
     mine = [records[video.source] for video in videos if video.source in records]
-    paths = {source: Path(options.video_dir, file_of(source)) for source in records}
-    gone = [source for source, path in paths.items() if not os.path.lexists(path)]
-    others = [record for source, record in records.items() if source not in chosen and source not in gone]
-    broken = summarize(mine, failures, {**unfinished, **run.no_videos}, twins, gone, run.again)
-    print_staying("in the dataset, though not chosen now", others, output)
-    print_same_content(records.values(), output)
+    broken = summarize(mine, failures, {**unfinished, **run.no_videos}, twins, run.again)
+    print_others(records.values(), chosen, options)
     print_actions(videos, records, output, options.action_key)
     print_left_out(mine, options)
     has_clips = any(record["clips"] for record in records.values())

@@ -4,6 +4,7 @@ import collections
 import math
 import os
 import shlex
+from pathlib import Path
 
 from svd_parts.crop import describe_crops
 from svd_parts.dataset import clip_group
@@ -67,6 +68,20 @@ def print_staying(title, records, output):
         print(f"{title}: {count}: {stay}, or give another --output_dir")
 
 
+def print_others(records, chosen, options):
+    """Prints which videos of the dataset are not among those of this run, and which are copies of another one.
+
+    records: of the whole dataset. chosen: the sources that the options choose, those of other --shard parts, too.
+    """
+    output, kinds = Path(options.output_dir), ([], [])
+    for record in records:
+        if record["source"] not in chosen:
+            kinds[os.path.lexists(Path(options.video_dir, file_of(record["source"])))].append(record)
+    print_staying("in the dataset, though not in --video_dir any more", kinds[False], output)
+    print_staying("in the dataset, though not chosen now", kinds[True], output)
+    print_same_content(records, output)
+
+
 def print_same_content(records, output):
     """Prints in one line which videos of the dataset `output` are copies: their clips name the same `recording`."""
     first, pairs = {}, []  # {recording: the first video that has it}
@@ -94,7 +109,7 @@ def print_reasons(title, reasons, most=math.inf):
             print(f"  {row}")
 
 
-def summarize(records, failures, unfinished, twins, gone, again):
+def summarize(records, failures, unfinished, twins, again):
     """Prints what was kept, what was left out and why. Returns how many videos are not whole in the dataset.
 
     again: the videos whose clips were made already, and now again.
@@ -108,7 +123,6 @@ def summarize(records, failures, unfinished, twins, gone, again):
     print_reasons("kept, with a note", noted)
     print_reasons("kept, but", flawed)
     print_reasons("perhaps twice", twins)
-    print_reasons("in the dataset, though not in --video_dir any more", dict.fromkeys(gone, "its clips stay"))
     print_reasons("left out", unfinished)
     print_reasons("dropped", {name: why for record in records for name, why in record["dropped"].items()}, most=3)
     print_reasons("not kept", failures)

@@ -1267,7 +1267,15 @@ def test_summary_counts_what_is_alike_and_names_what_is_gone(tmp_path):
     prepare(tmp_path / "videos", tmp_path / "out3")
     (tmp_path / "videos/gone.mp4").unlink()
     text, lines = prepare(tmp_path / "videos", tmp_path / "out3")
-    assert "not in --video_dir any more: 1\n  gone.mp4" in text and "gone.mp4" in lines
+    said = "\nin the dataset, though not in --video_dir any more: "
+    cure = "it stays; delete its folder, or give another --output_dir\n"
+    assert f"{said}1 clip of 1 video (gone.mp4): {cure}" in text and "gone.mp4" in lines
+    for name in ("x", 0, 1, 2, 3, 4):
+        (tmp_path / f"videos/{name}.mp4").unlink()
+    make(tmp_path / "videos/new.mp4", "-frames:v", "2")
+    text, lines = prepare(tmp_path / "videos", tmp_path / "out3")
+    names = "0.mp4, 1.mp4, 2.mp4, 3.mp4, 4.mp4 and 2 more"
+    assert f"{said}7 clips of 7 videos ({names}): they stay; delete their folders" in text and len(lines) == 8
 
 
 def test_a_shard_without_videos_says_so(tmp_path):
