@@ -39,7 +39,7 @@ from svd_parts.files import UserError, counted, frozen, lock_shard, parse_shard,
 from svd_parts.find import find_twins, find_videos
 from svd_parts.frame_writer import FrameWriter, has_isal
 from svd_parts.lerobot import lerobot_fields
-from svd_parts.lerobot_actions import print_actions, write_actions
+from svd_parts.lerobot_actions import check_action_key, print_actions, write_actions
 from svd_parts.lerobot_images import probe_images, read_images
 from svd_parts.metrics import clip_motion, motion_bucket, motion_stride
 from svd_parts.probe import check_file, opencv_is_right, probe_video
@@ -327,6 +327,7 @@ def main(argv=None):
     options = parse_args(argv)
     cv2.setNumThreads(1)  # the threads of this program take the cores
     videos, unfinished = find_videos(options)
+    check_action_key(videos, options.action_key)
     twins, chosen = find_twins(videos), {*unfinished, *(video.source for video in videos)}
     videos = [video for video in videos if options.shard.holds(video.source)]
     if not videos:

@@ -5,11 +5,12 @@ import dataclasses
 import functools
 import os
 import re
+import shlex
 import unicodedata
 from pathlib import Path
 
 import svd_common as common
-from svd_parts.dataset import SYSTEM_FOLDERS, find_folders
+from svd_parts.dataset import SYSTEM_FOLDERS, find_folders, read_metadata
 from svd_parts.files import UserError, count_kinds, counted, is_named, name_digest, natural_key, quick_digest, unmatched
 from svd_parts.generated import is_comparison, known_fields
 from svd_parts.lerobot import is_depth, lerobot_match, read_episodes, read_lerobot
@@ -93,6 +94,9 @@ def find_videos(options):
     if videos and others:
         print(others)
     if not videos:
+        if is_prepared(root):
+            cure = f"give it to train_svd.py --dataset_dir {shlex.quote(options.video_dir)}"
+            raise UserError(f"--video_dir {options.video_dir} is a prepared dataset: {cure}")
         hint = " but unfinished downloads: " + ", ".join(unfinished) if unfinished else ""
         if any(path.lower().endswith(common.IMAGE_SUFFIXES) for path in files):
             hint += ", but images: train_svd.py --dataset_dir takes a folder that has a folder of frames for each clip"
@@ -106,6 +110,8 @@ def find_videos(options):
     chosen = [video for video in videos if is_wanted(video, options)]
     if not chosen:
         cameras = sorted({video.camera for video in videos if video.camera})
+        if options.camera and not cameras:
+            raise UserError("--camera: these videos have no camera, they are no LeRobot set; leave --camera out")
         hint = f"; the cameras are {', '.join(cameras)}" if options.camera and cameras else ""
         raise UserError(f"--camera, --include and --exclude leave none of {counted(len(videos), 'video')}{hint}")
     for video in chosen:
@@ -121,6 +127,13 @@ def find_videos(options):
         if not chosen:
             raise UserError(f"--video_dir {options.video_dir}: only depth cameras are chosen; --camera takes others")
     return sorted(chosen, key=lambda video: natural_key(video.source)), unfinished
+
+
+def is_prepared(root):
+    """Whether a folder is a dataset by prepare_dataset.py: its metadata.jsonl names folders that are there."""
+    with contextlib.suppress(UserError):
+        return any(os.path.isdir(os.path.join(root, directory)) for directory in read_metadata(root))
+    return False
 
 
 MAGIC = re.compile(  # how the files of video containers begin

@@ -10,7 +10,7 @@ import numpy as np
 
 from svd_parts.actions import read_actions
 from svd_parts.ffmpeg import Failure
-from svd_parts.files import UserError, counted, read_json
+from svd_parts.files import UserError, counted, listed, read_json
 from svd_parts.lerobot import lerobot_match, read_episodes
 
 ACTIONS_FILE = "actions.npy"
@@ -28,22 +28,39 @@ def root_of(video):
 def find_feature(root, key):
     """What meta/info.json says of the column `key`, {"shape", "names", ...}, and why the clips get no actions, or "".
 
-    Raises `UserError` where --action_key names no column, or one that is no row of numbers.
+    Raises `UserError` where another key than `action` names no column, or one that is no row of numbers.
     """
     info = Path(root, "meta", "info.json")
-    feature = (read_json(info, "repair it").get("features") or {}).get(key) if info.is_file() else None
-    if feature is None and key != "action":
-        raise UserError(f"--action_key {key}: {info} has no such feature")
-    if not feature:
-        return None, f"{info} names no column {key}"
-    if len(feature.get("shape") or []) != 1 or feature.get("dtype") in ("video", "image", "string"):
-        raise UserError(f"--action_key {key}: {info} says that this is no row of numbers")
+    features = read_json(info, "repair it").get("features") if info.is_file() else {}
+    features = features if isinstance(features, dict) else {}
+    feature, why = features.get(key), ""
+    if not info.is_file():
+        why = f"{info} is missing: copy it again"
+    elif not isinstance(feature, dict):
+        kinds = {name: str(found.get("dtype")) for name, found in features.items() if isinstance(found, dict)}
+        rows = [name for name, kind in kinds.items() if kind.startswith("float")]
+        why = f"{info} has no such feature" + (f"; these are rows of numbers: {listed(rows)}" if rows else "")
+    elif len(feature.get("shape") or []) != 1 or feature.get("dtype") in ("video", "image", "string"):
+        why = f"{info} says that this is no row of numbers"
+    if why and key != "action":  # somebody asked for it
+        raise UserError(f"--action_key {key}: {why}")
+    if why:
+        return None, f"{key}: {why}"
     if importlib.util.find_spec("pyarrow") is None:
         print(f"warning: the clips of {root} get no actions: pip install pyarrow, which reads them")
         return None, "pip install pyarrow, which reads them"
     if not any(Path(root, "data").rglob("*.parquet")):
         return None, f"no .parquet in {Path(root, 'data')}"
     return feature, ""
+
+
+def check_action_key(videos, key):
+    """Raises `UserError`, before anything is decoded, where the LeRobot datasets of the videos have no column `key`."""
+    roots = set(filter(None, map(root_of, videos)))
+    if key != "action" and not roots:
+        raise UserError(f"--action_key {key}: these videos have no columns, they are no LeRobot set; leave it out")
+    for root in sorted(roots):
+        find_feature(root, key)
 
 
 @functools.lru_cache(maxsize=4)

@@ -111,6 +111,8 @@ def test_preparing_carries_the_actions_of_the_frames_that_it_keeps(version, tmp_
         "prepare_dataset.py", "--video_dir", root, "--output_dir", tmp_path / "x", "--action_key", "no", ok=False
     )
     assert "has no such feature" in done.stdout
+    assert "these are rows of numbers: action, observation.state" in done.stdout and done.stdout.count("\n") == 1
+    assert not (tmp_path / "x").exists()
 
 
 def test_clips_without_actions_are_counted_with_the_reason(tmp_path):
@@ -126,8 +128,13 @@ def test_clips_without_actions_are_counted_with_the_reason(tmp_path):
         done = run("prepare_dataset.py", "--video_dir", tmp_path / "videos", "--output_dir", output, *more)
         return [line for line in done.stdout.splitlines() if line.startswith("actions: ")]
 
-    info.write_text(json.dumps({"codebase_version": "v2.1", "features": {}}))
-    assert said(out) == [f"actions: none of 2 clips ({info} names no column action)"]
+    assert said(out) == [f"actions: none of 2 clips (action: {info} is missing: copy it again)"]
+    for features in (["action"], {"action": 3}, {}):  # somebody edited it
+        info.write_text(json.dumps({"codebase_version": "v2.1", "features": features}))
+        assert said(out) == [f"actions: none of 2 clips (action: {info} has no such feature)"]
+    features = {"action": {"dtype": "float32", "shape": [8, 3]}}
+    info.write_text(json.dumps({"codebase_version": "v2.1", "features": features}))
+    assert said(out) == [f"actions: none of 2 clips (action: {info} says that this is no row of numbers)"]
     features = {"action": {"dtype": "float32", "shape": [3], "names": NAMES}}
     info.write_text(json.dumps({"codebase_version": "v2.1", "features": features}))
     assert said(out) == [f"actions: none of 2 clips (no .parquet in {root / 'data'})"]

@@ -1256,6 +1256,25 @@ def test_a_video_dir_that_is_none(tmp_path):
     assert "train_svd.py --dataset_dir" in prepare(tmp_path / "frames", tmp_path / "out", status=2)[0]
 
 
+def test_options_for_lerobot_sets_are_refused_for_plain_videos(tmp_path):
+    make(tmp_path / "videos/x.mp4", "-frames:v", "1")
+    text = prepare(tmp_path / "videos", tmp_path / "out", "--camera", "front", status=2)[0]
+    assert "--camera: these videos have no camera, they are no LeRobot set" in text and text.count("\n") == 1
+    text = prepare(tmp_path / "videos", tmp_path / "out", "--action_key", "state", status=2)[0]
+    assert "--action_key state: these videos have no columns" in text and text.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_prepared_dataset_is_sent_to_training(tmp_path):
+    make(tmp_path / "videos/x.mp4", "-frames:v", "2")
+    prepare(tmp_path / "videos", tmp_path / "out")
+    text = prepare(tmp_path / "out", tmp_path / "out2", status=2)[0]
+    assert (
+        f"{tmp_path / 'out'} is a prepared dataset: give it to train_svd.py --dataset_dir {tmp_path / 'out'}\n" in text
+    )
+    assert not (tmp_path / "out2").exists()
+
+
 def test_summary_counts_what_is_alike_and_names_what_is_gone(tmp_path):
     make(tmp_path / "videos/x.mp4"), make(tmp_path / "videos/gone.mp4", "-frames:v", "3")
     text = prepare(tmp_path / "videos", tmp_path / "out", "--split_scenes", "--min_frames", "30", status=2)[0]
