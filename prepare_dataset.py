@@ -44,7 +44,7 @@ from svd_parts.lerobot_images import probe_images, read_images
 from svd_parts.metrics import clip_motion, motion_bucket, motion_stride
 from svd_parts.probe import check_file, opencv_is_right, probe_video
 from svd_parts.records import clip_options, dump_line, earlier_records, is_current, still_holds, write_tables
-from svd_parts.summary import print_left_out, print_next, print_others, print_status, summarize
+from svd_parts.summary import clips_there, print_left_out, print_next, print_others, print_status, summarize
 
 # One video: decode, cut, write, publish
 
@@ -349,10 +349,10 @@ def main(argv=None):
     print_others(records.values(), chosen, options)
     print_actions(videos, records, output, options.action_key)
     print_left_out(mine, options)
-    has_clips = any(record["clips"] for record in records.values())
-    status = print_status(broken, empty=not has_clips and not options.shard.name)  # the other parts may have clips
-    if has_clips:
-        print_next(options, records.values())
+    clips = [clip for record in records.values() for clip in clips_there(record, output)]
+    status = print_status(broken, empty=not clips and not options.shard.name)  # the other parts may have clips
+    if clips:
+        print_next(options, clips)
     return status
 
 

@@ -7,7 +7,7 @@ import shlex
 from pathlib import Path
 
 from svd_parts.crop import describe_crops
-from svd_parts.dataset import clip_group
+from svd_parts.dataset import group_clips
 from svd_parts.files import counted, listed, natural_key
 
 FRAMES, HELD_OUT, MULTIPLE = 25, 4, 64  # what is advised for training; SVD takes sizes that are multiples of 64
@@ -155,12 +155,11 @@ def print_left_out(records, options):
             print(f"warning: {line}")
 
 
-def print_next(options, records):
+def print_next(options, clips):
     """Prints what to look at, and the command of the next step, which works as it is: only MODEL is to be filled in.
 
     Where the command cannot be what one would expect, a line before it says why.
     """
-    clips = [clip for record in records for clip in record["clips"]]
     frames = min(FRAMES, max(clip["num_frames"] for clip in clips))
     look = f"look at {shlex.quote(os.path.join(options.output_dir, 'preview.jpg'))}"
     if frames < 2:
@@ -173,9 +172,9 @@ def print_next(options, records):
         if size != [options.width, options.height]:
             near = f"{size[0]}x{size[1]} is the nearest to {options.width}x{options.height}"
             print(f"SVD is trained at multiples of {MULTIPLE}: {near}; train_svd.py fits the frames to it")
-    groups = collections.Counter(clip_group(clip) for clip in clips if clip["num_frames"] >= frames)
+    groups = [len(group) for group in group_clips([c for c in clips if c["num_frames"] >= frames]).values()]
     # Whole groups are held out, in a random order, and one of them must be left to train on.
-    if held_out := min(HELD_OUT, sum(groups.values()) - max(groups.values())):
+    if held_out := min(HELD_OUT, sum(groups) - max(groups)):
         command += ["--num_validation_videos", str(held_out)]
     else:
         print("nothing can be held out: all clips that training can use are of one recording, or of one image")

@@ -905,8 +905,8 @@ def test_preview_keeps_the_aspect_ratio(tmp_path):
     ],
 )
 def test_the_next_command_that_is_printed_works(tmp_path, name, videos, options, ending):
-    for number in range(videos):
-        make(tmp_path / f"videos/{number}.mp4")
+    for number in range(videos):  # of different content: copies are held out together
+        make(tmp_path / f"videos/{number}.mp4", picture=f"testsrc2=s={96 + 16 * number}x64:d=1")
     text, _ = prepare(tmp_path / "videos", tmp_path / name, *options.split())
     command = text.rpartition("next: ")[2].strip()
     assert ending in command, text
@@ -918,6 +918,18 @@ def test_the_next_command_that_is_printed_works(tmp_path, name, videos, options,
     if videos == 1:
         assert "nothing can be held out" in text
     assert ("64x64 is the nearest to 70x40" in text) == (videos == 2)
+
+
+def test_the_next_command_counts_copies_once_and_deleted_clips_not_at_all(tmp_path):
+    make(tmp_path / "videos/0.mp4", "-frames:v", "3")
+    shutil.copy(tmp_path / "videos/0.mp4", tmp_path / "videos/copy.mp4")
+    text = prepare(tmp_path / "videos", tmp_path / "out")[0]
+    assert "nothing can be held out" in text and "--num_validation_videos" not in text
+    for number in (1, 2):
+        make(tmp_path / f"videos/{number}.mp4", "-frames:v", "3", picture=f"testsrc2=s={96 + 16 * number}x64")
+    assert prepare(tmp_path / "videos", tmp_path / "out")[0].endswith(" --num_validation_videos 2\n")
+    shutil.rmtree(tmp_path / "out/2")
+    assert prepare(tmp_path / "videos", tmp_path / "out", "--exclude", "2*")[0].endswith(" --num_validation_videos 1\n")
 
 
 def test_clips_of_one_frame_are_not_sent_to_training(tmp_path):
@@ -1305,7 +1317,7 @@ def test_a_shard_without_videos_says_so(tmp_path):
 
 def test_an_exit_status_that_is_not_0_is_explained_before_the_next_command(tmp_path):
     for number in range(2):
-        make(tmp_path / f"videos/{number}.mp4", "-frames:v", "9")
+        make(tmp_path / f"videos/{number}.mp4", "-frames:v", "9", picture=f"testsrc2=s={96 + 16 * number}x64")
     assert "exit status" not in prepare(tmp_path / "videos", tmp_path / "out")[0]
     (tmp_path / "videos/bad.mp4").write_bytes(b"no video")
     text = prepare(tmp_path / "videos", tmp_path / "out", status=1)[0]
