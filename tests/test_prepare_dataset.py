@@ -1546,8 +1546,8 @@ def test_chosen_clips_of_a_generated_set_stay_generated_and_seeds_stay_together(
 def generated_set(folder, names):
     """A set by infer_svd.py as far as preparing reads it: {name of a clip: its image}."""
     lines = []
-    for name, image in names.items():
-        make(folder / name, "-frames:v", "9")
+    for number, (name, image) in enumerate(names.items()):  # of different content: copies are held out together
+        make(folder / name, "-frames:v", "9", picture=f"testsrc2=s={96 + 16 * number}x64")
         lines.append({"file_name": name, "generated": True, "source_image": image, "source_image_sha256": image * 9})
     (folder / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
