@@ -193,10 +193,10 @@ class ClipSet:
                 raise UserError(f"{self.folder}: {what}; give another --output_video")
 
     def refuse_other_scores(self, settings):
-        """Raises `UserError` where the folder's metrics.json has the scores of other models or real clips."""
+        """Raises `UserError` where the folder's metrics.json has the scores of other models."""
         path = self.folder / "metrics.json"
         scored = read_json(path, "move it away").get("settings") if path.is_file() else None
-        for flag in ("model_dir", "compare_with", "reference") if isinstance(scored, dict) else ():
+        for flag in ("model_dir", "compare_with") if isinstance(scored, dict) else ():
             before, now = scored.get(flag), getattr(settings, flag)
             if before and now and Path(before).resolve() != Path(now).resolve():
                 cure = "give another --output_video, or move that file away"

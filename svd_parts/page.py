@@ -4,7 +4,6 @@ import contextlib
 import json
 import os
 import re
-import shlex
 import time
 from pathlib import Path
 from urllib.parse import quote
@@ -95,19 +94,18 @@ def write_clips_page(folder, records):
     files = [name for name in ("metrics.json", "side_by_side/") if (folder / name).exists()]
     lerobot = any(record.get("output_format") == "lerobot" for record in records.values())
     data = {"title": folder.absolute().name, "clips": clips, "measures": measures, "files": files}
-    data |= {"next": next_command(folder, any(clip["frames"] for clip in clips)), "lerobot": lerobot}
+    data |= {"next": next_command(any(clip["frames"] for clip in clips)), "lerobot": lerobot}
     write_page(folder / "index.html", data)
 
 
-def next_command(folder, is_dataset):
-    """The command that takes the kept clips of a set. folder: as --output_video names it, so that it works from there.
+def next_command(is_dataset):
+    """The command that takes the kept clips of a set. The page puts in its own folder for FOLDER.
 
     A set of frames (`is_dataset`) is trained on as it is; from other sets a dataset is made.
     """
-    name = shlex.quote(str(folder) if folder.is_absolute() else f"./{folder}")
     if is_dataset:
-        return f"python train_svd.py --dataset_dir {name} --include @kept.txt ..."
-    return f"python prepare_dataset.py --video_dir {name} --output_dir ./chosen --include @kept.txt"
+        return "python train_svd.py --dataset_dir FOLDER --include @kept.txt ..."
+    return "python prepare_dataset.py --video_dir FOLDER --output_dir ./chosen --include @kept.txt"
 
 
 def name_models(records):

@@ -245,15 +245,17 @@ def test_the_command_below_the_clips_takes_the_kept_ones(clips, tmp_path, monkey
     record = {"motion_bucket_id": 127, "num_frames": 8, "width": 96, "height": 64}
     prepare = "python prepare_dataset.py --video_dir {} --output_dir ./chosen --include @kept.txt"
     for folder, more, wanted in (
-        ("clips", {"file_name": "a.mp4"}, prepare.format("./clips")),
-        ("all/my $et", {"file_name": "a.mp4", "output_format": "lerobot"}, prepare.format("'./all/my $et'")),
-        ("it's", {"directory": "a"}, """python train_svd.py --dataset_dir './it'"'"'s' --include @kept.txt ..."""),
+        ("clips", {"file_name": "a.mp4"}, prepare),
+        ("all/my $et", {"file_name": "a.mp4", "output_format": "lerobot"}, prepare),
+        ("it's", {"directory": "a"}, "python train_svd.py --dataset_dir {} --include @kept.txt ..."),
     ):
+        wanted = wanted.format(shlex.quote(str(tmp_path / folder)))
         (tmp_path / folder).mkdir(parents=True)
         write_clips_page(Path(folder), {"a": {**record, **more}})
         for language, lerobot in (("en", "it numbers the episodes anew"), ("zh", "重新编号")):
             seen = see(tmp_path / folder / "index.html", script, tmp_path / language, f"?lang={language}")
-            assert seen["next"] == wanted and (lerobot in seen["all"]) == ("output_format" in more)
+            assert seen["next"] == wanted and shlex.split(seen["next"])[3] == str(tmp_path / folder)
+            assert (lerobot in seen["all"]) == ("output_format" in more)
             assert "Two numbers" not in seen["all"]
 
 
