@@ -131,7 +131,9 @@ def write_actions(clip, line, video, places, key):
 def print_actions(videos, records, output, key):
     """Prints in one line how many clips of LeRobot datasets have actions, and why the others have none."""
     clips = {}  # {a clip's file of actions: its video}
-    for video in filter(root_of, videos):
+    for video in videos:
+        if not any(root_of(video) and Path(root_of(video), part).is_dir() for part in ("meta", "data")):
+            continue  # videos alone, though in LeRobot's folders, promise no actions
         found = records[video.source]["clips"] if video.source in records else []
         clips.update({output / clip["directory"] / ACTIONS_FILE: video for clip in found})
     have = [path for path in clips if path.is_file()]

@@ -121,13 +121,14 @@ def test_clips_without_actions_are_counted_with_the_reason(tmp_path):
         path = root / "videos" / "chunk-000" / camera / f"episode_{episode:06d}.mp4"
         path.parent.mkdir(parents=True, exist_ok=True)
         common.write_video(path, moving_square(20, seed=episode), 10)
-    (root / "meta").mkdir()
     info = root / "meta" / "info.json"
 
     def said(output, *more):
         done = run("prepare_dataset.py", "--video_dir", tmp_path / "videos", "--output_dir", output, *more)
         return [line for line in done.stdout.splitlines() if line.startswith("actions: ")]
 
+    assert not said(out)  # videos alone, in LeRobot's folders
+    (root / "meta").mkdir()
     assert said(out) == [f"actions: none of 2 clips (action: {info} is missing: copy it again)"]
     for features in (["action"], {"action": 3}, {}):  # somebody edited it
         info.write_text(json.dumps({"codebase_version": "v2.1", "features": features}))
