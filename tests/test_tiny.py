@@ -29,6 +29,7 @@ def test_make_tiny_runs_as_written(tmp_path):
     shutil.copytree(ROOT / "tests" / "tiny", tmp_path / "tests" / "tiny")
     for script in ("prepare_dataset.py", "train_svd.py", "svd_common.py"):
         shutil.copy(ROOT / script, tmp_path)
+    shutil.copytree(ROOT / "svd_parts", tmp_path / "svd_parts")
     (tmp_path / "small.py").write_text(SMALL)
     done = subprocess.run(["sh", "tests/tiny/make_tiny.sh"], cwd=tmp_path, timeout=500, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
