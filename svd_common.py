@@ -41,19 +41,7 @@ if not hasattr(cv2, "IMWRITE_PNG_ZLIBBUFFER_SIZE"):
     sys.exit(f"error: OpenCV {cv2.__version__} is older than 4.13: pip install -U opencv-python, and no other OpenCV")
 
 IMAGE_SUFFIXES = tuple(".png .jpg .jpeg .jpe .jfif .webp .bmp .avif .jp2 .j2k .tif .tiff .ppm .pgm .pnm .tga".split())
-VIDEO_SUFFIXES = (
-    ".mp4",
-    ".mov",
-    ".mkv",
-    ".avi",
-    ".webm",
-    ".m4v",
-    ".mpg",
-    ".mpeg",
-    ".ts",
-    ".wmv",
-    ".flv",
-)  # common ones
+VIDEO_SUFFIXES = tuple(".mp4 .mov .mkv .avi .webm .m4v .mpg .mpeg .ts .wmv .flv".split())  # common ones
 MOST_PIXELS = 1 << 29  # 23,170 x 23,170: a larger image is refused after reading its header
 PNG_OPTIONS = [cv2.IMWRITE_PNG_COMPRESSION, 1, cv2.IMWRITE_PNG_STRATEGY, cv2.IMWRITE_PNG_STRATEGY_RLE]
 PNG_OPTIONS += [cv2.IMWRITE_PNG_FILTER, cv2.IMWRITE_PNG_FILTER_UP]  # the fastest lossless settings measured

@@ -429,17 +429,16 @@ def choose_clips(options, held_out_before):
     from svd_parts.files import is_named
     from svd_parts.samples import hold_out, load_clips, take_included
 
-    defaults = options.num_frames, options.fps, options.motion_bucket_id
-    clips, folder = load_clips(options.dataset_dir, *defaults), options.validation_dir
-    clips = take_included(clips, options.include)
-    add_digests([clip for clip in clips if not is_named(options.exclude, clip["directory"])])
-    if not folder:
-        return hold_out(clips, options.num_validation_videos, options.seed, held_out_before)
-    if not Path(folder).is_dir():
+    defaults, folder = (options.num_frames, options.fps, options.motion_bucket_id), options.validation_dir
+    clips, held_out = take_included(load_clips(options.dataset_dir, *defaults), options.include), []
+    if folder and not Path(folder).is_dir():
         raise UserError(f"--validation_dir {folder}: no such folder; make it with prepare_dataset.py")
-    held_out = load_clips(folder, *defaults)[: options.num_validation_videos or None]
-    add_digests([clip for clip in held_out if not is_named(options.exclude, clip["directory"])])
-    return clips, held_out
+    if folder:
+        held_out = load_clips(folder, *defaults)[: options.num_validation_videos or None]
+    add_digests([clip for clip in [*clips, *held_out] if not is_named(options.exclude, clip["directory"])])
+    if folder:
+        return clips, held_out
+    return hold_out(clips, options.num_validation_videos, options.seed, held_out_before)
 
 
 def load_unet(options, base, device, actions=None):

@@ -8,12 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
-from svd_parts.actions import read_actions
+from svd_parts.actions import FILE, read_actions
 from svd_parts.ffmpeg import Failure
 from svd_parts.files import UserError, counted, listed, read_json
 from svd_parts.lerobot import lerobot_match, read_episodes
-
-ACTIONS_FILE = "actions.npy"
 
 
 def root_of(video):
@@ -124,7 +122,7 @@ def write_actions(clip, line, video, places, key):
     except UserError as error:
         raise Failure(str(error)) from None
     if found is not None:
-        np.save(clip.folder / ACTIONS_FILE, found[0])
+        np.save(clip.folder / FILE, found[0])
         line["action_names"] = found[1]
 
 
@@ -135,7 +133,7 @@ def print_actions(videos, records, output, key):
         if not any(root_of(video) and Path(root_of(video), part).is_dir() for part in ("meta", "data")):
             continue  # videos alone, though in LeRobot's folders, promise no actions
         found = records[video.source]["clips"] if video.source in records else []
-        clips.update({output / clip["directory"] / ACTIONS_FILE: video for clip in found})
+        clips.update({output / clip["directory"] / FILE: video for clip in found})
     have = [path for path in clips if path.is_file()]
     without = sorted(clips.keys() - have)
     why = why_without(clips[without[0]], key) if without else ""

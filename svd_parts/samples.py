@@ -176,9 +176,9 @@ def hold_out(clips, num_validation_videos, seed, known=None):
 def clips_of_other_groups(clips, held_out):
     """The clips that share no episode with `held_out`. Prints how many clips are then on neither side."""
     names = {clip["directory"] for clip in held_out}
-    groups = group_clips(clips).values()
-    shared = {clip["directory"] for group in groups for clip in group if any(c["directory"] in names for c in group)}
-    training = [clip for clip in clips if clip["directory"] not in shared]
+    shared = (group for group in group_clips(clips).values() if any(clip["directory"] in names for clip in group))
+    taken = {clip["directory"] for group in shared for clip in group}
+    training = [clip for clip in clips if clip["directory"] not in taken]
     if unused := len(clips) - len(training) - len(held_out):
         what = f"not used: {counted(unused, 'more clip')} of the held-out episodes"
         print(f"{what}; --num_validation_videos {unused + len(held_out)} would validate with all of them")
